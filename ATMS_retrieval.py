@@ -1,0 +1,373 @@
+"""The ATMS encoder, the decoder built on it, and retrieval; as a script: contrastive pre-training.
+
+ATMS: Adaptive Thinking Mapper with subject tokens (Li et al., NeurIPS 2024, EEG_Image_decode), with the
+published code's traps mended; ``reference=True`` keeps them for public checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import args
+
+if __name__ == "__main__":
+    args.answer_quick_questions("retrieval")
+
+import torch
+from torch import nn
+
+import engine
+import util
+from dataset import Batch, TrainingData, open_training
+from loss import contrastive_total
+from masking import Masking
+from metrics import retrieval_topk
+from modalities import NAMES
+from subject_layers.subject import SubjectLinear
+from subject_layers.transformer import ChannelTransformer
+from unet import PriorBank
+
+MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
+
+
+class SpatioTemporalConvolution(nn.Module):
+    """Tokens [B, C, width] -> [B, width' * 40], time-major: the shallow convolutional stage of NICE/ATM."""
+
+    def __init__(self, n_channels: int, features: int, kernel: int, pool_kernel: int) -> None:
+        super().__init__()
+        self.tsconv = nn.Sequential(
+            nn.Conv2d(1, features, (1, kernel)),
+            nn.AvgPool2d((1, pool_kernel), (1, 5)),
+            nn.BatchNorm2d(features),
+            nn.ELU(),
+            nn.Conv2d(features, features, (n_channels, 1)),
+            nn.BatchNorm2d(features),
+            nn.ELU(),
+            nn.Dropout(0.5),
+        )
+        self.projection = nn.Sequential(nn.Conv2d(features, features, (1, 1)))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        maps = self.projection(self.tsconv(tokens[:, None]))  # [B, 40, 1, width']
+        return maps.squeeze(2).transpose(1, 2).flatten(1)
+
+
+class Residual(nn.Module):
+    """x + fn(x)."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.fn(x)
+
+
+class ATMS(nn.Module):
+    """EEG [B, C, T] float32 and subject [B] int64 -> embedding [B, D], not L2-normalised.
+
+    ``subject``: 0-based per row, -1 = unknown. ``reference=True`` computes what the published code does:
+    the last channel's token dropped, ids read as table rows (one beyond the table switches the whole batch
+    to the shared token), no subject layer, the logit scale used raw. Raises ValueError on wrong shapes.
+    """
+
+    def __init__(
+        self,
+        n_channels: int = 63,
+        n_times: int = 250,
+        n_subjects: int = 10,
+        embed_dim: int = 1024,
+        *,
+        width: int = 250,
+        hidden: int = 256,
+        heads: int = 4,
+        dropout: float = 0.25,
+        features: int = 40,
+        kernel: int = 25,
+        pool_kernel: int = 51,
+        positional: bool = True,
+        reference: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "n_channels": n_channels,
+            "n_times": n_times,
+            "n_subjects": n_subjects,
+            "embed_dim": embed_dim,
+            "width": width,
+            "hidden": hidden,
+            "heads": heads,
+            "dropout": dropout,
+            "features": features,
+            "kernel": kernel,
+            "pool_kernel": pool_kernel,
+            "positional": positional,
+            "reference": reference,
+        }
+        self.n_channels, self.n_times, self.n_subjects = n_channels, n_times, n_subjects
+        self.embed_dim, self.reference = embed_dim, reference
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if not reference:
+            self.subject_layer = SubjectLinear(n_subjects, n_times)
+        self.encoder = ChannelTransformer(
+            n_channels,
+            n_times,
+            n_subjects,
+            width,
+            hidden,
+            heads,
+            dropout,
+            positional=positional,
+            reference=reference,
+        )
+        self.enc_eeg = nn.Sequential(
+            SpatioTemporalConvolution(n_channels, features, kernel, pool_kernel)
+        )
+        flat = features * pooled_width(width, kernel, pool_kernel)
+        self.proj_eeg = nn.Sequential(
+            nn.Linear(flat, embed_dim),
+            Residual(nn.Sequential(nn.GELU(), nn.Linear(embed_dim, embed_dim), nn.Dropout(0.5))),
+            nn.LayerNorm(embed_dim),
+        )
+
+    def forward(self, eeg: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
+        if eeg.ndim != 3 or eeg.shape[1:] != (self.n_channels, self.n_times):
+            raise ValueError(
+                f"eeg has shape {tuple(eeg.shape)}, expected [B, {self.n_channels}, {self.n_times}]"
+            )
+        if subject.shape != eeg.shape[:1]:
+            raise ValueError(f"subject has shape {tuple(subject.shape)}, expected [{len(eeg)}]")
+        if not self.reference:
+            eeg = self.subject_layer(eeg, subject)
+        return self.proj_eeg(self.enc_eeg(self.encoder(eeg, subject)))
+
+    @property
+    def similarity_scale(self) -> torch.Tensor:
+        """What multiplies cosines in the contrastive loss: exp of the parameter, at most 100."""
+        return (
+            self.logit_scale if self.reference else self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
+        )
+
+    @classmethod
+    def from_reference(
+        cls, state_dict: Mapping[str, torch.Tensor], positional: bool = True, pool_kernel: int = 51
+    ) -> ATMS:
+        """Load a public ATM-S checkpoint; sizes are read from its shapes.
+
+        The returned module takes the reference's own integer ids (``sub-08`` -> 8). ``positional=False``
+        for checkpoints trained before 2025-12-24, in which the table was silently off. Parameters that
+        never took part in the published forward pass are left out. Raises ValueError for another model.
+        """
+        live = {
+            key: value
+            for key, value in state_dict.items()
+            if not key.startswith(_DEAD_IN_REFERENCE)
+        }
+        try:
+            model = cls(
+                **_reference_sizes(live),
+                positional=positional,
+                pool_kernel=pool_kernel,
+                reference=True,
+            )
+        except KeyError as missing:
+            raise ValueError(f"not an ATM-S state dict: {missing} is missing") from None
+        found, needed = live["proj_eeg.0.weight"].shape, model.proj_eeg[0].weight.shape
+        if found != needed:
+            raise ValueError(
+                f"proj_eeg.0.weight is {tuple(found)}, expected {tuple(needed)} with pool_kernel="
+                f"{pool_kernel}: pass the pooling width that this checkpoint was trained with"
+            )
+        model.load_state_dict(live)
+        return model.to(live["proj_eeg.0.weight"].dtype).eval()
+
+
+def pooled_width(width: int, kernel: int, pool_kernel: int) -> int:
+    """Time steps that are left of ``width`` after the convolution and the pooling with stride 5."""
+    return (width - kernel + 1 - pool_kernel) // 5 + 1
+
+
+_DEAD_IN_REFERENCE = (
+    "subject_wise_linear.",
+    "encoder.enc_embedding.mask_token",
+    "encoder.enc_embedding.temporal_embedding.",
+    "encoder.enc_embedding.position_embedding.",
+    "encoder.enc_embedding.subject_embedding.mask_embedding",
+)
+
+
+def _reference_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {
+        "n_times": state["encoder.enc_embedding.value_embedding.weight"].shape[1],
+        "width": state["encoder.enc_embedding.value_embedding.weight"].shape[0],
+        "n_subjects": state[
+            "encoder.enc_embedding.subject_embedding.subject_embedding.weight"
+        ].shape[0],
+        "hidden": state["encoder.encoder.attn_layers.0.conv1.weight"].shape[0],
+        "n_channels": state["enc_eeg.0.tsconv.4.weight"].shape[2],
+        "features": state["enc_eeg.0.tsconv.0.weight"].shape[0],
+        "kernel": state["enc_eeg.0.tsconv.0.weight"].shape[3],
+        "embed_dim": state["proj_eeg.0.weight"].shape[0],
+    }
+
+
+# ---------------------------------------------------------------- the decoder: encoder and, once trained, priors
+
+
+class Decoder(nn.Module):
+    """An encoder with its prior bank; ``bank`` is None after contrastive pre-training alone.
+
+    ``signal``: what the EEG must look like ({channels, times, subjects}); ``clip``: identity of the encoder that
+    made the targets. Both are kept in the checkpoint's header and checked against every later input.
+    """
+
+    def __init__(
+        self,
+        encoder: ATMS,
+        bank: PriorBank | None,
+        signal: Mapping[str, Any],
+        clip: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.encoder, self.bank = encoder, bank
+        self.signal, self.clip = dict(signal), dict(clip)
+
+    def header(self) -> dict[str, Any]:
+        return {
+            "encoder": self.encoder.config,
+            "bank": self.bank.config if self.bank else None,
+            "signal": self.signal,
+            "clip": self.clip,
+        }
+
+    def subject_index(self, subject: str) -> int:
+        """Row of a subject's own parameters; -1 for a person the model was not trained on."""
+        names = self.signal["subjects"]
+        return names.index(subject) if subject in names else -1
+
+    @classmethod
+    def load(cls, run: Path, checkpoint: str) -> Decoder:
+        """The ``best`` or ``latest`` model of a run. Raises DataError."""
+        path = run / "checkpoints" / checkpoint / "model.safetensors"
+        state, header = util.load_tensors(path)
+        if "encoder" not in header or "signal" not in header:
+            raise util.DataError(
+                path,
+                "a safetensors file without this project's header",
+                "a model of train.py",
+                "give the run directory that train.py wrote",
+            )
+        bank = PriorBank(**header["bank"]) if header["bank"] else None
+        decoder = cls(ATMS(**header["encoder"]), bank, header["signal"], header["clip"])
+        try:
+            decoder.load_state_dict(state)
+        except RuntimeError as error:
+            raise util.DataError(
+                path,
+                f"other parameters ({error})",
+                "the parameters its header describes",
+                "the file is from another version: train again or use that version",
+            ) from None
+        return decoder.eval()
+
+    @torch.no_grad()
+    def embed(
+        self, eeg: torch.Tensor, subject: torch.Tensor, batch_size: int = 256
+    ) -> torch.Tensor:
+        """EEG embeddings [N, D] of EEG [N, C, T], in batches on the model's device, returned on the CPU."""
+        device = next(self.parameters()).device
+        return torch.cat(
+            [
+                self.encoder(rows.to(device), ids.to(device)).cpu()
+                for rows, ids in zip(eeg.split(batch_size), subject.split(batch_size), strict=True)
+            ]
+        )
+
+
+def new_encoder(data: TrainingData, seed: int) -> ATMS:
+    """A freshly initialised ATMS for this signal, seeded."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(util.seed_for(seed, "encoder"))
+        return ATMS(
+            len(data.signal["channels"]),
+            len(data.signal["times"]),
+            len(data.signal["subjects"]),
+            data.targets["image"].shape[1],
+        )
+
+
+def validation_retrieval(embeddings: torch.Tensor, data: TrainingData) -> dict[str, float]:
+    """Retrieval of held-out training stimuli by EEG embeddings [N, D], N = stimuli x subjects, per modality."""
+    truth = torch.arange(len(data.val_rows)).repeat(len(data.signal["subjects"]))
+    scores = {}
+    for name in NAMES:
+        result = retrieval_topk(embeddings, data.targets[name][data.val_rows], truth)
+        scores |= {f"val_{name}_top1": result["top1"], f"val_{name}_top5": result["top5"]}
+    return scores | {"val_gallery": len(data.val_rows)}
+
+
+class ContrastiveObjective:
+    """Loss and validation of encoder-only training, for :func:`engine.fit`."""
+
+    def __init__(self, decoder: Decoder, data: TrainingData, text_share: float) -> None:
+        self.decoder, self.data, self.text_share = decoder, data, text_share
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        embedding = self.decoder.encoder(batch.eeg, batch.subject)
+        total = contrastive_total(
+            embedding, batch.targets, self.decoder.encoder.similarity_scale, self.text_share
+        )
+        return {"loss": total}
+
+    def validate(self) -> dict[str, float]:
+        """Held-out concepts only; ``select`` (higher is better) chooses ``best``."""
+        eeg, subject = self.data.validation()
+        scores = validation_retrieval(self.decoder.embed(eeg, subject), self.data)
+        return scores | {"select": scores["val_image_top5"]}
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Contrastive pre-training of the encoder alone, scored on held-out training concepts."""
+    options = args.resolve("retrieval", argv)
+    values = options.values
+    data = open_training(
+        values.data_path,
+        values.clip_feature_path,
+        values.subjects,
+        values.channels,
+        values.time_window,
+        values.trials,
+        values.val_fraction,
+        values.seed,
+        values.cache_dir,
+    )
+    decoder = Decoder(new_encoder(data, values.seed), None, data.signal, data.clip)
+    masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
+    if values.dry_run:
+        args.quit_after_dry_run(
+            [
+                *data.describe(),
+                f"train {engine.describe_parameters(decoder)} for {values.epochs} epochs",
+                f"write to {values.output_dir}",
+            ]
+        )
+    run = util.RunDirectory(values.output_dir, "retrieval")
+    run.start(options.recorded(), options.provenance, data.hashes, options.fixed)
+    engine.fit(
+        run,
+        decoder,
+        ContrastiveObjective(decoder, data, values.text_contrast),
+        data,
+        masking,
+        engine.schedule_from(values),
+        util.pick_device(values.device),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,26 @@
+# Each target is the only command a fresh machine needs: it makes its own .venv and installs into it.
+VENV   ?= .venv
+PYTHON ?= python3
+PY     := $(VENV)/bin/python
+
+.PHONY: demo test lint help
+
+help:
+	@echo "make demo   the whole chain on the embedded miniature world, into demo_output/"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff"
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(PY) demo.py
+
+test: $(VENV)/installed
+	$(PY) -m pytest
+
+lint: $(VENV)/installed
+	$(PY) -m ruff check .

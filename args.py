@@ -1,0 +1,974 @@
+"""Every flag of every stage, resolved once: defaults < ``--config`` < command line.
+
+Each value remembers where it came from. Config values pass through the same parser as the command
+line, so types, ranges and choices hold. Standard library and PyYAML only: ``--help`` costs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+import modalities
+
+
+@dataclass(frozen=True)
+class Options:
+    """The resolved options of one call. ``values.NAME`` is parsed and range-checked."""
+
+    stage: str
+    values: argparse.Namespace
+    provenance: dict[str, str]  # option -> "default", "command line" or "config FILE"
+    fixed: tuple[str, ...]  # options that determine the result; a resumed run must keep them
+
+    def recorded(self) -> dict[str, Any]:
+        """Values for ``options.json``, without the flags that only steer this call."""
+        return {key: value for key, value in vars(self.values).items() if key not in CONTROL}
+
+
+CONTROL = ("config", "dry_run", "print_config")
+
+
+# ---------------------------------------------------------------- range-checked types
+
+
+def _number(
+    kind: type, low: float, high: float, what: str, *, open_low: bool = False
+) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        inside = (low < value if open_low else low <= value) and value <= high
+        if not inside or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {what}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, 1, math.inf, "a whole number >= 1")
+count = _number(int, 0, math.inf, "a whole number >= 0")
+positive = _number(float, 0, math.inf, "a number > 0", open_low=True)
+non_negative = _number(float, 0, math.inf, "a number >= 0")
+share = _number(float, 0, 1, "a number in 0..1")
+proper_share = _number(float, 0, 0.9, "a number in 0..0.9")
+seconds = _number(float, -10, 10, "a time in seconds")
+
+
+def picture_size(text: str) -> int:
+    """Pixels; SDXL's VAE halves three times."""
+    size = positive_int(text)
+    if size % 8:
+        raise argparse.ArgumentTypeError(f"{size} px is not a multiple of 8, as the VAE needs")
+    return size
+
+
+def shard(text: str) -> str:
+    """``i/n``, 1-based."""
+    parts = text.split("/")
+    if (
+        len(parts) != 2
+        or not all(part.isdigit() for part in parts)
+        or not 1 <= int(parts[0]) <= int(parts[1])
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected i/n with 1 <= i <= n, e.g. 2/3")
+    return text
+
+
+# ---------------------------------------------------------------- the parser
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with defaults in the help and "did you mean"."""
+
+    def __init__(self, stage: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=_PROGRAMS[stage],
+            description=description,
+            epilog=f"example:\n  {example}",
+            allow_abbrev=False,
+            formatter_class=_Help,
+        )
+        self.stage = stage
+        self.per_call: set[str] = set(CONTROL)
+
+    def flags(self, title: str) -> _Group:
+        return _Group(self, self.add_argument_group(title))
+
+    def refuse_unknown(self, unknown: Sequence[str]) -> None:
+        if unknown:
+            flags = [text for action in self._actions for text in action.option_strings]
+            wrong = [text.split("=")[0] for text in unknown if text.startswith("-")] or unknown
+            self.error("; ".join(_did_you_mean(text, flags) for text in wrong))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help\n")
+
+    def actions(self) -> dict[str, argparse.Action]:
+        return {action.dest: action for action in self._actions if action.dest != "help"}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the example's line breaks and appends each flag's default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default not in (None, argparse.SUPPRESS, []) and action.dest != "help":
+            text += f" (default: {action.default})".replace("%", "%%")
+        return text
+
+
+class _Group:
+    """Adds flags to a titled group. ``per_call``: may differ when a run is resumed."""
+
+    def __init__(self, parser: Parser, group: Any) -> None:
+        self._parser, self._group = parser, group
+
+    def add(
+        self,
+        flag: str,
+        *,
+        type: Callable[[str], Any] = str,
+        help: str,
+        metavar: str | None = None,
+        default: Any = None,
+        required: bool = False,
+        choices: Sequence[str] | None = None,
+        nargs: str | int | None = None,
+        per_call: bool = False,
+    ) -> None:
+        self._group.add_argument(
+            flag,
+            type=type,
+            help=help,
+            metavar=metavar,
+            default=default,
+            required=required,
+            choices=choices,
+            nargs=nargs,
+        )
+        self._note(flag, per_call)
+
+    def switch(
+        self, flag: str, *, help: str, default: bool = False, per_call: bool = False
+    ) -> None:
+        self._group.add_argument(
+            flag, action=argparse.BooleanOptionalAction, help=help, default=default
+        )
+        self._note(flag, per_call)
+
+    def _note(self, flag: str, per_call: bool) -> None:
+        if per_call:
+            self._parser.per_call.add(flag.removeprefix("--"))
+
+
+def _did_you_mean(found: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(found, known, n=1)
+    return f"unknown option {found}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+# ---------------------------------------------------------------- flags shared by stages
+
+
+def _common(parser: Parser, *, device: bool = True) -> None:
+    group = parser.flags("this call")
+    group.add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        per_call=True,
+        help="YAML or JSON with option names as keys, or the options.json of a run",
+    )
+    group.switch(
+        "--dry_run", help="check everything, say what would be done, write nothing", per_call=True
+    )
+    group.switch(
+        "--print_config", help="print the resolved options as YAML and stop", per_call=True
+    )
+    if device:
+        group.add(
+            "--device",
+            default="auto",
+            metavar="auto|cpu|cuda[:N]",
+            per_call=True,
+            help="where to compute",
+        )
+
+
+def _eeg_selection(group: _Group) -> None:
+    group.add(
+        "--channels",
+        nargs="+",
+        metavar="NAME",
+        help="EEG channels by name; default: all in the file",
+    )
+    group.add(
+        "--time_window",
+        nargs=2,
+        type=seconds,
+        metavar=("START_S", "END_S"),
+        help="seconds after stimulus onset, end exclusive; default: all in the file",
+    )
+    group.add(
+        "--cache_dir",
+        type=Path,
+        metavar="DIR",
+        per_call=True,
+        help="where the float32 copies of the EEG live; default: DATA/eeg_cache",
+    )
+
+
+def _training(group: _Group) -> None:
+    group.add("--epochs", type=positive_int, default=100, help="passes over the training stimuli")
+    group.add("--batch_size", type=positive_int, default=16, help="samples per optimiser step")
+    group.add("--learning_rate", type=positive, default=1e-4, help="AdamW peak learning rate")
+    group.add("--weight_decay", type=non_negative, default=0.01, help="AdamW weight decay")
+    group.add("--warmup_steps", type=count, default=0, help="linear warm-up; constant afterwards")
+    group.add("--grad_clip", type=non_negative, default=1.0, help="gradient norm limit; 0 = none")
+    group.add(
+        "--ema_decay",
+        type=share,
+        default=0.0,
+        help="EMA of the weights, used for validation and saving; 0 = off",
+    )
+    group.add("--seed", type=count, default=0, help="of initialisation, order, noise and masks")
+    group.add(
+        "--epochs_per_call",
+        type=positive_int,
+        metavar="N",
+        per_call=True,
+        help="save and stop after N epochs (exit code 75); the same command goes on",
+    )
+    group.add(
+        "--save_every",
+        type=positive_int,
+        default=1,
+        metavar="EPOCHS",
+        per_call=True,
+        help="epochs between checkpoints",
+    )
+
+
+def _training_data(group: _Group) -> None:
+    group.add(
+        "--data_path",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="DATA",
+        help="folder with Preprocessed_data_250Hz/, training_images/, test_images/",
+    )
+    group.add(
+        "--clip_feature_path",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="DIR",
+        help="output of clip_feature_extractor.py",
+    )
+    group.add(
+        "--output_dir", type=Path, required=True, per_call=True, metavar="RUN", help="run directory"
+    )
+    group.add(
+        "--subjects",
+        nargs="+",
+        metavar="SUB",
+        help="e.g. sub-01 sub-08; default: all that are there",
+    )
+    group.add(
+        "--trials",
+        choices=("average", "single", "random"),
+        default="random",
+        help="a sample is the mean of all repetitions, one repetition, or the mean of a random subset",
+    )
+    group.add(
+        "--val_fraction",
+        type=proper_share,
+        default=0.05,
+        help="training concepts held out for validation and selection",
+    )
+    _eeg_selection(group)
+
+
+def _masks(parser: Parser) -> None:
+    group = parser.flags("EEG masking while training (off by default)")
+    for kind, what in (
+        ("channel", "a channel"),
+        ("time", "a time span"),
+        ("patch", "a channel x time patch"),
+    ):
+        group.add(
+            f"--mask_{kind}",
+            type=share,
+            default=0.0,
+            metavar="P",
+            help=f"probability that {what} is set to 0",
+        )
+    group.add(
+        "--mask_span",
+        type=positive_int,
+        default=25,
+        metavar="SAMPLES",
+        help="length of time spans and patches",
+    )
+
+
+def _contrast(group: _Group) -> None:
+    group.add(
+        "--text_contrast",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="share of text in the contrastive loss; images get the rest",
+    )
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def features() -> Parser:
+    parser = Parser(
+        "features",
+        "Stage 1: encode the stimuli once into five CLIP embeddings each.",
+        "python clip_feature_extractor.py --data_path DATA --output_path OUT/clip_features --batch_size 32",
+    )
+    group = parser.flags("data")
+    group.add(
+        "--data_path",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="DATA",
+        help="folder with training_images/ and test_images/",
+    )
+    group.add(
+        "--output_path",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="DIR",
+        help="where the feature bank is written",
+    )
+    group.add(
+        "--captions",
+        type=Path,
+        per_call=True,
+        metavar="JSON",
+        help="captions by picture (training_images/C/F.jpg) or by concept",
+    )
+    group.add(
+        "--text_template",
+        default="This picture is {concept}",
+        metavar="TEXT",
+        help="used where --captions has nothing; {concept} is the folder name after its number",
+    )
+    group = parser.flags("CLIP")
+    group.add(
+        "--clip_model",
+        default="ViT-H-14",
+        metavar="NAME|JSON",
+        help="open_clip model name or model config file",
+    )
+    group.add(
+        "--clip_pretrained",
+        per_call=True,
+        default="laion2b_s32b_b79k",
+        metavar="TAG|FILE",
+        help="open_clip tag or weight file",
+    )
+    group.add(
+        "--batch_size",
+        type=positive_int,
+        default=32,
+        help="pictures encoded at once",
+        per_call=True,
+    )
+    group = parser.flags("work")
+    group.add(
+        "--num_workers",
+        type=count,
+        metavar="N",
+        per_call=True,
+        help="superpixel processes; 0 = in this process; default: cores - 1, at least 1",
+    )
+    group.add(
+        "--shard_size",
+        type=positive_int,
+        default=256,
+        metavar="PICTURES",
+        help="a restart loses at most this many",
+    )
+    group.switch("--save_superpixels", help="also write the superpixel PNGs to look at")
+    _common(parser)
+    return parser
+
+
+def train() -> Parser:
+    parser = Parser(
+        "train",
+        "Stage 2: fit the EEG encoder and the five diffusion priors jointly.",
+        "python train.py --data_path DATA --clip_feature_path OUT/clip_features --output_dir OUT/model "
+        "\\\n      --epochs 100 --batch_size 16 --learning_rate 1e-4",
+    )
+    _training_data(parser.flags("data"))
+    group = parser.flags("optimisation")
+    _training(group)
+    group.add(
+        "--init_from",
+        type=Path,
+        per_call=True,
+        metavar="RUN",
+        help="start from the encoder of an ATMS_retrieval.py run",
+    )
+    group = parser.flags("loss")
+    group.add(
+        "--contrast_weight",
+        type=non_negative,
+        default=1.0,
+        metavar="LAMBDA",
+        help="weight of the CLIP contrastive loss beside the priors' loss",
+    )
+    _contrast(group)
+    group.add(
+        "--condition_dropout",
+        type=share,
+        default=0.1,
+        metavar="P",
+        help="share of samples a prior sees without EEG, for guidance",
+    )
+    group = parser.flags("validation")
+    group.add(
+        "--val_every",
+        type=positive_int,
+        default=1,
+        metavar="EPOCHS",
+        help="epochs between validations",
+    )
+    _masks(parser)
+    _common(parser)
+    return parser
+
+
+def retrieval() -> Parser:
+    parser = Parser(
+        "retrieval",
+        "Contrastive pre-training of the ATMS encoder, scored by retrieval on held-out concepts.",
+        "python ATMS_retrieval.py --data_path DATA --clip_feature_path OUT/clip_features --output_dir OUT/encoder",
+    )
+    _training_data(parser.flags("data"))
+    group = parser.flags("optimisation")
+    _training(group)
+    group = parser.flags("loss")
+    _contrast(group)
+    group = parser.flags("validation")
+    group.add(
+        "--val_every",
+        type=positive_int,
+        default=1,
+        metavar="EPOCHS",
+        help="epochs between validations",
+    )
+    _masks(parser)
+    _common(parser)
+    return parser
+
+
+def _model(group: _Group) -> None:
+    group.add(
+        "--model_path",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="RUN",
+        help="output of train.py",
+    )
+    group.add(
+        "--checkpoint",
+        choices=("best", "latest"),
+        default="best",
+        help="best on held-out training concepts, or the last one",
+    )
+
+
+def _prior_sampling(parser: Parser) -> None:
+    group = parser.flags("prior sampling")
+    group.add(
+        "--prior_steps",
+        type=positive_int,
+        default=20,
+        metavar="N",
+        help="denoising steps of each prior",
+    )
+    group.add(
+        "--prior_guidance",
+        type=non_negative,
+        default=2.0,
+        metavar="SCALE",
+        help="classifier-free guidance; 1 = off",
+    )
+    group.add(
+        "--prior_sampler", choices=("dpm", "ddim"), default="dpm", help="DPM-Solver++ or DDIM"
+    )
+
+
+def generate() -> Parser:
+    parser = Parser(
+        "generate",
+        "Stage 3: predict the five embeddings from EEG and draw them with SDXL, layer-wise.",
+        "python generate.py --eeg_data EEG --model_path OUT/model --sd_model_path sd_xl_base_1.0.safetensors "
+        "\\\n      --ip_adapter_path ip-adapter_sdxl_vit-h.safetensors --output_dir OUT/images --mode all",
+    )
+    group = parser.flags("data")
+    group.add(
+        "--eeg_data",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="EEG",
+        help="preprocessed_eeg_test.npy, its sub-XX folder, or DATA (one subject: see --subject)",
+    )
+    group.add("--subject", metavar="SUB", help="whose EEG; default: read from the path")
+    group.add(
+        "--data_path",
+        type=Path,
+        per_call=True,
+        metavar="DATA",
+        help="folder with test_images/; default: found above --eeg_data",
+    )
+    group.add(
+        "--cache_dir",
+        type=Path,
+        metavar="DIR",
+        per_call=True,
+        help="where the float32 copies of the EEG live; default: DATA/eeg_cache",
+    )
+    group.add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="RUN",
+        help="run directory for the pictures",
+    )
+    group.add(
+        "--max_stimuli",
+        type=positive_int,
+        metavar="N",
+        help="draw only the first N stimuli; default: all",
+    )
+    group = parser.flags("models")
+    _model(group)
+    group.add(
+        "--sd_model_path",
+        required=True,
+        per_call=True,
+        metavar="FILE|DIR",
+        help="SDXL: single safetensors file or diffusers folder",
+    )
+    group.add(
+        "--ip_adapter_path",
+        type=Path,
+        per_call=True,
+        required=True,
+        metavar="FILE",
+        help="IP-Adapter for SDXL, ViT-H",
+    )
+    group.add(
+        "--vae_path",
+        per_call=True,
+        metavar="DIR",
+        help="another VAE (diffusers folder), e.g. an fp16-safe one",
+    )
+    group = parser.flags("pictures")
+    group.add("--mode", choices=modalities.MODES, default="fused", help="which recipes to draw")
+    group.add(
+        "--injection",
+        default="intent",
+        metavar="PRESET|FILE",
+        help="where each modality enters: intent, uniform, published, content_style or a YAML file",
+    )
+    group.add(
+        "--fusion_strength",
+        type=positive,
+        default=1.0,
+        metavar="SCALE",
+        help="total IP-Adapter scale at a site, shared among the active modalities by their gains",
+    )
+    group.add(
+        "--prompt_source",
+        choices=("neutral", "oracle"),
+        default="neutral",
+        help="oracle gives SDXL the stimulus' own caption: leaks the answer, marked in every output",
+    )
+    group.add(
+        "--prompt",
+        default="best quality, high quality",
+        metavar="TEXT",
+        help="neutral prompt, the same for all pictures (IP-Adapter's own default)",
+    )
+    group.add(
+        "--negative_prompt",
+        default="monochrome, lowres, bad anatomy, worst quality, low quality",
+        metavar="TEXT",
+        help="for guidance, the same for all pictures (IP-Adapter's own default)",
+    )
+    group.add(
+        "--captions",
+        type=Path,
+        per_call=True,
+        metavar="JSON",
+        help="captions for --prompt_source oracle",
+    )
+    group.add("--size", type=picture_size, default=768, metavar="PX", help="width and height")
+    group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
+    group.add(
+        "--guidance",
+        type=non_negative,
+        default=5.0,
+        metavar="SCALE",
+        help="SDXL classifier-free guidance",
+    )
+    group.add(
+        "--precision",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        default="auto",
+        help="auto = fp16 on CUDA, fp32 on CPU",
+    )
+    group.add(
+        "--seed", type=count, default=0, help="noise depends on this and on the stimulus only"
+    )
+    _prior_sampling(parser)
+    group = parser.flags("work")
+    group.add(
+        "--batch_size", type=positive_int, default=4, help="pictures drawn at once", per_call=True
+    )
+    group.add(
+        "--shard",
+        type=shard,
+        default="1/1",
+        metavar="i/n",
+        per_call=True,
+        help="draw the i-th of n parts of the stimuli, for SLURM arrays",
+    )
+    _common(parser)
+    return parser
+
+
+def evaluate() -> Parser:
+    parser = Parser(
+        "evaluate",
+        "Stage 4: retrieval and picture scores on the test concepts, with controls.",
+        "python evaluate.py --model_path OUT/model --data_path DATA --clip_feature_path OUT/clip_features "
+        "\\\n      --images OUT/images --output_dir OUT/scores",
+    )
+    group = parser.flags("retrieval")
+    group.add(
+        "--model_path",
+        type=Path,
+        per_call=True,
+        metavar="RUN",
+        help="score the retrieval of this train.py or ATMS_retrieval.py run",
+    )
+    group.add(
+        "--checkpoint",
+        choices=("best", "latest"),
+        default="best",
+        help="best on held-out training concepts, or the last one",
+    )
+    group.add(
+        "--clip_feature_path",
+        type=Path,
+        per_call=True,
+        metavar="DIR",
+        help="output of clip_feature_extractor.py",
+    )
+    group.add(
+        "--subjects",
+        nargs="+",
+        metavar="SUB",
+        help="default: the subjects the model was trained on",
+    )
+    group.add(
+        "--cache_dir",
+        type=Path,
+        metavar="DIR",
+        per_call=True,
+        help="where the float32 copies of the EEG live; default: DATA/eeg_cache",
+    )
+    _prior_sampling(parser)
+    group = parser.flags("pictures")
+    group.add(
+        "--images",
+        type=Path,
+        per_call=True,
+        metavar="RUN",
+        help="score the pictures of this generate.py run",
+    )
+    group = parser.flags("both")
+    group.add(
+        "--data_path",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="DATA",
+        help="folder with the test EEG and test_images/",
+    )
+    group.add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="RUN",
+        help="run directory for results.json and table.md",
+    )
+    group.add(
+        "--seed", type=count, default=0, help="of the prior samples and of the shuffled-EEG control"
+    )
+    group.add(
+        "--permutations",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="shuffles of the EEG in the control",
+    )
+    _common(parser)
+    return parser
+
+
+def world() -> Parser:
+    parser = Parser(
+        "world",
+        "Write the embedded world: procedural pictures, SIMULATED EEG, miniature models.",
+        "python -m miniworld --output_path demo/world",
+    )
+    group = parser.flags("world")
+    group.add(
+        "--output_path",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="DIR",
+        help="gets data/ and models/",
+    )
+    group.add("--subjects", type=positive_int, default=2, metavar="N", help="simulated people")
+    group.add(
+        "--training_concepts",
+        type=positive_int,
+        default=300,
+        metavar="N",
+        help="concepts to train on",
+    )
+    group.add(
+        "--images_per_concept",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="pictures of each of them",
+    )
+    group.add(
+        "--test_concepts",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="unseen concepts, one picture each",
+    )
+    group.add(
+        "--training_repetitions",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="EEG trials per training picture",
+    )
+    group.add(
+        "--test_repetitions",
+        type=positive_int,
+        default=20,
+        metavar="N",
+        help="EEG trials per test picture",
+    )
+    group.add(
+        "--snr",
+        type=positive,
+        metavar="RATIO",
+        help="std of evoked signal / std of trial noise; default: the simulator's",
+    )
+    group.add(
+        "--seed", type=count, default=0, help="of concepts, pictures, people, noise and weights"
+    )
+    _common(parser, device=False)
+    return parser
+
+
+def demo() -> Parser:
+    parser = Parser(
+        "demo",
+        "The whole chain on the embedded miniature world: CPU, no downloads, simulated EEG.",
+        "python demo.py",
+    )
+    group = parser.flags("demo")
+    group.add(
+        "--output_path",
+        type=Path,
+        default=Path("demo_output"),
+        metavar="DIR",
+        help="everything goes here",
+    )
+    group.switch("--quick", help="a smaller world and fewer epochs, for a smoke test")
+    group.add("--seed", type=count, default=0, help="of the world and of every stage")
+    _common(parser, device=False)
+    return parser
+
+
+STAGES: dict[str, Callable[[], Parser]] = {
+    "features": features,
+    "train": train,
+    "retrieval": retrieval,
+    "generate": generate,
+    "evaluate": evaluate,
+    "world": world,
+    "demo": demo,
+}
+_PROGRAMS = {
+    "features": "clip_feature_extractor.py",
+    "train": "train.py",
+    "retrieval": "ATMS_retrieval.py",
+    "generate": "generate.py",
+    "evaluate": "evaluate.py",
+    "world": "python -m miniworld",
+    "demo": "demo.py",
+}
+
+
+# ---------------------------------------------------------------- resolving
+
+
+def resolve(stage: str, argv: Sequence[str] | None = None) -> Options:
+    """Parse the command line and its ``--config``. Prints and exits for --help, --print_config and errors."""
+    tokens = sys.argv[1:] if argv is None else [str(token) for token in argv]
+    parser = STAGES[stage]()
+    typed = _given(stage, tokens)
+    config = typed.get("config")
+    configured = _given(stage, _config_tokens(parser, config)) if config else {}
+    values, provenance, missing = {}, {}, []
+    for name, action in parser.actions().items():
+        if name in typed:
+            values[name], provenance[name] = typed[name], "command line"
+        elif name in configured:
+            values[name], provenance[name] = configured[name], f"config {config}"
+        elif action.required:
+            missing.append(f"--{name}")
+        else:
+            values[name], provenance[name] = action.default, "default"
+    if missing:
+        parser.error(f"missing {', '.join(missing)}: on the command line or in --config")
+    options = Options(
+        stage,
+        argparse.Namespace(**values),
+        provenance,
+        tuple(sorted(set(values) - parser.per_call)),
+    )
+    _validate(parser, options.values)
+    if options.values.print_config:
+        print(_as_yaml(options), end="")
+        raise SystemExit(0)
+    return options
+
+
+def answer_quick_questions(stage: str) -> None:
+    """For the top of a script: --help, --print_config and wrong flags answer before torch is loaded."""
+    resolve(stage)
+
+
+def _given(stage: str, tokens: Sequence[str]) -> dict[str, Any]:
+    """Only what ``tokens`` say, parsed and checked."""
+    parser = STAGES[stage]()
+    for action in parser.actions().values():
+        action.required, action.default = False, argparse.SUPPRESS
+    if "--help" in tokens or "-h" in tokens:
+        STAGES[stage]().parse_args(["--help"])
+    values, unknown = parser.parse_known_args(list(tokens))
+    parser.refuse_unknown(unknown)
+    return vars(values)
+
+
+def _config_tokens(parser: Parser, path: Path) -> list[str]:
+    """A config file as command-line tokens."""
+    content = _read_config(parser, path)
+    actions = parser.actions()
+    tokens = []
+    for key, value in content.items():
+        if key not in actions or key == "config":
+            parser.error(f"--config {path}: {_did_you_mean(str(key), list(actions))}")
+        if value is None:
+            continue
+        if isinstance(actions[key], argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                parser.error(f"--config {path}: {key}: {value!r}, expected true or false")
+            tokens.append(f"--{key}" if value else f"--no-{key}")
+        elif isinstance(value, list):
+            tokens += [f"--{key}", *map(str, value)]
+        else:
+            tokens.append(f"--{key}={value}")
+    return tokens
+
+
+def _read_config(parser: Parser, path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        parser.error(f"--config {path}: {error.strerror}")
+    except (ValueError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: not YAML or JSON: {error}")
+    if isinstance(content, dict) and "options" in content:  # a run's own options.json
+        content = content["options"]
+    if not isinstance(content, dict):
+        parser.error(
+            f"--config {path}: expected option names and values, found {type(content).__name__}"
+        )
+    return content
+
+
+def _validate(parser: Parser, values: argparse.Namespace) -> None:
+    """Combinations that no single flag can see."""
+    window = getattr(values, "time_window", None)
+    if window and window[0] >= window[1]:
+        parser.error(f"--time_window {window[0]} {window[1]}: the start must come before the end")
+    if parser.stage == "features" and "{concept}" not in values.text_template:
+        parser.error(
+            f"--text_template {values.text_template!r}: {{concept}} is missing, all texts would be equal"
+        )
+    if parser.stage == "evaluate" and not (values.model_path or values.images):
+        parser.error("nothing to score: give --model_path (retrieval), --images (pictures) or both")
+    if parser.stage == "evaluate" and values.model_path and not values.clip_feature_path:
+        parser.error("--model_path needs --clip_feature_path, the gallery to retrieve from")
+
+
+def _as_yaml(options: Options) -> str:
+    """One line per option with its provenance; JSON values are YAML too."""
+    lines = []
+    for key, value in options.recorded().items():
+        plain = json.loads(json.dumps(value, default=str))
+        lines.append(
+            f"{key}: {json.dumps(plain, ensure_ascii=False)}   # {options.provenance[key]}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def quit_after_dry_run(plan: Sequence[str]) -> NoReturn:
+    """End a --dry_run: print what would be done."""
+    print("dry run, nothing was written. Would:")
+    for line in plan:
+        print(f"  - {line}")
+    raise SystemExit(0)

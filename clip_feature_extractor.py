@@ -1,0 +1,376 @@
+"""Stage 1: encode the stimuli once into five CLIP embeddings each, un-normalised, and write them to disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import args
+
+if __name__ == "__main__":
+    args.answer_quick_questions("features")
+
+import torch
+from torch import nn
+
+import superpixel
+import util
+from dataset import IMAGE_FOLDER, PARTITIONS, Stimulus, check_disjoint, list_stimuli
+from modalities import MODALITIES
+from util import DataError, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+VISUAL = tuple(modality.name for modality in MODALITIES if modality.source != "text")
+TEXT = tuple(modality.name for modality in MODALITIES if modality.source == "text")
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An open_clip model in eval mode, its validation transform (deterministic), tokenizer and identity."""
+
+    model: nn.Module
+    transform: Any
+    tokenize: Any
+    identity: dict[str, str]
+
+    @torch.no_grad()
+    def encode_pictures(self, crops: torch.Tensor) -> torch.Tensor:
+        """[B, 3, S, S] after the transform -> un-normalised float32 [B, D]."""
+        device = next(self.model.parameters()).device
+        return self.model.encode_image(crops.to(device), normalize=False).float().cpu()
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Un-normalised float32 [B, D]."""
+        device = next(self.model.parameters()).device
+        return (
+            self.model.encode_text(self.tokenize(list(texts)).to(device), normalize=False)
+            .float()
+            .cpu()
+        )
+
+
+def model_name(clip_model: str) -> str:
+    """An open_clip model name; a JSON config file is registered under its own name. Raises UserError."""
+    import open_clip
+
+    if clip_model.endswith(".json"):
+        if not Path(clip_model).is_file():
+            raise UserError(
+                "--clip_model",
+                f"{clip_model}: no such file",
+                "an open_clip model config",
+                "check the path",
+            )
+        open_clip.add_model_config(clip_model)
+        return Path(clip_model).stem
+    if clip_model not in open_clip.list_models():
+        raise UserError(
+            "--clip_model",
+            clip_model,
+            f"one of {len(open_clip.list_models())} open_clip models or a JSON",
+            "see open_clip.list_models(); the default is ViT-H-14",
+        )
+    return clip_model
+
+
+def load_clip(clip_model: str, clip_pretrained: str, device: torch.device) -> Clip:
+    """Load any open_clip model with a tag or a local weight file. Raises UserError / DataError."""
+    import open_clip
+
+    name = model_name(clip_model)
+    check_pretrained(name, clip_pretrained)
+    try:
+        model, transform = open_clip.create_model_from_pretrained(
+            name, pretrained=clip_pretrained, device=device
+        )
+    except (RuntimeError, OSError, KeyError) as error:
+        raise DataError(
+            f"--clip_pretrained {clip_pretrained}",
+            f"cannot be loaded into {name}: {error}",
+            f"weights of {name}",
+            "without internet, download the file elsewhere and name it here",
+        ) from None
+    identity = {"model": name, "weights": weights_hash(model)}
+    return Clip(model.eval(), transform, open_clip.get_tokenizer(name), identity)
+
+
+def check_pretrained(name: str, clip_pretrained: str) -> None:
+    """Raise UserError unless this is a file or a tag that open_clip knows for the model."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not Path(clip_pretrained).is_file() and clip_pretrained not in tags:
+        raise UserError(
+            "--clip_pretrained",
+            f"{clip_pretrained}: no such file, nor a tag of {name}",
+            f"a weight file, or one of {', '.join(tags) or '(no tags)'}",
+            "check the path or the tag",
+        )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over names and bytes of the loaded weights: the same for a tag and for its file."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(
+            name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- what CLIP is shown
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Transformed crops [visual modalities, 3, S, S] per stimulus, or a message if it cannot be read."""
+
+    def __init__(
+        self, stimuli: Sequence[Stimulus], transform: Any, png_folder: Path | None
+    ) -> None:
+        self.stimuli, self.transform, self.png_folder = stimuli, transform, png_folder
+
+    def __len__(self) -> int:
+        return len(self.stimuli)
+
+    def __getitem__(self, index: int) -> torch.Tensor | str:
+        try:
+            image = superpixel.read_picture(self.stimuli[index].path)
+        except superpixel.PictureError as error:
+            return str(error)
+        versions = picture_versions(image)
+        if self.png_folder:
+            self._save(self.stimuli[index], versions)
+        return torch.stack([self.transform(versions[name]) for name in VISUAL])
+
+    def _save(self, stimulus: Stimulus, versions: dict[str, Image.Image]) -> None:
+        for modality in MODALITIES:
+            if modality.source == "superpixel":
+                path = self.png_folder / Path(stimulus.key).with_suffix("") / f"{modality.name}.png"
+                with util.atomic_write(path, "wb") as file:
+                    versions[modality.name].save(file, format="PNG")
+
+
+def picture_versions(image: Image.Image) -> dict[str, Image.Image]:
+    """What each visual modality shows CLIP: the picture itself, or one of its superpixel versions."""
+    from PIL import Image as PIL
+
+    levels = superpixel.superpixels(superpixel.at_slic_size(image))
+    return {name: PIL.fromarray(levels[name]) if name in levels else image for name in VISUAL}
+
+
+def read_captions(path: Path | None) -> dict[str, str]:
+    """Captions by picture key or by concept, {} without a file. Raises DataError."""
+    if path is None:
+        return {}
+    captions = util.read_json(path)
+    if not isinstance(captions, dict) or not all(
+        isinstance(text, str) for text in captions.values()
+    ):
+        raise DataError(
+            path,
+            "something else",
+            "a JSON object {picture or concept: caption}",
+            "see docs/data.md",
+        )
+    return captions
+
+
+def caption(stimulus: Stimulus, captions: dict[str, str], template: str) -> str:
+    """The caption of the picture, else of its concept, else the template."""
+    found = captions.get(stimulus.key) or captions.get(stimulus.concept)
+    return found or template.format(concept=stimulus.concept)
+
+
+# ---------------------------------------------------------------- encoding
+
+
+def encode(
+    clip: Clip,
+    stimuli: Sequence[Stimulus],
+    texts: Sequence[str],
+    batch_size: int,
+    num_workers: int,
+    png_folder: Path | None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Features {modality: [b, D]} of the stimuli, batch after batch, superpixels made in worker processes."""
+    loader = torch.utils.data.DataLoader(
+        Pictures(stimuli, clip.transform, png_folder),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+    done = 0
+    for items in loader:
+        for item in items:
+            if isinstance(item, str):
+                raise DataError(
+                    "picture", item, "a whole PNG or JPEG file", "replace the file and run again"
+                )
+        crops = torch.stack(items)  # [b, visual, 3, S, S]
+        visual = clip.encode_pictures(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])
+        features = {name: visual[:, column] for column, name in enumerate(VISUAL)}
+        text = clip.encode_texts(texts[done : done + len(items)])
+        yield features | dict.fromkeys(TEXT, text)
+        done += len(items)
+
+
+def encode_partition(
+    clip: Clip,
+    run: util.RunDirectory,
+    partition: str,
+    stimuli: Sequence[Stimulus],
+    texts: Sequence[str],
+    shard_size: int,
+    batch_size: int,
+    num_workers: int,
+    png_folder: Path | None,
+) -> None:
+    """Encode shard by shard, skipping shards on disk, then join them into ``{partition}.safetensors``."""
+    from tqdm import tqdm
+
+    shards = [
+        run.path / "shards" / f"{partition}-{start:06d}.safetensors"
+        for start in range(0, len(stimuli), shard_size)
+    ]
+    with tqdm(total=len(stimuli), desc=f"encoding {partition}", unit="picture") as bar:
+        for number, path in enumerate(shards):
+            rows = slice(number * shard_size, (number + 1) * shard_size)
+            if path.exists():
+                bar.update(len(stimuli[rows]))
+                continue
+            parts = []
+            for part in encode(
+                clip, stimuli[rows], texts[rows], batch_size, num_workers, png_folder
+            ):
+                parts.append(part)
+                bar.update(len(part["image"]))
+            util.save_tensors(
+                path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, {}
+            )
+    join_shards(clip, run, partition, stimuli, texts, shards)
+
+
+def join_shards(
+    clip: Clip,
+    run: util.RunDirectory,
+    partition: str,
+    stimuli: Sequence[Stimulus],
+    texts: Sequence[str],
+    shards: Sequence[Path],
+) -> None:
+    """Write the partition's features with row ids, and its manifest. Raises DataError for NaN features."""
+    loaded = [util.load_tensors(path)[0] for path in shards]
+    features = {
+        modality.name: torch.cat([part[modality.name] for part in loaded])
+        for modality in MODALITIES
+    }
+    for name, rows in features.items():
+        if not torch.isfinite(rows).all():
+            raise DataError(
+                run.path,
+                f"NaN in the {name} features",
+                "finite features",
+                "check --clip_pretrained",
+            )
+    header = {
+        "clip": clip.identity,
+        "normalised": False,
+        "transform": str(clip.transform),
+        "superpixel": superpixel.describe(),
+    }
+    ids = torch.tensor([item.id for item in stimuli])
+    util.save_tensors(run.path / f"{partition}.safetensors", features | {"stimulus": ids}, header)
+    util.write_json(
+        run.path / f"{partition}.json",
+        header
+        | {
+            "features": {
+                name: {
+                    "shape": list(rows.shape),
+                    "dtype": str(rows.dtype),
+                    "mean_norm": float(rows.norm(dim=1).mean()),
+                }
+                for name, rows in features.items()
+            },
+            "rows": [
+                {"stimulus": item.id, "picture": item.key, "concept": item.concept, "text": text}
+                for item, text in zip(stimuli, texts, strict=True)
+            ],
+        },
+    )
+
+
+def picture_hash(stimuli: Sequence[Stimulus]) -> str:
+    """sha256 over keys and contents of all pictures."""
+    return util.json_hash([[item.key, util.file_hash(item.path)] for item in stimuli])
+
+
+def default_workers() -> int:
+    return max(1, (os.cpu_count() or 2) - 1)
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Encode both partitions, or go on encoding, or do nothing when the bank is finished."""
+    options = args.resolve("features", argv)
+    values = options.values
+    stimuli = {partition: list_stimuli(values.data_path, partition) for partition in PARTITIONS}
+    check_disjoint(stimuli["training"], stimuli["test"])
+    captions = read_captions(values.captions)
+    check_pretrained(model_name(values.clip_model), values.clip_pretrained)
+    device = util.pick_device(values.device)
+    weights = Path(values.clip_pretrained)
+    inputs = {IMAGE_FOLDER[name]: picture_hash(items) for name, items in stimuli.items()} | {
+        "captions": util.json_hash(captions),
+        "clip_weights": util.file_hash(weights) if weights.is_file() else values.clip_pretrained,
+    }
+    run = util.RunDirectory(values.output_path, "features")
+    run.check(options.recorded(), inputs, options.fixed)
+    if values.dry_run:
+        args.quit_after_dry_run(
+            [
+                f"encode {len(items)} {name} pictures with {values.clip_model} on {device}"
+                for name, items in stimuli.items()
+            ]
+            + [f"write to {values.output_path}"]
+        )
+    run.start(options.recorded(), options.provenance, inputs, options.fixed)
+    if run.finished:
+        util.LOG.info("already finished, nothing to do")
+        return 0
+    clip = load_clip(values.clip_model, values.clip_pretrained, device)
+    workers = default_workers() if values.num_workers is None else values.num_workers
+    png_folder = run.path / "superpixels" if values.save_superpixels else None
+    for partition, items in stimuli.items():
+        texts = [caption(item, captions, values.text_template) for item in items]
+        encode_partition(
+            clip,
+            run,
+            partition,
+            items,
+            texts,
+            values.shard_size,
+            values.batch_size,
+            workers,
+            png_folder,
+        )
+    run.finish({name: len(items) for name, items in stimuli.items()})
+    for path in (run.path / "shards").glob("*.safetensors"):
+        path.unlink()
+    (run.path / "shards").rmdir()
+    print(f"feature bank: {run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,440 @@
+"""Stage 3: EEG -> five predicted CLIP embeddings -> pictures, injected layer-wise into SDXL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import args
+
+if __name__ == "__main__":
+    args.answer_quick_questions("generate")
+
+import numpy as np
+import torch
+
+import injection
+import superpixel
+import util
+from ATMS_retrieval import Decoder
+from dataset import Stimulus, TestEEG, locate_test_eeg, open_test
+from modalities import MODALITIES, NAMES, recipes
+from util import UserError
+
+ORACLE = "oracle prompt: SDXL was told the stimulus' own caption"
+THUMBNAIL_PX = 160
+OVERVIEW_ROWS = 12
+
+
+# ---------------------------------------------------------------- EEG -> embeddings
+
+
+def predict(
+    decoder: Decoder,
+    test: TestEEG,
+    rows: Sequence[int],
+    steps: int,
+    guidance: float,
+    sampler: str,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """Predicted embeddings {modality: [n, D]} of some rows; a row's noise depends on its stimulus alone."""
+    chosen = list(rows)
+    subject = torch.full((len(chosen),), decoder.subject_index(test.subject))
+    condition = decoder.embed(test.eeg[chosen], subject).to(next(decoder.parameters()).device)
+    ids = test.ids
+    seeds = [util.seed_for(seed, "prior", ids[row]) for row in chosen]
+    samples = decoder.bank.sample(condition, steps, guidance, seeds, sampler)
+    return {name: rows.cpu() for name, rows in samples.items()}
+
+
+# ---------------------------------------------------------------- embeddings + recipes -> pictures
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to draw: ``row`` of the predicted embeddings; ``names``: the recipes that equal it."""
+
+    row: int
+    names: tuple[str, ...]
+    scales: torch.Tensor  # [M, L]
+
+
+def distinct_recipes(
+    mode: str, preset: injection.InjectionMap, layers: Sequence[injection.Layer], strength: float
+) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+    """(names, scales [M, L]) of the mode's recipes; recipes with equal scales are drawn once."""
+    distinct: dict[bytes, tuple[tuple[str, ...], torch.Tensor]] = {}
+    for recipe in recipes(mode):
+        table = injection.scales(recipe, preset, layers, strength)
+        key = table.numpy().tobytes()
+        names = distinct[key][0] if key in distinct else ()
+        distinct[key] = ((*names, recipe.name), table)
+    return list(distinct.values())
+
+
+def shard_rows(count: int, shard: str) -> list[int]:
+    """Rows of the i-th of n parts; every row is in exactly one part."""
+    index, parts = util.parse_shard(shard)
+    return list(range(index - 1, count, parts))
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """SDXL with the adapter installed, and the drawing options that all pictures share."""
+
+    pipe: Any
+    injector: injection.Injector
+    prompts: (
+        injection.PromptEmbeds
+    )  # encoded once: one for all rows, or one per row of the test set
+    steps: int
+    guidance: float
+    size: int
+    seed: int
+
+    def draw(
+        self,
+        tasks: Sequence[Task],
+        embeddings: torch.Tensor,
+        ids: Sequence[int],
+        places: Mapping[int, int],
+    ) -> np.ndarray:
+        """Pictures uint8 [B, H, W, 3]; embeddings [n, M, D]; ``places``: test row -> embedding row."""
+        rows = [task.row for task in tasks]
+        one = len(self.prompts.text) == 1
+        return injection.draw(
+            self.pipe,
+            self.injector,
+            embeddings[[places[row] for row in rows]],
+            torch.stack([task.scales for task in tasks]),
+            [util.seed_for(self.seed, "sdxl", ids[row]) for row in rows],
+            self.prompts if one else self.prompts.chosen(rows),
+            self.steps,
+            self.guidance,
+            self.size,
+        )
+
+
+# ---------------------------------------------------------------- pictures -> disk
+
+
+def picture_path(folder: str, recipe: str, oracle: bool) -> str:
+    return f"{folder}/{recipe}{'_oracle' if oracle else ''}.png"
+
+
+def save_picture(path: Path, picture: np.ndarray, note: str) -> None:
+    """Write uint8 [H, W, 3] as PNG with a note in its metadata, atomically."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("Comment", note)
+    with util.atomic_write(path, "wb") as file:
+        Image.fromarray(picture).save(file, format="PNG", pnginfo=info)
+
+
+def labelled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], title: str) -> Any:
+    """A PIL sheet of titled rows of (label, picture); a picture is a PIL image or None for a gap."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell, text, left, top = THUMBNAIL_PX, 18, 96, 28
+    columns = max(len(cells) for _, cells in rows)
+    sheet = Image.new(
+        "RGB", (left + columns * (cell + 6), top + len(rows) * (cell + text + 8)), "white"
+    )
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    pen.text((6, 6), title, fill="black", font=ImageFont.load_default(15))
+    for line, (name, cells) in enumerate(rows):
+        y = top + line * (cell + text + 8)
+        pen.multiline_text((6, y + text + 4), name.replace(" ", "\n"), fill="black", font=font)
+        for column, (label, picture) in enumerate(cells):
+            x = left + column * (cell + 6)
+            pen.text((x, y + 2), label, fill="black", font=font)
+            if picture is not None:
+                sheet.paste(picture.convert("RGB").resize((cell, cell)), (x, y + text))
+    return sheet
+
+
+def short(recipe: str) -> str:
+    """A recipe's or modality's name as people read it."""
+    words = recipe.replace("separate_", "").replace("superpixel_", "")
+    if words.startswith("progressive_"):
+        step, _, name = words.removeprefix("progressive_").partition("_")
+        return name if step == "1" else f"+ {name}"
+    return words
+
+
+def _open(path: Path) -> Any:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def stimulus_views(stimulus: Stimulus | None) -> list[tuple[str, Any]]:
+    """The stimulus and its superpixel versions, labelled; nothing where the pictures are not at hand."""
+    from PIL import Image
+
+    if stimulus is None:
+        return []
+    picture = superpixel.read_picture(stimulus.path)
+    levels = superpixel.superpixels(superpixel.at_slic_size(picture))
+    return [
+        ("stimulus", picture),
+        *((short(name), Image.fromarray(pixels)) for name, pixels in levels.items()),
+    ]
+
+
+def contact_sheet(
+    out: Path, folder: str, stimulus: Stimulus | None, mode: str, oracle: bool
+) -> Any:
+    """One stimulus: what was seen, then each mode's pictures in a row."""
+    rows = [("seen", stimulus_views(stimulus))] if stimulus else []
+    for part in ("separate", "fused", "progressive") if mode == "all" else (mode,):
+        cells = [
+            (short(recipe.name), _open(out / picture_path(folder, recipe.name, oracle)))
+            for recipe in recipes(part)
+        ]
+        rows.append((part, cells))
+    return labelled_grid(rows, folder + (f"   [{ORACLE}]" if oracle else ""))
+
+
+def overview(out: Path, test: TestEEG, rows: Sequence[int], mode: str, oracle: bool) -> Any:
+    """The first stimuli below each other, one recipe per column."""
+    lines = []
+    for row in rows[:OVERVIEW_ROWS]:
+        seen = [("stimulus", _open(test.stimuli[row].path))] if test.stimuli else []
+        drawn = [
+            (short(recipe.name), _open(out / picture_path(test.names[row], recipe.name, oracle)))
+            for recipe in recipes(mode)
+        ]
+        lines.append((test.names[row].split("_", 1)[-1].replace("_", " "), [*seen, *drawn]))
+    title = f"subject {test.subject}: {mode}" + (f"   [{ORACLE}]" if oracle else "")
+    return labelled_grid(lines, title)
+
+
+def save_sheet(path: Path, sheet: Any) -> None:
+    with util.atomic_write(path, "wb") as file:
+        sheet.save(file, format="PNG")
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def oracle_prompts(captions: Path | None, stimuli: Sequence[Stimulus] | None) -> list[str]:
+    """The stimuli's own captions, for ``--prompt_source oracle`` only. Raises UserError / DataError."""
+    if stimuli is None:
+        raise UserError(
+            "--prompt_source oracle",
+            "no stimuli beside the EEG",
+            "test_images/",
+            "give --data_path",
+        )
+    known = util.read_json(captions) if captions else {}
+    return [
+        known.get(item.key) or known.get(item.concept) or f"This picture is {item.concept}"
+        for item in stimuli
+    ]
+
+
+def model_inputs(values: Any, test: TestEEG) -> dict[str, str]:
+    """Identity of everything that determines the pictures beside the options."""
+    model = values.model_path / "checkpoints" / values.checkpoint / "model.safetensors"
+    sdxl = Path(values.sd_model_path)
+    files = sorted(sdxl.rglob("*.safetensors")) if sdxl.is_dir() else [sdxl]
+    return {
+        "eeg": test.hash,
+        "model": util.file_hash(model),
+        "ip_adapter": util.file_hash(values.ip_adapter_path),
+        "sdxl": util.json_hash(
+            [[str(file.relative_to(sdxl)), util.file_hash(file)] for file in files]
+        ),
+        "captions": util.file_hash(values.captions) if values.captions else "",
+        "vae": str(values.vae_path or ""),
+    }
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return names.get(precision, torch.float16 if device.type == "cuda" else torch.float32)
+
+
+def pending(tasks: Sequence[Task], done: set[tuple[int, str]], ids: Sequence[int]) -> list[Task]:
+    """Tasks of which some recipe is not on disk yet."""
+    return [task for task in tasks if any((ids[task.row], name) not in done for name in task.names)]
+
+
+def drawn_already(out: Path, journal: Path) -> set[tuple[int, str]]:
+    """(stimulus, recipe) of the pictures that the journal lists and the disk has."""
+    return {
+        (record["stimulus"], record["recipe"])
+        for record in util.read_jsonl(journal)
+        if (out / record["file"]).exists()
+    }
+
+
+def batches(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
+    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+
+
+def write_pictures(
+    out: Path,
+    journal: Path,
+    done: set[tuple[int, str]],
+    tasks: Sequence[Task],
+    pictures: np.ndarray,
+    test: TestEEG,
+    about: Mapping[str, Any],
+) -> None:
+    """Save a batch under all its recipes' names and journal each picture after it is on disk."""
+    oracle = about["prompt_source"] == "oracle"
+    for task, picture in zip(tasks, pictures, strict=True):
+        for name in task.names:
+            file = picture_path(test.names[task.row], name, oracle)
+            active = {recipe.name: recipe.active for recipe in recipes("all")}[name]
+            save_picture(out / file, picture, ORACLE if oracle else "neutral prompt")
+            util.append_jsonl(
+                journal,
+                {
+                    "stimulus": test.ids[task.row],
+                    "row": task.row,
+                    "folder": test.names[task.row],
+                    "recipe": name,
+                    "active": active,
+                    "file": file,
+                    **about,
+                },
+            )
+            done.add((test.ids[task.row], name))
+
+
+def render(
+    values: Any,
+    run: util.RunDirectory,
+    renderer: Renderer,
+    embeddings: Mapping[str, torch.Tensor],
+    test: TestEEG,
+    rows: Sequence[int],
+    part: str,
+) -> None:
+    """Draw what is missing, batch by batch over stimuli and recipes, and each stimulus' contact sheet."""
+    from tqdm import tqdm
+
+    out, ids, oracle = run.path, test.ids, values.prompt_source == "oracle"
+    journal = out / f"images{part}.jsonl"
+    preset = injection.load_injection(values.injection)
+    variants = distinct_recipes(
+        values.mode, preset, renderer.injector.layers, values.fusion_strength
+    )
+    tasks = [Task(row, names, table) for row in rows for names, table in variants]
+    done = drawn_already(out, journal)
+    about = {
+        "subject": test.subject,
+        "prompt_source": values.prompt_source,
+        "seed": values.seed,
+        "injection": values.injection,
+    }
+    stacked = torch.stack([embeddings[name] for name in NAMES], dim=1)
+    places = {row: place for place, row in enumerate(rows)}
+    missing = pending(tasks, done, ids)
+    with tqdm(
+        total=len(tasks), initial=len(tasks) - len(missing), desc="drawing", unit="picture"
+    ) as bar:
+        for batch in batches(missing, values.batch_size):
+            pictures = renderer.draw(batch, stacked, ids, places)
+            write_pictures(out, journal, done, batch, pictures, test, about)
+            bar.update(len(batch))
+    for row in tqdm(rows, desc="contact sheets", unit="sheet"):
+        path = out / test.names[row] / ("sheet_oracle.png" if oracle else "sheet.png")
+        if not path.exists():
+            stimulus = test.stimuli[row] if test.stimuli else None
+            save_sheet(path, contact_sheet(out, test.names[row], stimulus, values.mode, oracle))
+    save_sheet(out / f"overview{part}.png", overview(out, test, rows, values.mode, oracle))
+
+
+def open_model(values: Any) -> tuple[Decoder, TestEEG]:
+    """The decoder and the EEG it is to read, checked against each other and the adapter."""
+    injection.load_injection(values.injection)
+    decoder = Decoder.load(values.model_path, values.checkpoint)
+    if decoder.bank is None:
+        raise UserError(
+            "--model_path",
+            f"{values.model_path}: an encoder without priors",
+            "a run of train.py",
+            "train the priors with train.py --init_from that run",
+        )
+    injection.check_sdxl(values.sd_model_path)
+    injection.check_ip_adapter(values.ip_adapter_path, decoder.bank.embed_dim)
+    file, subject, data_path = locate_test_eeg(values.eeg_data, values.subject, values.data_path)
+    test = open_test(
+        file,
+        subject,
+        data_path,
+        values.cache_dir,
+        decoder.signal["channels"],
+        decoder.signal["times"],
+    )
+    return decoder, test
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw all pictures of this shard, or go on drawing, or do nothing when they are finished."""
+    options = args.resolve("generate", argv)
+    values = options.values
+    device = util.pick_device(values.device)
+    decoder, test = open_model(values)
+    oracle = values.prompt_source == "oracle"
+    prompts = oracle_prompts(values.captions, test.stimuli) if oracle else [values.prompt]
+    rows = shard_rows(min(values.max_stimuli or len(test.eeg), len(test.eeg)), values.shard)
+    part = "" if values.shard == "1/1" else f"-{values.shard.replace('/', '-of-')}"
+    inputs = model_inputs(values, test)
+    run = util.RunDirectory(values.output_dir, "generate", part=part.removeprefix("-"))
+    run.check(options.recorded(), inputs, options.fixed)
+    if values.dry_run:
+        args.quit_after_dry_run(
+            [
+                f"predict {len(MODALITIES)} embeddings of {len(rows)} stimuli seen by {test.subject}",
+                f"draw {len(rows)} x {len(recipes(values.mode))} pictures of {values.size} px on {device}",
+                f"write to {values.output_dir}",
+            ]
+        )
+    run.start(options.recorded(), options.provenance, inputs, options.fixed)
+    if run.finished:
+        util.LOG.info("already finished, nothing to do")
+        return 0
+    embeddings = predict(
+        decoder.to(device),
+        test,
+        rows,
+        values.prior_steps,
+        values.prior_guidance,
+        values.prior_sampler,
+        values.seed,
+    )
+    util.save_tensors(
+        run.path / f"embeddings{part}.safetensors",
+        embeddings | {"stimulus": torch.tensor([test.ids[row] for row in rows])},
+        {"clip": decoder.clip, "normalised": False, "subject": test.subject},
+    )
+    pipe = injection.load_sdxl(
+        values.sd_model_path, pick_dtype(values.precision, device), device, values.vae_path
+    )
+    injector = injection.Injector.install(
+        pipe.unet, injection.read_ip_adapter(values.ip_adapter_path)
+    )
+    encoded = injection.encode_prompt(pipe, prompts, [values.negative_prompt] * len(prompts))
+    renderer = Renderer(
+        pipe, injector, encoded, values.steps, values.guidance, values.size, values.seed
+    )
+    render(values, run, renderer, embeddings, test, rows, part)
+    run.finish({"stimuli": len(rows), "recipes": len(recipes(values.mode))})
+    print(f"pictures: {run.path}\noverview: {run.path / f'overview{part}.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,75 @@
+"""Losses: noise prediction (MSE + cosine), CLIP contrast, and their weighted totals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from modalities import MODALITIES
+
+MSE_SHARE, COSINE_SHARE = 0.7, 0.3  # the published prior loss: 0.7 MSE + 0.3 (1 - cos)
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Scalars of one modality: ``total`` = 0.7 ``mse`` + 0.3 (1 - ``cosine``)."""
+
+    total: torch.Tensor
+    mse: torch.Tensor
+    cosine: torch.Tensor
+
+
+def check_pair(predicted: torch.Tensor, target: torch.Tensor) -> None:
+    """Raise ValueError unless both are [B, D] and equal in shape: broadcasting hides swapped rows."""
+    if predicted.ndim != 2 or predicted.shape != target.shape:
+        raise ValueError(
+            f"shapes {tuple(predicted.shape)} and {tuple(target.shape)}, expected the same [B, D]"
+        )
+
+
+def noise_loss(predicted: torch.Tensor, noise: torch.Tensor) -> LossTerms:
+    """Loss of a predicted noise [B, D] against the noise [B, D] that was added."""
+    check_pair(predicted, noise)
+    mse = F.mse_loss(predicted, noise)
+    cosine = F.cosine_similarity(predicted, noise, dim=1).mean()
+    return LossTerms(MSE_SHARE * mse + COSINE_SHARE * (1 - cosine), mse, cosine)
+
+
+def prior_total(terms: Mapping[str, LossTerms]) -> torch.Tensor:
+    """Sum over the modalities of registry weight x loss."""
+    return torch.stack(
+        [modality.loss_weight * terms[modality.name].total for modality in MODALITIES]
+    ).sum()
+
+
+def clip_loss(eeg: torch.Tensor, features: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Symmetric CLIP loss (Radford et al. 2021) of embeddings [B, D] against features [B, D].
+
+    Both sides are L2-normalised here; ``scale`` multiplies the cosines (already exponentiated). Every
+    other row of the batch is a negative.
+    """
+    check_pair(eeg, features)
+    logits = scale * F.normalize(eeg, dim=1) @ F.normalize(features, dim=1).T
+    truth = torch.arange(len(eeg), device=eeg.device)
+    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+
+
+def contrastive_total(
+    eeg: torch.Tensor, targets: Mapping[str, torch.Tensor], scale: torch.Tensor, text_share: float
+) -> torch.Tensor:
+    """(1 - text_share) x CLIP loss to images + text_share x CLIP loss to texts. ATM uses 0.01."""
+    to_images = clip_loss(eeg, targets["image"], scale)
+    if text_share == 0:
+        return to_images
+    return (1 - text_share) * to_images + text_share * clip_loss(eeg, targets["text"], scale)
+
+
+def first_non_finite(parts: Mapping[str, torch.Tensor]) -> str | None:
+    """Name of the first part that is NaN or infinite, None if all are finite."""
+    for name, value in parts.items():
+        if not torch.isfinite(value):
+            return name
+    return None

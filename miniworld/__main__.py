@@ -1,0 +1,71 @@
+"""Write the embedded world: procedural pictures, simulated EEG in the published format, miniature models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import args
+
+if __name__ == "__main__":
+    args.answer_quick_questions("world")
+
+import numpy as np
+
+import util
+from miniworld import eeg, models, pictures
+
+
+def rendered(scenes: Sequence[pictures.Scene]) -> Iterator[np.ndarray]:
+    """The pictures of the scenes, uint8 [H, W, 3] each, one at a time."""
+    return (pictures.render(scene) for scene in scenes)
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write ``data/`` (THINGS-EEG2 layout) and ``models/``, or do nothing if they are finished."""
+    options = args.resolve("world", argv)
+    values = options.values
+    snr = eeg.DEFAULT_SNR if values.snr is None else values.snr
+    root = values.output_path
+    n_pictures = values.training_concepts * values.images_per_concept + values.test_concepts
+    run = util.RunDirectory(root, "world")
+    run.check(options.recorded(), {}, options.fixed)
+    if values.dry_run:
+        args.quit_after_dry_run(
+            [
+                f"draw {n_pictures} pictures into {root / 'data'}",
+                f"simulate the EEG of {values.subjects} people at SNR {snr}",
+                f"write random miniature CLIP, SDXL and IP-Adapter into {root / 'models'}",
+            ]
+        )
+    run.start(options.recorded(), options.provenance, {}, options.fixed)
+    if run.finished:
+        util.LOG.info("already finished, nothing to do")
+        return 0
+    scenes = pictures.write_stimuli(
+        root / "data",
+        values.training_concepts,
+        values.images_per_concept,
+        values.test_concepts,
+        values.seed,
+    )
+    repetitions = {"training": values.training_repetitions, "test": values.test_repetitions}
+    for number in range(1, values.subjects + 1):
+        util.LOG.info("simulating the EEG of sub-%02d at SNR %s", number, snr)
+        eeg.write_subject(
+            root / "data",
+            f"sub-{number:02d}",
+            {name: rendered(items) for name, items in scenes.items()},
+            scenes,
+            repetitions,
+            snr,
+            values.seed,
+        )
+    models.write_models(root / "models", values.seed)
+    run.finish({"simulated": True, "snr": snr})
+    print(f"embedded world (SIMULATED EEG): {root}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

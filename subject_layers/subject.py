@@ -1,0 +1,32 @@
+"""A linear layer over time for each subject."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class SubjectLinear(nn.Module):
+    """x + x W_s + b_s by the subject of each row; the mean over subjects for an unknown one (-1).
+
+    Starts as the identity, so that a single subject begins where no subject layer would.
+    """
+
+    def __init__(self, n_subjects: int, n_times: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_subjects, n_times, n_times))
+        self.bias = nn.Parameter(torch.zeros(n_subjects, n_times))
+
+    def forward(self, eeg: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
+        """eeg [B, C, T], subject int64 [B] -> [B, C, T]."""
+        # one product per subject present, not a [B, T, T] gather
+        change = torch.zeros_like(eeg)
+        for index in subject.unique().tolist():
+            rows = (subject == index).nonzero().squeeze(1)
+            weight, bias = (
+                (self.weight.mean(0), self.bias.mean(0))
+                if index < 0
+                else (self.weight[index], self.bias[index])
+            )
+            change = change.index_add(0, rows, (eeg[rows] @ weight + bias).to(eeg.dtype))
+        return eeg + change

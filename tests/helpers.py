@@ -1,0 +1,9 @@
+"""Shared by tests: where the optional development data lies, and the golden-number recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"

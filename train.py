@@ -1,0 +1,137 @@
+"""Stage 2: fit the EEG encoder and the five diffusion priors jointly, under one optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import args
+
+if __name__ == "__main__":
+    args.answer_quick_questions("train")
+
+import torch
+
+import engine
+import util
+from ATMS_retrieval import Decoder, new_encoder, validation_retrieval
+from dataset import Batch, TrainingData, open_training
+from loss import contrastive_total, prior_total
+from masking import Masking
+from modalities import NAMES
+from unet import PriorBank
+
+VALIDATION_DRAWS = 4  # timesteps and noises per held-out stimulus, the same at every validation
+
+
+class JointObjective:
+    """Sum of registry weight x prior loss, plus ``contrast_weight`` x CLIP loss; gradients reach the encoder."""
+
+    def __init__(
+        self, decoder: Decoder, data: TrainingData, contrast_weight: float, text_share: float
+    ) -> None:
+        self.decoder, self.data = decoder, data
+        self.contrast_weight, self.text_share = contrast_weight, text_share
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        embedding = self.decoder.encoder(batch.eeg, batch.subject)
+        return self._losses(embedding, batch.targets, generator)
+
+    def _losses(
+        self, embedding: torch.Tensor, targets: dict[str, torch.Tensor], generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        terms = self.decoder.bank.losses(targets, embedding, generator)
+        contrast = contrastive_total(
+            embedding, targets, self.decoder.encoder.similarity_scale, self.text_share
+        )
+        parts = {f"prior_{name}": terms[name].total for name in NAMES}
+        parts |= {f"cosine_{name}": terms[name].cosine for name in NAMES}
+        return parts | {
+            "contrast": contrast,
+            "loss": prior_total(terms) + self.contrast_weight * contrast,
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Losses and retrieval on held-out concepts; the lowest total loss is ``best``."""
+        eeg, subject = self.data.validation()
+        if not len(eeg):
+            return {"select": 0.0}
+        embeddings = self.decoder.embed(eeg, subject)
+        device = next(self.decoder.parameters()).device
+        rows = self.data.val_rows.repeat(len(self.data.signal["subjects"]))
+        targets = {name: features[rows].to(device) for name, features in self.data.targets.items()}
+        generator = util.generator_for(self.data.seed, "validation noise")
+        draws = [
+            self._losses(embeddings.to(device), targets, generator) for _ in range(VALIDATION_DRAWS)
+        ]
+        scores = {
+            f"val_{name}": float(torch.stack([draw[name] for draw in draws]).mean())
+            for name in draws[0]
+        }
+        return (
+            scores | validation_retrieval(embeddings, self.data) | {"select": -scores["val_loss"]}
+        )
+
+
+def new_decoder(
+    data: TrainingData, seed: int, condition_dropout: float, init_from: Path | None
+) -> Decoder:
+    """A fresh decoder, its bank standardised on the training rows; ``init_from``: a pre-trained encoder."""
+    encoder = new_encoder(data, seed)
+    if init_from is not None:
+        donor = Decoder.load(init_from, "best")
+        if donor.encoder.config != encoder.config or donor.signal != data.signal:
+            raise util.UserError(
+                "--init_from",
+                f"an encoder for {donor.encoder.config} of {donor.signal['subjects']}",
+                f"one for {encoder.config} of {data.signal['subjects']}",
+                "pre-train with the same subjects, channels and time window",
+            )
+        encoder.load_state_dict(donor.encoder.state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(util.seed_for(seed, "priors"))
+        width = data.targets["image"].shape[1]
+        bank = PriorBank(width, encoder.embed_dim, condition_dropout=condition_dropout)
+    bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
+    return Decoder(encoder, bank, data.signal, data.clip)
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, or go on training, or do nothing when the run is finished."""
+    options = args.resolve("train", argv)
+    values = options.values
+    device = util.pick_device(values.device)
+    data = open_training(
+        values.data_path,
+        values.clip_feature_path,
+        values.subjects,
+        values.channels,
+        values.time_window,
+        values.trials,
+        values.val_fraction,
+        values.seed,
+        values.cache_dir,
+    )
+    decoder = new_decoder(data, values.seed, values.condition_dropout, values.init_from)
+    masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
+    run = util.RunDirectory(values.output_dir, "train")
+    run.check(options.recorded(), data.hashes, options.fixed)
+    if values.dry_run:
+        args.quit_after_dry_run(
+            [
+                *data.describe(),
+                f"train {engine.describe_parameters(decoder)} on {device} for {values.epochs} epochs",
+                f"write checkpoints, metrics.jsonl and TensorBoard files to {values.output_dir}",
+            ]
+        )
+    run.start(options.recorded(), options.provenance, data.hashes, options.fixed)
+    objective = JointObjective(decoder, data, values.contrast_weight, values.text_contrast)
+    engine.fit(run, decoder, objective, data, masking, engine.schedule_from(values), device)
+    print(f"model: {values.output_dir / 'checkpoints' / 'best' / 'model.safetensors'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

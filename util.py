@@ -1,0 +1,432 @@
+"""What every stage shares: errors, run directories, atomic files, safetensors + manifests, hashes, seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+LOG = logging.getLogger("eeg2image")
+PREEMPTED = 75  # EX_TEMPFAIL: saved and stopped on a signal; the same command goes on
+_HASHED_WHOLE = 1 << 28  # files above 256 MiB are identified by their size and both ends
+_END = 1 << 20
+
+
+class StageError(Exception):
+    """Bad input, told so that it can be mended: where, found, expected, cure."""
+
+    exit_code = 1
+
+    def __init__(self, where: object, found: object, expected: object, cure: str) -> None:
+        self.where, self.found, self.expected, self.cure = str(where), found, expected, cure
+        super().__init__(
+            f"{where}\n  found:    {found}\n  expected: {expected}\n  cure:     {cure}"
+        )
+
+
+class UserError(StageError):
+    """A flag or a combination of flags that cannot work. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(StageError):
+    """A file that is missing, damaged or of another kind. Exit code 1."""
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGUSR1 arrived and the state is saved. Exit code :data:`PREEMPTED`."""
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """Turn a stage's ``main`` into one that returns exit codes: 2 user error, 1 data error."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except StageError as error:
+            if LOG.handlers:
+                LOG.error("error: %s", error)
+            else:  # before a run directory was opened
+                print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except Preempted as stop:
+            LOG.warning("%s", stop)
+            return PREEMPTED
+        except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong flag
+            return stop.code if isinstance(stop.code, int) else 2
+        except KeyboardInterrupt:
+            LOG.warning("interrupted; the same command goes on where it stopped")
+            return 130
+        finally:
+            _close_log()
+
+    return wrapped
+
+
+# ---------------------------------------------------------------- logging
+
+
+def start_log(path: Path | None) -> None:
+    """Log to stderr and, with ``path``, append to that file."""
+    _close_log()
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if path is not None:
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        LOG.addHandler(handler)
+
+
+def _close_log() -> None:
+    for handler in list(LOG.handlers):
+        LOG.removeHandler(handler)
+        handler.close()
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path``; it takes the name only when complete and on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes 0600; colleagues read run directories
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=1, ensure_ascii=False, default=str)
+        file.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises DataError for a missing, empty or damaged file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            path, "no such file", "a JSON file", "run the stage that writes it first"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            path, f"not JSON ({error})", "a JSON file", "delete it and rerun its stage"
+        ) from None
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line with a single write, so that a kill leaves at most one torn last line."""
+    line = json_line(record)
+    with open(path, "ab") as file:
+        if file.tell() and not _ends_with_newline(path):
+            line = "\n" + line
+        file.write(line.encode())
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole records; a line torn by a kill is skipped."""
+    records = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file; above 256 MiB of its size and first and last MiB (prefix ``ends:``)."""
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if size <= _HASHED_WHOLE:
+            for block in iter(lambda: file.read(_END), b""):
+                digest.update(block)
+            return digest.hexdigest()
+        digest.update(str(size).encode() + file.read(_END))
+        file.seek(-_END, os.SEEK_END)
+        digest.update(file.read())
+    return "ends:" + digest.hexdigest()
+
+
+def json_hash(content: Any) -> str:
+    """sha256 of JSON-able content, keys sorted. Anything else is a TypeError, never silently a str."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]
+) -> None:
+    """Write safetensors atomically, ``header`` as one JSON string in the file's own metadata."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path, "wb") as file:
+        file.write(save(whole, metadata={"header": json.dumps(header, default=str)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read safetensors and its JSON header ({} if it has none). Raises DataError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, header
+    except FileNotFoundError:
+        raise DataError(
+            path, "no such file", "a safetensors file", "run the stage that writes it"
+        ) from None
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise DataError(
+            path,
+            f"unreadable ({error})",
+            "a complete safetensors file",
+            "it was cut short or is of another kind: copy or make it again",
+        ) from None
+
+
+# ---------------------------------------------------------------- seeds
+
+
+def seed_for(seed: int, *names: object) -> int:
+    """A 63-bit seed that belongs to a sample: independent of batch, shard, order and process."""
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator_for(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator for ``seed_for(seed, *names)``; e.g. ``generator_for(0, "sdxl", stimulus)``."""
+    return torch.Generator().manual_seed(seed_for(seed, *names))
+
+
+def numpy_generator_for(seed: int, *names: object) -> np.random.Generator:
+    return np.random.default_rng(seed_for(seed, *names))
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` = CUDA if there is one, else CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "--device",
+            name,
+            "a CUDA device that torch can see",
+            "use --device cpu, or install a torch build for this GPU's driver",
+        )
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(
+            "--device", name, "auto, cpu, cuda or cuda:N", "name one of these"
+        ) from None
+
+
+# ---------------------------------------------------------------- run directories
+
+
+class RunDirectory:
+    """A directory that explains itself and refuses to become another run.
+
+    ``options.json`` (values and where each came from), ``env.json`` (one entry per start), ``inputs.json`` (hashes), ``log.txt``,
+    and ``DONE`` last. The same command resumes; changed options or inputs are an error that names them.
+    """
+
+    def __init__(self, path: Path, stage: str, *, part: str = "") -> None:
+        self.path, self.stage = Path(path), stage
+        self._done = self.path / (f"DONE-{part}" if part else "DONE")
+
+    @property
+    def finished(self) -> bool:
+        return self._done.exists()
+
+    def check(
+        self, options: Mapping[str, Any], inputs: Mapping[str, Any], fixed: Sequence[str]
+    ) -> None:
+        """Raise UserError if this directory holds another run. Writes nothing.
+
+        ``fixed``: names of the options that determine the result; the rest may change between calls.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.path.is_dir() or not (self.path / "options.json").exists():
+            raise UserError(
+                self.path,
+                "files that no run of this project wrote",
+                "a new or empty directory",
+                "name another output directory",
+            )
+        recorded = read_json(self.path / "options.json")
+        if recorded.get("stage") != self.stage:
+            raise UserError(
+                self.path,
+                f"a run of {recorded.get('stage')}",
+                f"a run of {self.stage}",
+                "name another output directory",
+            )
+        now, before = _plain(options), recorded["options"]
+        changes = [
+            f"--{name}: {before.get(name)!r} then, {now.get(name)!r} now"
+            for name in fixed
+            if now.get(name) != before.get(name)
+        ]
+        earlier = (
+            read_json(self.path / "inputs.json") if (self.path / "inputs.json").exists() else inputs
+        )
+        changes += [
+            f"input {name}: {earlier.get(name)!r} then, {inputs.get(name)!r} now"
+            for name in sorted({*inputs, *earlier})
+            if _plain(inputs).get(name) != earlier.get(name)
+        ]
+        if changes:
+            raise UserError(
+                self.path,
+                "a run with other settings:\n            " + "\n            ".join(changes),
+                "the same command, which resumes",
+                "name another output directory, or go back to the recorded options",
+            )
+
+    def start(
+        self,
+        options: Mapping[str, Any],
+        provenance: Mapping[str, str],
+        inputs: Mapping[str, Any],
+        fixed: Sequence[str],
+    ) -> None:
+        """Check, create the directory, write its records and open the log."""
+        self.check(options, inputs, fixed)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "options.json").exists():
+                write_json(
+                    self.path / "options.json",
+                    {
+                        "stage": self.stage,
+                        "options": _plain(options),
+                        "provenance": dict(provenance),
+                    },
+                )
+                write_json(self.path / "inputs.json", _plain(inputs))
+            start_log(self.path / "log.txt")
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise UserError(
+                self.path, str(error), "a directory that can be written", "name another one"
+            ) from None
+        starts = read_json(self.path / "env.json") if (self.path / "env.json").exists() else []
+        write_json(self.path / "env.json", [*starts, environment()])
+        LOG.info("%s: %s", self.stage, self.path)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        write_json(self._done, {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **summary})
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON would give it back, so that then and now compare equal."""
+    return json.loads(json.dumps(dict(values), default=str))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, host and SLURM ids of this start."""
+    packages = (
+        "torch",
+        "diffusers",
+        "transformers",
+        "open_clip_torch",
+        "numpy",
+        "scikit-image",
+        "mne",
+    )
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "versions": {
+            name: importlib.metadata.version(name) for name in packages if _installed(name)
+        },
+        "commit": _commit(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "slurm": {
+            key: value
+            for key, value in os.environ.items()
+            if key.startswith("SLURM_") and "JOB" in key
+        },
+    }
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@functools.cache
+def _commit() -> str:
+    """HEAD of this checkout, ``+dirty`` with uncommitted changes, ``unknown`` outside git."""
+    if shutil.which("git") is None:
+        return "unknown"
+    here = Path(__file__).parent
+    git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=False)
+    head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+    if not head:
+        return "unknown"
+    return head + ("+dirty" if git(["git", "status", "--porcelain"]).stdout.strip() else "")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``i/n`` -> (i, n), 1-based. The range was checked with the flag."""
+    index, count = text.split("/")
+    return int(index), int(count)
