@@ -1,7 +1,7 @@
 """The ATMS encoder, the decoder built on it, and retrieval; as a script: contrastive pre-training.
 
-ATMS: Adaptive Thinking Mapper with subject tokens (Li et al., NeurIPS 2024, EEG_Image_decode), with the
-published code's traps mended; ``reference=True`` keeps them for public checkpoints.
+ATMS: Adaptive Thinking Mapper with subject tokens (Li et al., NeurIPS 2024, EEG_Image_decode), with
+the published code's traps mended; ``reference=True`` keeps them for public checkpoints.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if __name__ == "__main__":
     args.answer_quick_questions("retrieval")
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import engine
@@ -34,7 +35,11 @@ MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
 
 
 class SpatioTemporalConvolution(nn.Module):
-    """Tokens [B, C, width] -> [B, width' * 40], time-major: the shallow convolutional stage of NICE/ATM."""
+    """Tokens [B, C, width] -> [B, width' * 40], time-major: the shallow convolution of NICE/ATM.
+
+    ``tsconv`` holds the published layers under the published names. The first two, convolution and
+    average pooling, are linear with nothing in between and are computed as one strided convolution.
+    """
 
     def __init__(self, n_channels: int, features: int, kernel: int, pool_kernel: int) -> None:
         super().__init__()
@@ -50,8 +55,20 @@ class SpatioTemporalConvolution(nn.Module):
         )
         self.projection = nn.Sequential(nn.Conv2d(features, features, (1, 1)))
 
+    def pooled_convolution(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Convolution and pooling in one product: [B, C, width] -> [B, 40, C, width']."""
+        convolution, pool = self.tsconv[0], self.tsconv[1]
+        width = pool.kernel_size[1]
+        box = convolution.weight.new_full((1, 1, width), 1 / width)
+        # [40, 1, kernel + width - 1]: the mean of `width` shifted copies of each filter
+        filters = F.conv1d(convolution.weight.squeeze(2), box, padding=width - 1)
+        windows = tokens.unfold(2, filters.shape[2], pool.stride[1])
+        return F.linear(windows, filters.squeeze(1), convolution.bias).permute(0, 3, 1, 2)
+
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        maps = self.projection(self.tsconv(tokens[:, None]))  # [B, 40, 1, width']
+        maps = self.projection(
+            self.tsconv[2:](self.pooled_convolution(tokens))
+        )  # [B, 40, 1, width']
         return maps.squeeze(2).transpose(1, 2).flatten(1)
 
 
@@ -69,9 +86,10 @@ class Residual(nn.Module):
 class ATMS(nn.Module):
     """EEG [B, C, T] float32 and subject [B] int64 -> embedding [B, D], not L2-normalised.
 
-    ``subject``: 0-based per row, -1 = unknown. ``reference=True`` computes what the published code does:
-    the last channel's token dropped, ids read as table rows (one beyond the table switches the whole batch
-    to the shared token), no subject layer, the logit scale used raw. Raises ValueError on wrong shapes.
+    ``subject``: 0-based per row, -1 = unknown. ``reference=True`` computes what the published code
+    does: the last channel's token dropped, ids read as table rows (one beyond the table switches
+    the whole batch to the shared token), no subject layer, the logit scale used raw. Raises
+    ValueError on wrong shapes.
     """
 
     def __init__(
@@ -157,9 +175,10 @@ class ATMS(nn.Module):
     ) -> ATMS:
         """Load a public ATM-S checkpoint; sizes are read from its shapes.
 
-        The returned module takes the reference's own integer ids (``sub-08`` -> 8). ``positional=False``
-        for checkpoints trained before 2025-12-24, in which the table was silently off. Parameters that
-        never took part in the published forward pass are left out. Raises ValueError for another model.
+        The returned module takes the reference's own integer ids (``sub-08`` -> 8).
+        ``positional=False`` for checkpoints trained before 2025-12-24, in which the table was
+        silently off. Parameters that never took part in the published forward pass are left out.
+        Raises ValueError for another model.
         """
         live = {
             key: value
@@ -181,8 +200,12 @@ class ATMS(nn.Module):
                 f"proj_eeg.0.weight is {tuple(found)}, expected {tuple(needed)} with pool_kernel="
                 f"{pool_kernel}: pass the pooling width that this checkpoint was trained with"
             )
-        model.load_state_dict(live)
-        return model.to(live["proj_eeg.0.weight"].dtype).eval()
+        model.to(live["proj_eeg.0.weight"].dtype)
+        try:
+            model.load_state_dict(live)
+        except RuntimeError as error:
+            raise ValueError(f"not an ATM-S state dict: {error}") from None
+        return model.eval()
 
 
 def pooled_width(width: int, kernel: int, pool_kernel: int) -> int:
@@ -214,14 +237,15 @@ def _reference_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     }
 
 
-# ---------------------------------------------------------------- the decoder: encoder and, once trained, priors
+# ---------------------------------------------------------------- encoder and, once trained, priors
 
 
 class Decoder(nn.Module):
     """An encoder with its prior bank; ``bank`` is None after contrastive pre-training alone.
 
-    ``signal``: what the EEG must look like ({channels, times, subjects}); ``clip``: identity of the encoder that
-    made the targets. Both are kept in the checkpoint's header and checked against every later input.
+    ``signal``: what the EEG must look like ({channels, times, subjects}); ``clip``: identity of the
+    encoder that made the targets. Both are kept in the checkpoint's header and checked against
+    every later input.
     """
 
     def __init__(
@@ -277,7 +301,7 @@ class Decoder(nn.Module):
     def embed(
         self, eeg: torch.Tensor, subject: torch.Tensor, batch_size: int = 256
     ) -> torch.Tensor:
-        """EEG embeddings [N, D] of EEG [N, C, T], in batches on the model's device, returned on the CPU."""
+        """Embeddings [N, D] of EEG [N, C, T], made in batches on the model's device, on the CPU."""
         device = next(self.parameters()).device
         return torch.cat(
             [
@@ -300,7 +324,7 @@ def new_encoder(data: TrainingData, seed: int) -> ATMS:
 
 
 def validation_retrieval(embeddings: torch.Tensor, data: TrainingData) -> dict[str, float]:
-    """Retrieval of held-out training stimuli by EEG embeddings [N, D], N = stimuli x subjects, per modality."""
+    """Retrieval per modality of held-out stimuli by EEG embeddings [stimuli x subjects, D]."""
     truth = torch.arange(len(data.val_rows)).repeat(len(data.signal["subjects"]))
     scores = {}
     for name in NAMES:
@@ -325,6 +349,8 @@ class ContrastiveObjective:
     def validate(self) -> dict[str, float]:
         """Held-out concepts only; ``select`` (higher is better) chooses ``best``."""
         eeg, subject = self.data.validation()
+        if not len(eeg):
+            return {}
         scores = validation_retrieval(self.decoder.embed(eeg, subject), self.data)
         return scores | {"select": scores["val_image_top5"]}
 

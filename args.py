@@ -1,7 +1,8 @@
 """Every flag of every stage, resolved once: defaults < ``--config`` < command line.
 
 Each value remembers where it came from. Config values pass through the same parser as the command
-line, so types, ranges and choices hold. Standard library and PyYAML only: ``--help`` costs no torch.
+line, so types, ranges and choices hold. Standard library and PyYAML only: ``--help`` needs no
+torch.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Options:
 
 
 CONTROL = ("config", "dry_run", "print_config")
+PRETRAIN_STEPS = {"vae": 4000, "clip": 3000, "judge": 1500, "generator": 12000}
 
 
 # ---------------------------------------------------------------- range-checked types
@@ -50,7 +52,7 @@ def _number(
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         inside = (low < value if open_low else low <= value) and value <= high
-        if not inside or not math.isfinite(value):
+        if not inside or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {what}")
         return value
 
@@ -100,7 +102,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=_Help,
         )
-        self.stage = stage
+        self.stage, self.source = stage, ""
         self.per_call: set[str] = set(CONTROL)
 
     def flags(self, title: str) -> _Group:
@@ -113,7 +115,7 @@ class Parser(argparse.ArgumentParser):
             self.error("; ".join(_did_you_mean(text, flags) for text in wrong))
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {self.source}{message}\nSee {self.prog} --help\n")
 
     def actions(self) -> dict[str, argparse.Action]:
         return {action.dest: action for action in self._actions if action.dest != "help"}
@@ -290,7 +292,8 @@ def _training_data(group: _Group) -> None:
         "--trials",
         choices=("average", "single", "random"),
         default="random",
-        help="a sample is the mean of all repetitions, one repetition, or the mean of a random subset",
+        help="a sample is the mean of all repetitions, one repetition, "
+        "or the mean of a random subset",
     )
     group.add(
         "--val_fraction",
@@ -341,7 +344,8 @@ def features() -> Parser:
     parser = Parser(
         "features",
         "Stage 1: encode the stimuli once into five CLIP embeddings each.",
-        "python clip_feature_extractor.py --data_path DATA --output_path OUT/clip_features --batch_size 32",
+        "python clip_feature_extractor.py --data_path DATA --output_path OUT/clip_features "
+        "--batch_size 32",
     )
     group = parser.flags("data")
     group.add(
@@ -418,8 +422,8 @@ def train() -> Parser:
     parser = Parser(
         "train",
         "Stage 2: fit the EEG encoder and the five diffusion priors jointly.",
-        "python train.py --data_path DATA --clip_feature_path OUT/clip_features --output_dir OUT/model "
-        "\\\n      --epochs 100 --batch_size 16 --learning_rate 1e-4",
+        "python train.py --data_path DATA --clip_feature_path OUT/clip_features "
+        "--output_dir OUT/model \\\n      --epochs 100 --batch_size 16 --learning_rate 1e-4",
     )
     _training_data(parser.flags("data"))
     group = parser.flags("optimisation")
@@ -464,7 +468,8 @@ def retrieval() -> Parser:
     parser = Parser(
         "retrieval",
         "Contrastive pre-training of the ATMS encoder, scored by retrieval on held-out concepts.",
-        "python ATMS_retrieval.py --data_path DATA --clip_feature_path OUT/clip_features --output_dir OUT/encoder",
+        "python ATMS_retrieval.py --data_path DATA --clip_feature_path OUT/clip_features "
+        "--output_dir OUT/encoder",
     )
     _training_data(parser.flags("data"))
     group = parser.flags("optimisation")
@@ -526,8 +531,10 @@ def generate() -> Parser:
     parser = Parser(
         "generate",
         "Stage 3: predict the five embeddings from EEG and draw them with SDXL, layer-wise.",
-        "python generate.py --eeg_data EEG --model_path OUT/model --sd_model_path sd_xl_base_1.0.safetensors "
-        "\\\n      --ip_adapter_path ip-adapter_sdxl_vit-h.safetensors --output_dir OUT/images --mode all",
+        "python generate.py --eeg_data EEG --model_path OUT/model "
+        "--sd_model_path sd_xl_base_1.0.safetensors \\\n"
+        "      --ip_adapter_path ip-adapter_sdxl_vit-h.safetensors --output_dir OUT/images "
+        "--mode all",
     )
     group = parser.flags("data")
     group.add(
@@ -609,7 +616,8 @@ def generate() -> Parser:
         "--prompt_source",
         choices=("neutral", "oracle"),
         default="neutral",
-        help="oracle gives SDXL the stimulus' own caption: leaks the answer, marked in every output",
+        help="oracle gives SDXL the stimulus' own caption: leaks the answer, "
+        "marked in every output",
     )
     group.add(
         "--prompt",
@@ -669,8 +677,9 @@ def evaluate() -> Parser:
     parser = Parser(
         "evaluate",
         "Stage 4: retrieval and picture scores on the test concepts, with controls.",
-        "python evaluate.py --model_path OUT/model --data_path DATA --clip_feature_path OUT/clip_features "
-        "\\\n      --images OUT/images --output_dir OUT/scores",
+        "python evaluate.py --model_path OUT/model --data_path DATA "
+        "--clip_feature_path OUT/clip_features \\\n"
+        "      --images OUT/images --output_dir OUT/scores",
     )
     group = parser.flags("retrieval")
     group.add(
@@ -806,7 +815,69 @@ def world() -> Parser:
     group.add(
         "--seed", type=count, default=0, help="of concepts, pictures, people, noise and weights"
     )
+    group.add(
+        "--weights",
+        choices=("trained", "random"),
+        default="trained",
+        help="the shipped miniature models, or untrained ones that only show that the chain works",
+    )
     _common(parser, device=False)
+    return parser
+
+
+def pretrain() -> Parser:
+    parser = Parser(
+        "pretrain",
+        "Train the miniature CLIP, SDXL and IP-Adapter and the judge on rendered pictures.",
+        "python -m miniworld.pretrain --output_path OUT/pretrain",
+    )
+    group = parser.flags("training")
+    group.add(
+        "--output_path",
+        type=Path,
+        required=True,
+        per_call=True,
+        metavar="RUN",
+        help="run directory: caches, checkpoints and weights/",
+    )
+    group.add(
+        "--part",
+        choices=("all", *PRETRAIN_STEPS),
+        default="all",
+        per_call=True,
+        help="what to train; the generator needs the trained vae and clip",
+    )
+    for part, steps in PRETRAIN_STEPS.items():
+        group.add(
+            f"--{part}_steps",
+            type=count,
+            default=steps,
+            metavar="N",
+            per_call=True,
+            help=f"optimiser steps of the {part}; more than before: it goes on",
+        )
+    group.add(
+        "--pictures",
+        type=positive_int,
+        default=12000,
+        metavar="N",
+        help="rendered pictures to train on, two of each concept",
+    )
+    group.add(
+        "--batch_size",
+        type=positive_int,
+        metavar="N",
+        help="pictures per step, for tests; default: each part's own",
+    )
+    group.add("--seed", type=count, default=0, help="of pictures, weights, order and noise")
+    group.add(
+        "--minutes",
+        type=positive,
+        metavar="M",
+        per_call=True,
+        help="save and stop after this time (exit code 75); the same command goes on",
+    )
+    _common(parser)
     return parser
 
 
@@ -837,6 +908,7 @@ STAGES: dict[str, Callable[[], Parser]] = {
     "generate": generate,
     "evaluate": evaluate,
     "world": world,
+    "pretrain": pretrain,
     "demo": demo,
 }
 _PROGRAMS = {
@@ -846,6 +918,7 @@ _PROGRAMS = {
     "generate": "generate.py",
     "evaluate": "evaluate.py",
     "world": "python -m miniworld",
+    "pretrain": "python -m miniworld.pretrain",
     "demo": "demo.py",
 }
 
@@ -854,7 +927,10 @@ _PROGRAMS = {
 
 
 def resolve(stage: str, argv: Sequence[str] | None = None) -> Options:
-    """Parse the command line and its ``--config``. Prints and exits for --help, --print_config and errors."""
+    """Parse the command line and its ``--config``.
+
+    Prints and exits for --help, --print_config and errors.
+    """
     tokens = sys.argv[1:] if argv is None else [str(token) for token in argv]
     parser = STAGES[stage]()
     typed = _given(stage, tokens)
@@ -886,7 +962,7 @@ def resolve(stage: str, argv: Sequence[str] | None = None) -> Options:
 
 
 def answer_quick_questions(stage: str) -> None:
-    """For the top of a script: --help, --print_config and wrong flags answer before torch is loaded."""
+    """For the top of a script: --help, --print_config and wrong flags answer without torch."""
     resolve(stage)
 
 
@@ -909,7 +985,8 @@ def _config_tokens(parser: Parser, path: Path) -> list[str]:
     tokens = []
     for key, value in content.items():
         if key not in actions or key == "config":
-            parser.error(f"--config {path}: {_did_you_mean(str(key), list(actions))}")
+            known = [name for name in actions if name != "config"]
+            parser.error(f"--config {path}: {_did_you_mean(str(key), known)}")
         if value is None:
             continue
         if isinstance(actions[key], argparse.BooleanOptionalAction):
@@ -945,14 +1022,23 @@ def _validate(parser: Parser, values: argparse.Namespace) -> None:
     window = getattr(values, "time_window", None)
     if window and window[0] >= window[1]:
         parser.error(f"--time_window {window[0]} {window[1]}: the start must come before the end")
-    if parser.stage == "features" and "{concept}" not in values.text_template:
+    if parser.stage == "features" and not _names_concept(values.text_template):
         parser.error(
-            f"--text_template {values.text_template!r}: {{concept}} is missing, all texts would be equal"
+            f"--text_template {values.text_template!r}: expected {{concept}}, without which all "
+            "texts would be equal, and no other braces"
         )
     if parser.stage == "evaluate" and not (values.model_path or values.images):
         parser.error("nothing to score: give --model_path (retrieval), --images (pictures) or both")
     if parser.stage == "evaluate" and values.model_path and not values.clip_feature_path:
         parser.error("--model_path needs --clip_feature_path, the gallery to retrieve from")
+
+
+def _names_concept(template: str) -> bool:
+    """Whether the template can be filled in and then holds the concept."""
+    try:
+        return "\0" in template.format(concept="\0")
+    except (LookupError, ValueError, AttributeError):
+        return False
 
 
 def _as_yaml(options: Options) -> str:

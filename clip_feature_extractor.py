@@ -1,4 +1,4 @@
-"""Stage 1: encode the stimuli once into five CLIP embeddings each, un-normalised, and write them to disk."""
+"""Stage 1: encode the stimuli once into five CLIP embeddings each, un-normalised, kept on disk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXT = tuple(modality.name for modality in MODALITIES if modality.source == "tex
 
 @dataclass(frozen=True)
 class Clip:
-    """An open_clip model in eval mode, its validation transform (deterministic), tokenizer and identity."""
+    """An open_clip model in eval mode, its deterministic validation transform and its identity."""
 
     model: nn.Module
     transform: Any
@@ -60,7 +60,7 @@ class Clip:
 
 
 def model_name(clip_model: str) -> str:
-    """An open_clip model name; a JSON config file is registered under its own name. Raises UserError."""
+    """An open_clip model name; a JSON config is registered under its own name. Raises UserError."""
     import open_clip
 
     if clip_model.endswith(".json"):
@@ -132,7 +132,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Transformed crops [visual modalities, 3, S, S] per stimulus, or a message if it cannot be read."""
+    """Crops [visual modalities, 3, S, S] per stimulus, or a message if it cannot be read."""
 
     def __init__(
         self, stimuli: Sequence[Stimulus], transform: Any, png_folder: Path | None
@@ -161,11 +161,11 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def picture_versions(image: Image.Image) -> dict[str, Image.Image]:
-    """What each visual modality shows CLIP: the picture itself, or one of its superpixel versions."""
-    from PIL import Image as PIL
+    """What each visual modality shows CLIP: the picture, or one of its superpixel versions."""
+    from PIL import Image
 
     levels = superpixel.superpixels(superpixel.at_slic_size(image))
-    return {name: PIL.fromarray(levels[name]) if name in levels else image for name in VISUAL}
+    return {name: Image.fromarray(levels[name]) if name in levels else image for name in VISUAL}
 
 
 def read_captions(path: Path | None) -> dict[str, str]:
@@ -180,7 +180,7 @@ def read_captions(path: Path | None) -> dict[str, str]:
             path,
             "something else",
             "a JSON object {picture or concept: caption}",
-            "see docs/data.md",
+            "see the README",
         )
     return captions
 
@@ -202,7 +202,7 @@ def encode(
     num_workers: int,
     png_folder: Path | None,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Features {modality: [b, D]} of the stimuli, batch after batch, superpixels made in worker processes."""
+    """Features {modality: [b, D]} batch by batch; superpixels are made in worker processes."""
     loader = torch.utils.data.DataLoader(
         Pictures(stimuli, clip.transform, png_folder),
         batch_size=batch_size,
@@ -235,7 +235,7 @@ def encode_partition(
     num_workers: int,
     png_folder: Path | None,
 ) -> None:
-    """Encode shard by shard, skipping shards on disk, then join them into ``{partition}.safetensors``."""
+    """Encode shard by shard, skip those on disk, join them into ``{partition}.safetensors``."""
     from tqdm import tqdm
 
     shards = [
@@ -268,7 +268,7 @@ def join_shards(
     texts: Sequence[str],
     shards: Sequence[Path],
 ) -> None:
-    """Write the partition's features with row ids, and its manifest. Raises DataError for NaN features."""
+    """Write the partition's features with row ids, and its manifest. Raises DataError for NaN."""
     loaded = [util.load_tensors(path)[0] for path in shards]
     features = {
         modality.name: torch.cat([part[modality.name] for part in loaded])

@@ -1,9 +1,10 @@
-"""THINGS-EEG2: recordings and feature banks, joined by stimulus id; splits; readers that refuse unsafe files."""
+"""THINGS-EEG2: recordings and feature banks, joined by stimulus id; splits; safe readers."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +31,7 @@ _CACHE_VERSION = 1
 
 @dataclass(frozen=True)
 class Stimulus:
-    """One picture. ``key`` is its path below DATA; ``id`` derives from the key alone and joins everything."""
+    """One picture. ``key``: its path below DATA; ``id`` derives from it alone, joins everything."""
 
     key: str
     path: Path
@@ -41,7 +42,7 @@ class Stimulus:
 
     @property
     def concept(self) -> str:
-        """Folder name after its number, as published: ``00001_aircraft_carrier`` -> ``aircraft_carrier``."""
+        """Folder name after its number: ``00001_aircraft_carrier`` -> ``aircraft_carrier``."""
         return self.folder.split("_", 1)[-1]
 
     @cached_property
@@ -50,12 +51,15 @@ class Stimulus:
 
 
 def stimulus_id(key: str) -> int:
-    """int64 identity of a stimulus: a hash of its key, so it survives other orders and missing files."""
+    """int64 identity of a stimulus: a hash of its key, whatever the order and the other files."""
     return util.seed_for(0, "stimulus", key)
 
 
 def list_stimuli(data_path: Path, partition: str) -> list[Stimulus]:
-    """The pictures of a partition in EEG row order: folders by name, then files by name. Raises DataError."""
+    """The pictures of a partition in EEG row order: folders by name, then files by name.
+
+    Raises DataError.
+    """
     root = Path(data_path) / IMAGE_FOLDER[partition]
     if not root.is_dir():
         raise DataError(
@@ -90,11 +94,11 @@ def check_disjoint(training: Sequence[Stimulus], test: Sequence[Stimulus]) -> No
         )
 
 
-# ---------------------------------------------------------------- published files, read without running them
+# ---------------------------------------------------------------- published files, never run
 
 
 class _Dtype:
-    """Stands in for numpy.dtype while unpickling: a name and a byte order, nothing that could be built wrong."""
+    """Stands in for numpy.dtype while unpickling: a name and a byte order, nothing else."""
 
     def __init__(self, name: object = "", *_flags: object) -> None:
         if not isinstance(name, str) or not name or name[0] not in "biufcSUO":
@@ -119,6 +123,7 @@ class _Array:
 
     def __init__(self, *_reconstruct: object) -> None:
         self.content: tuple[object, ...] = ()
+        self.axes: object = None
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
@@ -136,12 +141,18 @@ class _Array:
             flat[:] = [_to_numpy(item) for item in raw]
         else:
             flat = np.frombuffer(raw, kind)
+        if self.axes is not None:
+            return flat.reshape(shape).transpose(self.axes)
         return flat.reshape(shape, order=order)
 
 
-def _from_buffer(raw: object, dtype: object, shape: object, order: object) -> _Array:
+def _from_buffer(
+    raw: object, dtype: object, shape: object, order: object, axes: object = None
+) -> _Array:
+    """``axes``: protocol 5's way to store a transposed view, as stored and then transposed."""
     array = _Array()
     array.content = (raw, dtype, shape, order)
+    array.axes = axes if order == "K" else None
     return array
 
 
@@ -170,7 +181,7 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays and plain containers; any other name is refused before it is even imported."""
+    """Admits NumPy arrays and plain containers; any other name is refused, never imported."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -204,13 +215,16 @@ _DAMAGED = (
     OverflowError,
     RecursionError,
     ImportError,
+    SyntaxError,  # the text header of an .npy
+    tokenize.TokenError,
 )
 
 
 def read_pickled_dict(path: Path) -> dict[str, Any]:
-    """Read a dict of arrays from a pickle, or from ``np.save`` of a 0-d object array. Nothing in it is run.
+    """Read a dict of arrays from a pickle, or from ``np.save`` of a 0-d object array.
 
-    Raises DataError for a missing, empty, cut or other file, and for one that asks for more than arrays.
+    Nothing in it is run. Raises DataError for a missing, empty, cut or other file, and for one
+    that asks for more than arrays.
     """
     expected = "a pickled dict with preprocessed_eeg_data, ch_names and times"
     try:
@@ -263,7 +277,10 @@ def _size(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Recording:
-    """One subject, one partition. ``eeg``: memory-mapped float32 [N, R, C, T]; ``times`` in s after onset."""
+    """One subject, one partition.
+
+    ``eeg``: memory-mapped float32 [N, R, C, T]; ``times``: s after onset.
+    """
 
     eeg: np.ndarray
     channels: list[str]
@@ -283,7 +300,17 @@ def parse_published(path: Path) -> tuple[np.ndarray, list[str], list[float]]:
             f"also {', '.join(missing)}",
             "this is not a preprocessed THINGS-EEG2 file",
         )
-    eeg = np.asarray(content["preprocessed_eeg_data"])
+    try:
+        eeg = np.asarray(content["preprocessed_eeg_data"])
+        channels = [str(name) for name in np.asarray(content["ch_names"]).tolist()]
+        times = [float(second) for second in np.asarray(content["times"], dtype=float).tolist()]
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            path,
+            f"values of another kind ({error})",
+            "arrays preprocessed_eeg_data and times, a list ch_names",
+            "preprocess the recording again",
+        ) from None
     if eeg.ndim != 4 or eeg.dtype.kind != "f" or 0 in eeg.shape:
         raise DataError(
             path,
@@ -298,8 +325,6 @@ def parse_published(path: Path) -> tuple[np.ndarray, list[str], list[float]]:
             "all channels at 250 Hz, 63 x 250 in THINGS-EEG2",
             "use the 250 Hz release, or preprocess the raw recordings at 250 Hz with all channels",
         )
-    channels = [str(name) for name in np.asarray(content["ch_names"]).tolist()]
-    times = [float(second) for second in np.asarray(content["times"], dtype=float).tolist()]
     if len(channels) != eeg.shape[2] or len(times) < eeg.shape[3]:
         raise DataError(
             path,
@@ -312,7 +337,10 @@ def parse_published(path: Path) -> tuple[np.ndarray, list[str], list[float]]:
 
 
 def open_recording(path: Path, cache_dir: Path) -> Recording:
-    """Open a published file through its float32 copy, made on first use; later opens read no EEG at all."""
+    """Open a published file through its float32 copy, made on first use; later opens parse nothing.
+
+    Raises DataError / UserError.
+    """
     source = Path(path)
     if not source.is_file():
         raise DataError(
@@ -395,7 +423,7 @@ class Signal:
     start: int
 
     def cut(self, eeg: np.ndarray) -> np.ndarray:
-        """[..., all channels, all samples] -> [..., C, T]; a view where all channels are used in order."""
+        """[..., all channels, all samples] -> [..., C, T]; a view if all channels are in order."""
         eeg = eeg[..., self.start : self.start + len(self.times)]
         if self.channel_rows == list(range(eeg.shape[-2])):
             return eeg
@@ -437,7 +465,7 @@ def select_signal(
 
 
 def match_signal(recording: Recording, channels: Sequence[str], times: Sequence[float]) -> Signal:
-    """The channels and samples a model was trained on, found in another recording by name and second."""
+    """The channels and samples a model was trained on, found here by name and by second."""
     signal = select_signal(recording, channels)
     available = np.asarray(recording.times)
     start = int(np.abs(available - times[0]).argmin())
@@ -446,7 +474,8 @@ def match_signal(recording: Recording, channels: Sequence[str], times: Sequence[
         raise DataError(
             recording.path,
             f"{len(available)} samples, {available[0]:.3f} to {available[-1]:.3f} s",
-            f"the {len(times)} samples from {times[0]:.3f} to {times[-1]:.3f} s that the model was trained on",
+            f"the {len(times)} samples from {times[0]:.3f} to {times[-1]:.3f} s that the model was "
+            "trained on",
             "resample the recording, or train with a --time_window that it has",
         )
     return Signal(signal.channels, list(times), signal.channel_rows, start)
@@ -494,7 +523,7 @@ def average_trials(recording: Recording, signal: Signal) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TestEEG:
-    """Averaged EEG [N, C, T] of one subject's test recording, with its stimuli where DATA is at hand."""
+    """Averaged EEG [N, C, T] of one subject's test recording; stimuli where DATA is at hand."""
 
     __test__ = False  # not a pytest class
 
@@ -526,7 +555,7 @@ class TestEEG:
 def locate_test_eeg(
     eeg_data: Path, subject: str | None, data_path: Path | None
 ) -> tuple[Path, str, Path | None]:
-    """(file, subject, DATA or None) from a file, a ``sub-XX`` folder or DATA. Raises UserError / DataError."""
+    """(file, subject, DATA or None) from a file, a ``sub-XX`` folder or DATA. Raises UserError."""
     eeg_data = Path(eeg_data)
     if not eeg_data.exists():
         raise UserError(
@@ -563,7 +592,7 @@ def open_test(
     channels: Sequence[str],
     times: Sequence[float],
 ) -> TestEEG:
-    """One subject's test recording, averaged over repetitions, as the model with this signal expects it."""
+    """One subject's test recording, averaged over repetitions, cut to the model's signal."""
     recording = open_recording(file, cache_folder(data_path or file.parent, cache_dir))
     stimuli = list_stimuli(data_path, "test") if data_path else None
     if stimuli:
@@ -586,7 +615,7 @@ class Bank:
     path: Path
 
     def rows_for(self, stimuli: Sequence[Stimulus]) -> dict[str, torch.Tensor]:
-        """Features in the order of ``stimuli``, joined by id. Raises DataError for stimuli it lacks."""
+        """Features in the order of ``stimuli``, joined by id. DataError for stimuli it lacks."""
         place = {stimulus: row for row, stimulus in enumerate(self.ids)}
         lost = [item.key for item in stimuli if item.id not in place]
         if lost:
@@ -601,7 +630,7 @@ class Bank:
 
 
 def open_bank(folder: Path, partition: str) -> Bank:
-    """A partition of the output of stage 1. Raises DataError for an unfinished, damaged or NaN bank."""
+    """A partition of the output of stage 1. DataError for an unfinished, damaged or NaN bank."""
     folder = Path(folder)
     path = folder / f"{partition}.safetensors"
     if not (folder / "DONE").exists():
@@ -701,7 +730,10 @@ class TrainingData:
         return max(1, len(self.samples) // batch_size)
 
     def batches(self, epoch: int, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from number ``first`` on. Order and trial subsets depend on (seed, epoch) alone."""
+        """The epoch's batches from number ``first`` on.
+
+        Order and trial subsets depend on (seed, epoch) alone.
+        """
         order = torch.randperm(
             len(self.samples), generator=util.generator_for(self.seed, "order", epoch)
         )
@@ -727,33 +759,34 @@ class TrainingData:
         return trials.mean(axis=0, dtype=np.float32)
 
     def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Held-out stimuli averaged over repetitions: EEG [subjects x V, C, T], subject ids; subject-major."""
+        """Held-out stimuli averaged over repetitions: EEG [subjects x V, C, T], subject ids.
+
+        Subject-major.
+        """
         eeg = [
-            np.stack(
-                [
-                    cut.cut(item.eeg[row]).mean(axis=0, dtype=np.float32)
-                    for row in self.val_rows.tolist()
-                ]
-            )
+            cut.cut(item.eeg[row]).mean(axis=0, dtype=np.float32)
             for item, cut in zip(self.recordings, self.cuts, strict=True)
+            for row in self.val_rows.tolist()
         ]
         subject = torch.arange(len(self.recordings)).repeat_interleave(len(self.val_rows))
-        return torch.from_numpy(np.concatenate(eeg)), subject
+        shape = (-1, len(self.signal["channels"]), len(self.signal["times"]))
+        return torch.from_numpy(np.asarray(eeg, np.float32).reshape(shape)), subject
 
     def describe(self) -> Iterator[str]:
         """The plan of a run, for people."""
         yield (
             f"read {', '.join(self.signal['subjects'])}: {len(self.signal['channels'])} channels x "
-            f"{len(self.signal['times'])} samples, {len(self.samples)} training samples ({self.trials} trials)"
+            f"{len(self.signal['times'])} samples, {len(self.samples)} training samples "
+            f"({self.trials} trials)"
         )
         yield (
-            f"train on {len(self.train_rows)} pictures, validate on {len(self.val_rows)} pictures of "
-            "held-out concepts"
+            f"train on {len(self.train_rows)} pictures, validate on {len(self.val_rows)} pictures "
+            "of held-out concepts"
         )
 
 
 def split_concepts(concepts: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """The held-out concepts: a seeded ``fraction`` of the distinct ones, at least one if fraction > 0."""
+    """The held-out concepts: a seeded ``fraction`` of the distinct ones; at least one if > 0."""
     distinct = sorted(set(concepts))
     if fraction == 0 or len(distinct) < 2:
         return set()
@@ -772,7 +805,10 @@ def open_training(
     seed: int,
     cache_dir: Path | None,
 ) -> TrainingData:
-    """Open everything training reads, checked and joined by stimulus id. Raises UserError / DataError."""
+    """Open everything training reads, checked and joined by stimulus id.
+
+    Raises UserError / DataError.
+    """
     names = list_subjects(data_path, subjects)
     stimuli = list_stimuli(data_path, "training")
     if (Path(data_path) / IMAGE_FOLDER["test"]).is_dir():

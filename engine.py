@@ -50,7 +50,8 @@ def schedule_from(values: argparse.Namespace) -> Schedule:
 class Objective(Protocol):
     """What is learned: ``losses`` of a batch, with the total under ``loss``; ``validate`` on held-out concepts.
 
-    ``validate`` returns scores and, under ``select``, the one that chooses ``best`` (higher is better).
+    ``validate`` returns scores and, under ``select``, the one that chooses ``best`` (higher is better);
+    nothing at all where no concepts are held out.
     """
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]: ...
@@ -362,8 +363,10 @@ def _end_epoch(
     better = False
     if last or (epoch + 1) % schedule.val_every == 0:
         record |= training.validate(objective)
-        better = record["select"] > training.best
-        training.best = max(training.best, record["select"])
+        # without held-out concepts nothing can choose: best is the last one
+        chosen_by = record.get("select", training.best)
+        better = chosen_by > training.best or "select" not in record
+        training.best = max(training.best, chosen_by)
     training.sums = {}
     for name, value in record.items():
         board.add_scalar(name, value, training.step)

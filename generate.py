@@ -158,13 +158,13 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], title: 
     return sheet
 
 
-def short(recipe: str) -> str:
+def short(name: str) -> str:
     """A recipe's or modality's name as people read it."""
-    words = recipe.replace("separate_", "").replace("superpixel_", "")
-    if words.startswith("progressive_"):
-        step, _, name = words.removeprefix("progressive_").partition("_")
-        return name if step == "1" else f"+ {name}"
-    return words
+    plain = name.replace("superpixel_", "")
+    if plain.startswith("progressive_"):
+        step, _, added = plain.removeprefix("progressive_").partition("_")
+        return f"step {step}: {'+ ' if step != '1' else ''}{added}"
+    return plain.replace("separate_", "only ")
 
 
 def _open(path: Path) -> Any:

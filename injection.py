@@ -905,6 +905,11 @@ class PromptEmbeds:
         parts = (self.text, self.negative, self.pooled, self.negative_pooled)
         return PromptEmbeds(*(part.expand(batch, *part.shape[1:]) for part in parts))
 
+    def chosen(self, rows: Sequence[int]) -> PromptEmbeds:
+        """The prompts of these rows, where there is one per row."""
+        parts = (self.text, self.negative, self.pooled, self.negative_pooled)
+        return PromptEmbeds(*(part[list(rows)] for part in parts))
+
 
 @torch.no_grad()
 def encode_prompt(

@@ -23,7 +23,7 @@ class LossTerms:
 
 
 def check_pair(predicted: torch.Tensor, target: torch.Tensor) -> None:
-    """Raise ValueError unless both are [B, D] and equal in shape: broadcasting hides swapped rows."""
+    """Raise ValueError unless both are the same [B, D]: broadcasting hides swapped rows."""
     if predicted.ndim != 2 or predicted.shape != target.shape:
         raise ValueError(
             f"shapes {tuple(predicted.shape)} and {tuple(target.shape)}, expected the same [B, D]"
@@ -48,8 +48,8 @@ def prior_total(terms: Mapping[str, LossTerms]) -> torch.Tensor:
 def clip_loss(eeg: torch.Tensor, features: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Symmetric CLIP loss (Radford et al. 2021) of embeddings [B, D] against features [B, D].
 
-    Both sides are L2-normalised here; ``scale`` multiplies the cosines (already exponentiated). Every
-    other row of the batch is a negative.
+    Both sides are L2-normalised here; ``scale`` multiplies the cosines (already exponentiated).
+    Every other row of the batch is a negative.
     """
     check_pair(eeg, features)
     logits = scale * F.normalize(eeg, dim=1) @ F.normalize(features, dim=1).T

@@ -14,8 +14,9 @@ import torch
 class Masking:
     """Stated probabilities, each per sample and element.
 
-    ``channel``: a channel is masked; ``time``: a span of ``span`` samples is masked for all channels;
-    ``patch``: a ``span``-long piece of one channel is masked. Raises ValueError outside 0..1.
+    ``channel``: a channel is masked; ``time``: a span of ``span`` samples is masked for all
+    channels; ``patch``: a ``span``-long piece of one channel is masked. Raises ValueError outside
+    0..1.
     """
 
     channel: float = 0.0
@@ -51,7 +52,7 @@ def keep_mask(
 
 
 def mask_eeg(eeg: torch.Tensor, masking: Masking, generator: torch.Generator) -> torch.Tensor:
-    """A masked copy of ``eeg`` [B, C, T]; the input is left as it is. Without masking, the input itself."""
+    """A masked copy of ``eeg`` [B, C, T], which stays as it is; without masking, ``eeg`` itself."""
     if eeg.ndim != 3:
         raise ValueError(f"eeg has shape {tuple(eeg.shape)}, expected [B, C, T]")
     if not masking.active:

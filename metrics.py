@@ -18,10 +18,14 @@ MINDEYE_PX = 425  # PixCorr and SSIM are computed at this size
 
 
 def cosine_similarity(query: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
-    """Cosines [Q, G] of query [Q, D] and gallery [G, D]; float32 of a float64 product, so that equal rows tie."""
+    """Cosines [Q, G] of query [Q, D] and gallery [G, D].
+
+    float32 of a float64 product, so that equal rows tie.
+    """
     if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
         raise ValueError(
-            f"query {tuple(query.shape)}, gallery {tuple(gallery.shape)}; expected [Q, D] and [G, D]"
+            f"query {tuple(query.shape)}, gallery {tuple(gallery.shape)}; "
+            "expected [Q, D] and [G, D]"
         )
     return (F.normalize(query.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T).float()
 
@@ -33,7 +37,8 @@ def ranks(similarity: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, 
     """
     if similarity.ndim != 2 or truth.shape != (len(similarity),):
         raise ValueError(
-            f"similarity {tuple(similarity.shape)}, truth {tuple(truth.shape)}; expected [Q, G] and [Q]"
+            f"similarity {tuple(similarity.shape)}, truth {tuple(truth.shape)}; "
+            "expected [Q, G] and [Q]"
         )
     own = similarity.gather(1, truth[:, None])
     return (similarity > own).sum(1), (similarity == own).sum(1) - 1
@@ -49,8 +54,9 @@ def k_way_probability(
 ) -> torch.Tensor:
     """Exact chance [Q] of top-1 among the true item and k-1 distractors drawn without replacement.
 
-    No distractor may be better; ties count half a place each on average, by averaging over the positions
-    the true item can take among its ties. Hypergeometric: C(G-1-r, k-1) / C(G-1, k-1) for rank r.
+    No distractor may be better; ties count half a place each on average, by averaging over the
+    positions the true item can take among its ties. Hypergeometric: C(G-1-r, k-1) / C(G-1, k-1)
+    for rank r.
     """
     others = gallery - 1
     if not 2 <= k <= gallery:
@@ -70,10 +76,11 @@ def retrieval_topk(
     truth: torch.Tensor,
     ks: Sequence[int] = (2, 4, 10, 50, 100),
 ) -> dict[str, float]:
-    """Cosine retrieval of gallery [G, D] by query [Q, D]; truth int64 [Q] = gallery row of each query.
+    """Cosine retrieval of gallery [G, D] by query [Q, D]; truth int64 [Q]: gallery row of each.
 
-    Returns top1 and top5 over the whole gallery, the exact expectation of k-way top-1 for each k of ``ks``
-    that fits (``2-way`` ...), the mean reciprocal rank ``mrr``, and ``n``, ``gallery``. No random draws.
+    Returns top1 and top5 over the whole gallery, the exact expectation of k-way top-1 for each k of
+    ``ks`` that fits (``2-way`` ...), the mean reciprocal rank ``mrr``, and ``n``, ``gallery``. No
+    random draws.
     """
     better, tied = ranks(cosine_similarity(query, gallery), truth)
     size = len(gallery)
@@ -89,10 +96,10 @@ def retrieval_topk(
 
 
 def to_mindeye(images: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, 3] -> float32 [N, 3, 425, 425] in 0..1, by way of 256 px, bilinear, antialiased."""
+    """uint8 [N, H, W, 3] -> float32 [N, 3, 425, 425] in 0..1, by way of 256 px, antialiased."""
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images {images.shape} {images.dtype}, expected uint8 [N, H, W, 3]")
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    tensor = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
     for size in (256, MINDEYE_PX):
         tensor = F.interpolate(
             tensor, (size, size), mode="bilinear", antialias=True, align_corners=False
@@ -101,7 +108,7 @@ def to_mindeye(images: np.ndarray) -> torch.Tensor:
 
 
 def pix_corr(truth: torch.Tensor, drawn: torch.Tensor) -> np.ndarray:
-    """Pearson r over all RGB pixels of each pair: [N, 3, H, W] twice -> float64 [N]; NaN if one is flat."""
+    """Pearson r over the RGB pixels: [N, 3, H, W] twice -> float64 [N]; NaN if one is flat."""
     a, b = (images.flatten(1).double() for images in (truth, drawn))
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     norms = a.norm(dim=1) * b.norm(dim=1)
@@ -111,7 +118,7 @@ def pix_corr(truth: torch.Tensor, drawn: torch.Tensor) -> np.ndarray:
 
 
 def ssim(truth: torch.Tensor, drawn: torch.Tensor) -> np.ndarray:
-    """SSIM on gray pictures with Gaussian weights (Wang et al. 2004): [N, 3, H, W] twice -> float64 [N]."""
+    """Gaussian SSIM (Wang et al. 2004) of gray pictures: [N, 3, H, W] twice -> float64 [N]."""
     from skimage.color import rgb2gray
     from skimage.metrics import structural_similarity
 

@@ -1,6 +1,7 @@
 """The registry: five modalities, the SDXL sites they are injected at, and the recipes of a mode.
 
-Everything that is said five times elsewhere is a loop over :data:`MODALITIES`. Standard library only.
+Everything that is said five times elsewhere is a loop over :data:`MODALITIES`. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SITES: Mapping[str, tuple[int, int]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Slic:
-    """One superpixel level. ``texture_gain``: fill x (1 + gain * T), T the Lab a/b gradient in 0..1."""
+    """One superpixel level. ``texture_gain``: fill x (1 + gain * T), T: Lab a/b gradient, 0..1."""
 
     n_segments: int
     compactness: float
@@ -87,7 +88,7 @@ def get(name: str) -> Modality:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which modalities a picture is drawn from. One left out gets scale 0, never a zero embedding."""
+    """The modalities a picture is drawn from. One left out gets scale 0, never a zero embedding."""
 
     name: str
     active: tuple[str, ...]

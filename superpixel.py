@@ -1,4 +1,4 @@
-"""SLIC superpixel versions of a picture at the registry's levels, filled with mean colour and texture."""
+"""SLIC superpixels of a picture at the registry's levels, filled with mean colour and texture."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ def read_picture(path: Path) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(
-                    f"{path}: {image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}"
+                    f"{path}: {image.width} x {image.height} pixels, "
+                    f"expected at most {MAX_PIXELS:,}"
                 )
+            if image.mode.startswith("I"):  # 16 bits: Pillow's convert would clip them to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except (
         OSError,
@@ -51,7 +54,7 @@ def at_slic_size(image: Image.Image) -> np.ndarray:
 
 
 def smooth_lab(rgb: np.ndarray) -> np.ndarray:
-    """What SLIC clusters: uint8 rgb [H, W, 3], stretched to 0..1, in Lab, smoothed: float64 [H, W, 3]."""
+    """What SLIC clusters: uint8 rgb [H, W, 3], stretched to 0..1, as smoothed Lab float64."""
     from skimage.color import rgb2lab
     from skimage.filters import gaussian
 
@@ -64,8 +67,9 @@ def smooth_lab(rgb: np.ndarray) -> np.ndarray:
 def segment(lab: np.ndarray, level: Slic) -> np.ndarray:
     """SLIC labels (Achanta et al. 2012, scikit-image) of ``smooth_lab``: int64 [H, W] from 0.
 
-    Equal to ``slic(rgb, sigma=1)``, whose preparation is done once for all levels here. scikit-image
-    stretches its input to 0..1; dividing compactness by the span keeps the distances in Lab units.
+    Equal to ``slic(rgb, sigma=1)``, whose preparation is done once for all levels here.
+    scikit-image stretches its input to 0..1; dividing compactness by the span keeps the distances
+    in Lab units.
     """
     from skimage.segmentation import slic
 
@@ -85,7 +89,8 @@ def segment(lab: np.ndarray, level: Slic) -> np.ndarray:
 def texture(rgb: np.ndarray) -> np.ndarray:
     """Chroma texture T of uint8 rgb [H, W, 3]: float [H, W] in 0..1.
 
-    Magnitude of the 3x3 Sobel gradients of Lab a and b, min-max normalised; 0 for a picture without any.
+    Magnitude of the 3x3 Sobel gradients of Lab a and b, min-max normalised; 0 for a picture without
+    any.
     """
     from scipy.ndimage import sobel
     from skimage.color import rgb2lab
@@ -96,8 +101,8 @@ def texture(rgb: np.ndarray) -> np.ndarray:
     )
     magnitude = np.sqrt(squares)
     low, high = magnitude.min(), magnitude.max()
-    # a gray picture has chroma gradients of rounding size only
-    return (magnitude - low) / (high - low) if high - low > 1e-6 else np.zeros_like(magnitude)
+    # gray has a, b up to 0.005 in scikit-image, gradients to 0.03; one level of colour gives 1
+    return (magnitude - low) / (high - low) if high - low > 0.1 else np.zeros_like(magnitude)
 
 
 def fill(rgb: np.ndarray, labels: np.ndarray, grain: np.ndarray, gain: float) -> np.ndarray:
@@ -118,7 +123,7 @@ def fill(rgb: np.ndarray, labels: np.ndarray, grain: np.ndarray, gain: float) ->
 
 
 def superpixels(rgb: np.ndarray) -> dict[str, np.ndarray]:
-    """All levels of a picture: {modality: uint8 [500, 500, 3]} for the registry's superpixel modalities."""
+    """The registry's superpixel modalities of a picture: {modality: uint8 [500, 500, 3]}."""
     lab, grain = smooth_lab(rgb), texture(rgb)
     return {
         m.name: fill(rgb, segment(lab, m.slic), grain, m.slic.texture_gain)

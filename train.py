@@ -56,7 +56,7 @@ class JointObjective:
         """Losses and retrieval on held-out concepts; the lowest total loss is ``best``."""
         eeg, subject = self.data.validation()
         if not len(eeg):
-            return {"select": 0.0}
+            return {}
         embeddings = self.decoder.embed(eeg, subject)
         device = next(self.decoder.parameters()).device
         rows = self.data.val_rows.repeat(len(self.data.signal["subjects"]))

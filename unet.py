@@ -1,13 +1,14 @@
 """Diffusion priors: EEG embedding -> CLIP embedding, one per modality.
 
-``DiffusionPriorUNet`` is the public ATM prior (REFERENCE: EEG_Image_decode, Li et al., NeurIPS 2024),
-its parameter names included; ``PriorBank`` holds one for each modality of the registry.
+``DiffusionPriorUNet`` is the public ATM prior (REFERENCE: EEG_Image_decode, Li et al., NeurIPS
+2024), its parameter names included; ``PriorBank`` holds one for each modality of the registry.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,7 @@ NOISE_SCHEDULE = {
     "beta_start": 1e-4,
     "beta_end": 2e-2,
     "beta_schedule": "linear",
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",  # see PriorBank.noise_from
 }
 
 
@@ -89,16 +90,12 @@ class DiffusionPriorUNet(nn.Module):
         self.encode_cond_embedding = nn.ModuleList(
             nn.Linear(cond_dim, width) for width in down[:-1]
         )
-        self.encode_layers = nn.ModuleList(
-            _block(a, b, dropout) for a, b in zip(down[:-1], down[1:], strict=True)
-        )
+        self.encode_layers = nn.ModuleList(_block(a, b, dropout) for a, b in pairwise(down))
         self.decode_time_embedding = nn.ModuleList(
             TimeEmbedding(time_embed_dim, width) for width in up[:-1]
         )
         self.decode_cond_embedding = nn.ModuleList(nn.Linear(cond_dim, width) for width in up[:-1])
-        self.decode_layers = nn.ModuleList(
-            _block(a, b, dropout) for a, b in zip(up[:-1], up[1:], strict=True)
-        )
+        self.decode_layers = nn.ModuleList(_block(a, b, dropout) for a, b in pairwise(up))
         self.output_layer = nn.Linear(widths[0], embed_dim)
 
     def forward(
@@ -223,7 +220,7 @@ class PriorBank(nn.Module):
     def losses(
         self, targets: Mapping[str, torch.Tensor], cond: torch.Tensor, generator: torch.Generator
     ) -> dict[str, LossTerms]:
-        """Noise losses of a batch: targets {modality: [B, D]}, cond [B, C]; gradients reach ``cond``.
+        """Noise losses of targets {modality: [B, D]} given cond [B, C]; gradients reach ``cond``.
 
         Timesteps, noise and the dropped conditions are drawn per sample from ``generator`` (CPU).
         """
@@ -232,20 +229,33 @@ class PriorBank(nn.Module):
             clean = self.standardise(name, targets[name])
             if clean.ndim != 2 or len(clean) != len(cond):
                 raise ValueError(
-                    f"{name}: target {tuple(clean.shape)} for cond {tuple(cond.shape)}, expected [B, D]"
+                    f"{name}: target {tuple(clean.shape)} for cond {tuple(cond.shape)}, "
+                    "expected [B, D]"
                 )
             rows = len(clean)
             t = torch.randint(TRAIN_STEPS, (rows,), generator=generator).to(cond.device)
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             keep = (torch.rand(rows, generator=generator) >= self.condition_dropout).to(cond.device)
-            predicted = prior(self.add_noise(clean, noise, t), t, cond, keep)
-            losses[name] = noise_loss(predicted, noise)
+            noisy = self.add_noise(clean, noise, t)
+            velocity = prior(noisy, t, cond, keep)
+            losses[name] = noise_loss(self.noise_from(velocity, noisy, t), noise)
         return losses
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """DDPM forward process: sqrt(a_t) clean + sqrt(1 - a_t) noise, per row."""
         kept = self.alphas_cumprod[t][:, None].to(clean.dtype)
         return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+
+    def noise_from(
+        self, velocity: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """The predicted noise, from a network that predicts velocity (Salimans & Ho 2022), per row.
+
+        A network that predicts noise itself turns an error e at t = 999 into 157 e in the sample:
+        unless x0 is clipped, samples come out many times too large.
+        """
+        kept = self.alphas_cumprod[t][:, None].to(noisy.dtype)
+        return kept.sqrt() * velocity + (1 - kept).sqrt() * noisy
 
     @torch.no_grad()
     def sample(
@@ -256,10 +266,10 @@ class PriorBank(nn.Module):
         seeds: Sequence[int],
         sampler: str = "dpm",
     ) -> dict[str, torch.Tensor]:
-        """Draw one embedding per modality and row: cond [B, C] -> {modality: [B, D]}, un-normalised.
+        """One embedding per modality and row: cond [B, C] -> {modality: [B, D]}, un-normalised.
 
-        ``seeds``: one int per row, so that a row's sample depends on nothing but its own condition and
-        seed. ``guidance``: uncond + g (cond - uncond); 1 = off. Call in eval mode.
+        ``seeds``: one int per row, so that a row's sample depends on nothing but its own condition
+        and seed. ``guidance``: uncond + g (cond - uncond); 1 = off. Call in eval mode.
         """
         if cond.ndim != 2 or len(seeds) != len(cond):
             raise ValueError(
@@ -276,13 +286,13 @@ class PriorBank(nn.Module):
                 ]
             ).to(cond)
             for t in scheduler.timesteps:
-                noise = guided_noise(prior, x, t.expand(len(x)).to(x.device), cond, guidance)
-                x = scheduler.step(noise, t, x).prev_sample
+                velocity = guided(prior, x, t.expand(len(x)).to(x.device), cond, guidance)
+                x = scheduler.step(velocity, t, x).prev_sample
             samples[name] = self.restore(name, x)
         return samples
 
 
-def guided_noise(
+def guided(
     prior: DiffusionPriorUNet, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, guidance: float
 ) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans 2022) for x [B, D]; both branches in one batch."""

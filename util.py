@@ -1,4 +1,4 @@
-"""What every stage shares: errors, run directories, atomic files, safetensors + manifests, hashes, seeds."""
+"""What every stage shares: errors, run directories, atomic files, safetensors, hashes, seeds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class DataError(StageError):
     """A file that is missing, damaged or of another kind. Exit code 1."""
 
 
-class Preempted(Exception):
+class Preempted(Exception):  # noqa: N818 - not an error: the state is saved
     """SIGTERM or SIGUSR1 arrived and the state is saved. Exit code :data:`PREEMPTED`."""
 
 
@@ -62,7 +62,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
         try:
             return main(argv)
         except StageError as error:
-            if LOG.handlers:
+            if _LOG_HANDLERS:
                 LOG.error("error: %s", error)
             else:  # before a run directory was opened
                 print(f"error: {error}", file=sys.stderr)
@@ -84,6 +84,9 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 # ---------------------------------------------------------------- logging
 
 
+_LOG_HANDLERS: list[logging.Handler] = []  # ours; others may listen too
+
+
 def start_log(path: Path | None) -> None:
     """Log to stderr and, with ``path``, append to that file."""
     _close_log()
@@ -95,10 +98,12 @@ def start_log(path: Path | None) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
+        _LOG_HANDLERS.append(handler)
 
 
 def _close_log() -> None:
-    for handler in list(LOG.handlers):
+    while _LOG_HANDLERS:
+        handler = _LOG_HANDLERS.pop()
         LOG.removeHandler(handler)
         handler.close()
 
@@ -175,8 +180,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All whole records; a line torn by a kill is skipped."""
     records = []
     if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in Path(path).read_bytes().split(b"\n"):
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
                 records.append(json.loads(line))
     return records
 
@@ -198,7 +203,7 @@ def file_hash(path: Path) -> str:
 
 
 def json_hash(content: Any) -> str:
-    """sha256 of JSON-able content, keys sorted. Anything else is a TypeError, never silently a str."""
+    """sha256 of JSON-able content, keys sorted. Anything else is a TypeError, never a str."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -242,12 +247,12 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def seed_for(seed: int, *names: object) -> int:
     """A 63-bit seed that belongs to a sample: independent of batch, shard, order and process."""
-    text = "/".join(map(str, (seed, *names)))
+    text = json.dumps([seed, *map(str, names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator_for(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator for ``seed_for(seed, *names)``; e.g. ``generator_for(0, "sdxl", stimulus)``."""
+    """A CPU generator seeded ``seed_for(seed, *names)``: ``generator_for(0, "sdxl", stimulus)``."""
     return torch.Generator().manual_seed(seed_for(seed, *names))
 
 
@@ -256,7 +261,7 @@ def numpy_generator_for(seed: int, *names: object) -> np.random.Generator:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` = CUDA if there is one, else CPU. Raises UserError for a device that is not there."""
+    """``auto`` = CUDA if there is one, else CPU. UserError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -280,8 +285,9 @@ def pick_device(name: str) -> torch.device:
 class RunDirectory:
     """A directory that explains itself and refuses to become another run.
 
-    ``options.json`` (values and where each came from), ``env.json`` (one entry per start), ``inputs.json`` (hashes), ``log.txt``,
-    and ``DONE`` last. The same command resumes; changed options or inputs are an error that names them.
+    ``options.json`` (values and where each came from), ``env.json`` (one entry per start),
+    ``inputs.json`` (hashes), ``log.txt``, and ``DONE`` last. The same command resumes; changed
+    options or inputs are an error that names them.
     """
 
     def __init__(self, path: Path, stage: str, *, part: str = "") -> None:
@@ -297,11 +303,11 @@ class RunDirectory:
     ) -> None:
         """Raise UserError if this directory holds another run. Writes nothing.
 
-        ``fixed``: names of the options that determine the result; the rest may change between calls.
+        ``fixed``: options that determine the result; the rest may change between calls.
         """
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        if not self.path.is_dir() or not (self.path / "options.json").exists():
+        if not (self.path / "options.json").exists():
+            if not self.path.exists() or _unused(self.path):
+                return
             raise UserError(
                 self.path,
                 "files that no run of this project wrote",
@@ -358,6 +364,7 @@ class RunDirectory:
                         "provenance": dict(provenance),
                     },
                 )
+            if not (self.path / "inputs.json").exists():  # killed before it was written
                 write_json(self.path / "inputs.json", _plain(inputs))
             start_log(self.path / "log.txt")
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
@@ -370,6 +377,13 @@ class RunDirectory:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         write_json(self._done, {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **summary})
+
+
+def _unused(path: Path) -> bool:
+    """An empty folder, or one in which a kill left a temporary file of :func:`atomic_write`."""
+    return path.is_dir() and all(
+        item.name.startswith(".") and item.suffix == ".tmp" for item in path.iterdir()
+    )
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ PATTERNS = ("plain", "stripes", "checks", "dots", "rings", "waves")
 
 MAX_ROTATION_RAD = 0.45  # small enough that a turned square is still no diamond
 SIZE_RANGE = (0.40, 0.62)  # diameter of the shape's bounding circle / picture width
+FOLDS, TEST_FOLD = 8, 1  # an eighth of all concepts is kept for tests, in every world
 SUPERSAMPLING = 3  # each output pixel averages 3 x 3 samples, which is the antialiasing
 
 
@@ -243,31 +245,53 @@ class _Deck:
     def __init__(self, values: list[str], rng: np.random.Generator) -> None:
         self.values, self.rng, self.cards = values, rng, []
 
-    def deal(self, forbidden: str = "") -> str:
+    def deal(self, forbidden: Collection[str] = ()) -> str:
         """The next card that is not `forbidden`; a skipped card stays on top."""
-        if all(card == forbidden for card in self.cards):
+        if all(card in forbidden for card in self.cards):
             self.cards += [self.values[i] for i in self.rng.permutation(len(self.values))]
-        position = next(i for i, card in enumerate(self.cards) if card != forbidden)
+        position = next(i for i, card in enumerate(self.cards) if card not in forbidden)
         return self.cards.pop(position)
 
 
-def sample_concepts(n_training: int, n_test: int, seed: int) -> tuple[list, list]:
-    """Draws disjoint lists of concepts; every single attribute value occurs in training."""
-    n_possible = len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1) * len(PATTERNS)
-    if n_training < len(SHAPES):
-        raise ValueError(f"n_training is {n_training}, needs >= {len(SHAPES)} to show all shapes")
-    if n_training + n_test > n_possible // 2:
-        raise ValueError(f"asked for {n_training + n_test} concepts, at most {n_possible // 2}")
-    rng = np.random.default_rng([seed, 0])
+def fold_of(concept: Concept) -> int:
+    """A fixed 0 .. FOLDS - 1 of each concept, the same for every seed and world."""
+    return zlib.crc32(concept_name(concept).encode()) % FOLDS
+
+
+def _draw(n: int, folds: Collection[int], rng: np.random.Generator) -> list[Concept]:
+    """n different concepts of these folds, every attribute value equally often."""
     values = (list(SHAPES), list(COLOURS), list(COLOURS), list(PATTERNS))
     shapes, colours, backgrounds, patterns = (_Deck(v, rng) for v in values)
     concepts: dict[Concept, None] = {}  # a dict is an ordered set
-    while len(concepts) < n_training + n_test:
+    while len(concepts) < n:
         colour = colours.deal()
-        background = backgrounds.deal(forbidden=colour)
-        concepts[Concept(shapes.deal(), colour, background, patterns.deal())] = None
-    drawn = list(concepts)
-    return drawn[:n_training], drawn[n_training:]
+        background = backgrounds.deal(forbidden=(colour,))
+        shape = shapes.deal()
+        whole = {pattern: Concept(shape, colour, background, pattern) for pattern in PATTERNS}
+        taken = [p for p, c in whole.items() if c in concepts or fold_of(c) not in folds]
+        if len(taken) < len(PATTERNS):
+            concepts[whole[patterns.deal(forbidden=taken)]] = None
+    return list(concepts)
+
+
+def sample_concepts(n_training: int, n_test: int, seed: int) -> tuple[list, list]:
+    """Draws disjoint lists of concepts; every single attribute value occurs in training.
+
+    Test concepts come from TEST_FOLD and training concepts from the other folds, whatever the seed
+    and the numbers: what was trained on training concepts has never seen any world's test concept.
+    """
+    if n_training < len(SHAPES):
+        raise ValueError(f"n_training is {n_training}, needs >= {len(SHAPES)} to show all shapes")
+    n_possible = len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1) * len(PATTERNS)
+    most = n_possible // FOLDS // 2
+    if n_test > most or n_training > most * (FOLDS - 1):
+        raise ValueError(
+            f"asked for {n_training} training and {n_test} test concepts, "
+            f"at most {most * (FOLDS - 1)} and {most}"
+        )
+    others = [fold for fold in range(FOLDS) if fold != TEST_FOLD]
+    training = _draw(n_training, others, np.random.default_rng([seed, 0]))
+    return training, _draw(n_test, [TEST_FOLD], np.random.default_rng([seed, 0, 1]))
 
 
 def sample_scene(concept: Concept, rng: np.random.Generator) -> Scene:

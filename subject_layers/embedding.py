@@ -9,7 +9,7 @@ from torch import nn
 
 
 def positional_table(length: int, width: int) -> torch.Tensor:
-    """Sinusoids [length, width]: even columns sin(p w_i), odd cos(p w_i), w_i = 10000^(-2i / width)."""
+    """Sinusoids [length, width]: even columns sin(p w_i), odd cos, w_i = 10000^(-2i / width)."""
     position = torch.arange(length, dtype=torch.float32)[:, None]
     frequency = torch.exp(
         torch.arange(0, width, 2, dtype=torch.float32) * -(math.log(10000.0) / width)
@@ -35,7 +35,7 @@ class SubjectEmbedding(nn.Module):
 
 
 class ReferenceSubjectEmbedding(SubjectEmbedding):
-    """As published: ids are table rows, and one id beyond the table makes the whole batch shared."""
+    """As published: ids are table rows; one id beyond the table makes the whole batch shared."""
 
     def forward(self, subject: torch.Tensor) -> torch.Tensor:
         if (subject >= self.subject_embedding.num_embeddings).any():

@@ -10,6 +10,11 @@ from subject_layers.attention import SelfAttention
 from subject_layers.embedding import ChannelEmbedding
 
 
+def pointwise(convolution: nn.Conv1d, tokens: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution on tokens [B, N, width], as the linear layer that it is: no transposes."""
+    return F.linear(tokens, convolution.weight.squeeze(2), convolution.bias)
+
+
 class EncoderLayer(nn.Module):
     """Attention and a two-layer feed-forward (1x1 convolutions), each followed by its LayerNorm."""
 
@@ -24,8 +29,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = self.norm1(tokens + self.dropout(self.attention(tokens)))
-        hidden = self.dropout(F.gelu(self.conv1(tokens.transpose(1, 2))))
-        return self.norm2(tokens + self.dropout(self.conv2(hidden)).transpose(1, 2))
+        hidden = self.dropout(F.gelu(pointwise(self.conv1, tokens)))
+        return self.norm2(tokens + self.dropout(pointwise(self.conv2, hidden)))
 
 
 class LayerStack(nn.Module):
@@ -45,8 +50,8 @@ class LayerStack(nn.Module):
 class ChannelTransformer(nn.Module):
     """EEG [B, C, T] -> one token per channel [B, C, width].
 
-    ``reference`` keeps the published slice 0..C-1, in which the subject token takes the first place and
-    the last channel (O2) is lost; otherwise the channels' own tokens 1..C are returned.
+    ``reference`` keeps the published slice 0..C-1, in which the subject token takes the first place
+    and the last channel (O2) is lost; otherwise the channels' own tokens 1..C are returned.
     """
 
     def __init__(

@@ -1,0 +1,32 @@
+"""How good the miniatures are, on pictures they were not trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from miniworld import judge, pictures, renders
+
+
+@torch.no_grad()
+def vae_psnr(vae: Any, split: str, n: int) -> dict[str, float]:
+    """Mean PSNR in dB of n unseen pictures of 128 px, from the posterior's mean."""
+    scenes = renders.unseen_scenes(split, n, seed=0)
+    found = []
+    for scene in scenes:
+        picture = torch.from_numpy(pictures.render(scene, renders.SIZE_PX)).permute(2, 0, 1)
+        pixels = picture[None].float() / 127.5 - 1
+        made = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        error = (made - pixels).div(2).square().mean()
+        found.append(float(-10 * torch.log10(error)))
+    return {"vae_psnr": float(np.mean(found)), "n": n}
+
+
+def judge_accuracy(model: judge.Judge, split: str, n: int) -> dict[str, float]:
+    """Share of right answers on n unseen renders."""
+    scenes = renders.unseen_scenes(split, n, seed=0)
+    images = np.stack([pictures.render(scene, renders.SIZE_PX) for scene in scenes])
+    right = judge.verdicts(model, images, scenes)
+    return {f"judge_{name}": float(rows.mean()) for name, rows in right.items()} | {"n": n}

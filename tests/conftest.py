@@ -1,0 +1,155 @@
+"""A tiny embedded world, taken once through the first two stages by the public commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import clip_feature_extractor
+import train
+from miniworld.__main__ import main as build_world
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where the stages of the tiny chain left their output."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        return self.root / "world" / "data"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "world" / "models"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "features"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    def train_flags(self, out: Path, *extra: object) -> list[str]:
+        """A training command on this world; later flags win."""
+        flags = [
+            "--data_path",
+            self.data,
+            "--clip_feature_path",
+            self.features,
+            "--output_dir",
+            out,
+            "--epochs",
+            2,
+            "--batch_size",
+            16,
+            "--val_fraction",
+            0.2,
+            "--device",
+            "cpu",
+            *extra,
+        ]
+        return [str(flag) for flag in flags]
+
+    def generate_flags(self, out: Path, *extra: object) -> list[str]:
+        """A drawing command on this world: 64 px, 2 steps."""
+        flags = [
+            "--eeg_data",
+            self.data / "Preprocessed_data_250Hz" / "sub-01",
+            "--model_path",
+            self.model,
+            "--sd_model_path",
+            self.models / "sdxl",
+            "--output_dir",
+            out,
+            "--ip_adapter_path",
+            self.models / "ip_adapter.safetensors",
+            "--mode",
+            "all",
+            "--size",
+            64,
+            "--steps",
+            2,
+            "--max_stimuli",
+            2,
+            "--prior_steps",
+            3,
+            "--device",
+            "cpu",
+            *extra,
+        ]
+        return [str(flag) for flag in flags]
+
+    def evaluate_flags(self, out: Path, *extra: object) -> list[str]:
+        flags = [
+            "--data_path",
+            self.data,
+            "--clip_feature_path",
+            self.features,
+            "--output_dir",
+            out,
+            "--prior_steps",
+            3,
+            "--device",
+            "cpu",
+            *extra,
+        ]
+        return [str(flag) for flag in flags]
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The world and its feature bank: 16 x 2 training and 6 test pictures, two simulated people."""
+    chain = Chain(tmp_path_factory.mktemp("chain"))
+    assert (
+        build_world(
+            [
+                "--output_path",
+                str(chain.root / "world"),
+                "--training_concepts",
+                "16",
+                "--images_per_concept",
+                "2",
+                "--test_concepts",
+                "6",
+                "--training_repetitions",
+                "2",
+                "--test_repetitions",
+                "3",
+            ]
+        )
+        == 0
+    )
+    assert (
+        clip_feature_extractor.main(
+            [
+                "--data_path",
+                str(chain.data),
+                "--output_path",
+                str(chain.features),
+                "--device",
+                "cpu",
+                "--clip_model",
+                str(chain.models / "miniature-clip.json"),
+                "--num_workers",
+                "2",
+                "--batch_size",
+                "8",
+                "--clip_pretrained",
+                str(chain.models / "miniature-clip.safetensors"),
+            ]
+        )
+        == 0
+    )
+    return chain
+
+
+@pytest.fixture(scope="session")
+def chain(features: Chain) -> Chain:
+    """The same with a model trained for two epochs."""
+    assert train.main(features.train_flags(features.model)) == 0
+    return features

@@ -1,0 +1,333 @@
+"""The rules of the code base, read from its syntax trees and from fresh interpreters."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import args
+import injection
+import modalities
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS: dict[str, float] = {
+    **dict.fromkeys(("modalities", "masking"), 0),
+    **dict.fromkeys(("args", "util", "loss", "superpixel", "metrics"), 1),
+    **dict.fromkeys(("subject_layers", "unet", "dataset", "injection"), 2),
+    "engine": 2.5,
+    "ATMS_retrieval": 3,
+    **dict.fromkeys(("preprocess", "clip_feature_extractor", "train"), 4),
+    **dict.fromkeys(("generate", "evaluate", "report"), 4),
+    **dict.fromkeys(("miniworld", "demo"), 5),
+}
+PACKAGES = ("subject_layers", "miniworld")
+PROGRAMS = {stage: stage_parser().prog for stage, stage_parser in args.STAGES.items()}
+
+
+def _sources() -> list[Path]:
+    """Every module of the project, without tests and benchmarks."""
+    inside = [path for name in PACKAGES for path in sorted((ROOT / name).glob("*.py"))]
+    return sorted(ROOT.glob("*.py")) + inside
+
+
+def _everything() -> list[Path]:
+    return _sources() + sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+def _module(path: Path) -> str:
+    """The name in LAYERS: of the file, or of its package."""
+    return path.stem if path.parent == ROOT else path.parent.name
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    """Top-level names that a tree imports, wherever in it: functions and TYPE_CHECKING too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def _calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """(dotted name as written, call) of every call in a file."""
+    calls = [node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call)]
+    return [(ast.unparse(call.func), call) for call in calls]
+
+
+def _where(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def _keyword(call: ast.Call, name: str) -> object:
+    for keyword in call.keywords:
+        if keyword.arg == name and isinstance(keyword.value, ast.Constant):
+            return keyword.value.value
+    return None
+
+
+# --- who may import whom ------------------------------------------------------------------------
+
+
+def _upward(path: Path) -> list[str]:
+    own = _module(path)
+    return [
+        f"{path.relative_to(ROOT)} (layer {LAYERS[own]}) imports {name} ({LAYERS[name]})"
+        for name in sorted(_imports(_tree(path)) & LAYERS.keys())
+        if LAYERS[name] >= LAYERS[own] and not (name == own and own in PACKAGES)
+    ]
+
+
+def test_every_module_has_a_layer():
+    assert {_module(path) for path in _sources()} <= LAYERS.keys()
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert folders <= set(PACKAGES)
+
+
+def test_imports_run_strictly_downwards():
+    assert [line for path in _sources() for line in _upward(path)] == []
+
+
+def test_relative_imports_cannot_leave_a_package():
+    for path in _sources():
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and path.parent.name in PACKAGES, _where(path, node)
+
+
+def test_nothing_is_imported_by_a_computed_name():
+    names = ("__import__", "importlib.import_module", "import_module", "exec", "eval")
+    found = [
+        _where(path, call) for path in _sources() for name, call in _calls(path) if name in names
+    ]
+    assert found == []
+
+
+def test_the_rules_would_see_a_hidden_import():
+    hidden = "def f():\n    from generate import draw\nif TYPE_CHECKING:\n    import train.x\n"
+    assert _imports(ast.parse(hidden)) == {"generate", "train"}
+
+
+def test_the_registry_is_standard_library_only():
+    assert _imports(_tree(ROOT / "modalities.py")) <= sys.stdlib_module_names
+    assert _imports(_tree(ROOT / "args.py")) <= sys.stdlib_module_names | {"yaml", "modalities"}
+
+
+# --- patterns that are not written here ---------------------------------------------------------
+
+
+def test_flags_are_declared_in_args_only():
+    found = [
+        _where(path, call)
+        for path in _sources()
+        for name, call in _calls(path)
+        if name.endswith("add_argument") or name.endswith("ArgumentParser")
+    ]
+    assert [place for place in found if not place.startswith("args.py:")] == []
+
+
+def test_no_bool_flags():
+    found = [
+        _where(path, call)
+        for path in _everything()
+        for _, call in _calls(path)
+        for keyword in call.keywords
+        if keyword.arg == "type" and ast.unparse(keyword.value) == "bool"
+    ]
+    assert found == []
+
+
+def _catches_everything(handler: ast.ExceptHandler) -> bool:
+    """A bare or blanket handler; BaseException is allowed where it cleans up and raises again."""
+    caught = ast.unparse(handler.type).strip("()").split(", ") if handler.type else [""]
+    if "BaseException" in caught:
+        last = handler.body[-1]
+        return not (isinstance(last, ast.Raise) and last.exc is None)
+    return "Exception" in caught or "" in caught
+
+
+def test_no_blanket_handlers():
+    found = [
+        _where(path, node)
+        for path in _everything()
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.ExceptHandler) and _catches_everything(node)
+    ]
+    found += [
+        _where(path, call)
+        for path in _everything()
+        for name, call in _calls(path)
+        if name.endswith("suppress")
+        and {ast.unparse(item) for item in call.args} & {"Exception", "BaseException"}
+    ]
+    assert found == []
+
+
+def test_no_file_is_unpickled_freely():
+    unsafe = []
+    for path in _everything():
+        for name, call in _calls(path):
+            if name == "torch.load" and _keyword(call, "weights_only") is not True:
+                unsafe.append(_where(path, call))
+            if name in ("pickle.load", "pickle.loads", "joblib.load"):
+                unsafe.append(_where(path, call))
+            if any(keyword.arg == "allow_pickle" for keyword in call.keywords):
+                unsafe += [_where(path, call)] * (_keyword(call, "allow_pickle") is not False)
+    assert unsafe == []
+
+
+# --- scripts answer before torch is loaded ------------------------------------------------------
+
+_ASK = """
+import contextlib, io, json, runpy, sys
+program, cases = json.loads(sys.argv[1])
+answers = []
+for tokens in cases:
+    sys.argv, out, err, code = [program, *tokens], io.StringIO(), io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            if program.startswith("-m "):
+                runpy.run_module(program[3:], run_name="__main__")
+            else:
+                runpy.run_path(program, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
+    answers.append([code, out.getvalue(), err.getvalue()])
+heavy = sorted({"torch", "numpy", "diffusers", "open_clip", "skimage"} & set(sys.modules))
+print(json.dumps([answers, heavy]))
+"""
+
+
+def _fresh(code: str, *tokens: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *tokens],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def _required(stage: str) -> list[str]:
+    tokens = ["--images", "I"] if stage == "evaluate" else []
+    for name, action in args.STAGES[stage]().actions().items():
+        tokens += [f"--{name}", "X"] if action.required else []
+    return tokens
+
+
+@pytest.mark.parametrize("stage", args.STAGES)
+def test_quick_questions_cost_no_torch(stage, tmp_path):
+    program = PROGRAMS[stage].removeprefix("python ")
+    script = program if program.startswith("-m ") else str(ROOT / program)
+    cases = [["--help"], [*_required(stage), "--print_config"], [*_required(stage), "--sed", "1"]]
+    done = _fresh(_ASK, json.dumps([script, cases]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (helped, printed, refused), heavy = json.loads(done.stdout)
+    assert helped[0] == 0 and helped[1].startswith(f"usage: {PROGRAMS[stage]}")
+    assert printed[0] == 0 and "# default" in printed[1]
+    assert refused[0] == 2 and "unknown option --sed" in refused[2]
+    assert heavy == []
+    assert not list(tmp_path.iterdir())
+
+
+# --- importing does nothing ---------------------------------------------------------------------
+
+_IMPORT = """
+import importlib, os, sys
+names, root = sys.argv[1].split(","), sys.argv[2] + os.sep
+sys.argv = ["program", "--no_such_flag"]
+opened = []
+def watch(event, given):
+    if event == "open" and isinstance(given[0], str) and given[0].startswith(root):
+        if ".venv" not in given[0] and not given[0].endswith((".py", ".pyc")):
+            if ".pyc." not in given[0]:  # Python writes its own caches that way
+                opened.append(given[0])
+sys.addaudithook(watch)
+for name in names:
+    importlib.import_module(name)
+heavy = {"open_clip", "diffusers", "transformers", "skimage", "mne", "matplotlib", "lpips"}
+assert not opened, f"files opened: {opened}"
+assert not heavy & set(sys.modules), f"heavy imports: {sorted(heavy & set(sys.modules))}"
+"""
+
+
+def test_importing_any_module_does_nothing(tmp_path):
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in _sources()]
+    names = [name.removesuffix(".__init__") for name in names]
+    done = _fresh(_IMPORT, ",".join(names), str(ROOT), cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+# --- what users were promised -------------------------------------------------------------------
+
+COMMANDS = r"""
+python clip_feature_extractor.py --data_path DATA --output_path OUT/clip_features --batch_size 32
+python train.py    --data_path DATA --clip_feature_path OUT/clip_features --output_dir OUT/model \
+                   --epochs 100 --batch_size 16 --learning_rate 1e-4
+python generate.py --eeg_data EEG --model_path OUT/model --sd_model_path sd_xl_base_1.0.safetensors \
+                   --ip_adapter_path ip-adapter_sdxl_vit-h.safetensors --output_dir OUT/images --mode all
+"""  # noqa: E501 - verbatim
+
+
+def _commands() -> list[list[str]]:
+    return [shlex.split(line) for line in COMMANDS.replace("\\\n", " ").strip().splitlines()]
+
+
+@pytest.mark.parametrize("command", _commands(), ids=lambda command: command[1])
+def test_the_users_commands_parse_as_written(command):
+    stage = {program: stage for stage, program in PROGRAMS.items()}[command[1]]
+    options = args.resolve(stage, command[2:])
+    typed = command[2:]
+    for flag, value in zip(typed[::2], typed[1::2], strict=True):
+        found = getattr(options.values, flag.removeprefix("--"))
+        assert str(found) == value or found == float(value)
+        assert options.provenance[flag.removeprefix("--")] == "command line"
+
+
+def test_every_stage_has_its_script_and_main():
+    for program in PROGRAMS.values():
+        module = program.removeprefix("python -m ").removesuffix(".py")
+        path = ROOT / (f"{module}/__main__.py" if program.startswith("python") else program)
+        assert "main" in {getattr(node, "name", "") for node in _tree(path).body}
+
+
+def test_the_entry_points_are_documented_and_wired():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo" in readme and "make test" in readme
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "\ndemo:" in makefile and "\ntest:" in makefile
+    ci = ROOT / ".ci" / "run"
+    assert "make test" in ci.read_text(encoding="utf-8").splitlines()
+    assert os.access(ci, os.X_OK)
+
+
+def _presets() -> list[str]:
+    return ["intent", *sorted(path.stem for path in (ROOT / "configs/injection").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("preset", _presets())
+def test_injection_presets_load_and_reach_a_layer(preset):
+    assert preset in args.STAGES["generate"]().actions()["injection"].help
+    loaded = injection.load_injection(preset)
+    layers = injection.sdxl_layers()
+    assert len(layers) == 70
+    total = sum(loaded.scale(name, layer) for name in modalities.NAMES for layer in layers)
+    assert total > 0

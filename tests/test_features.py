@@ -1,0 +1,394 @@
+"""Stage 1 in-process on a miniature CLIP: the features, their manifest, restarts and refusals."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import clip_feature_extractor as stage
+import superpixel
+import util
+from dataset import stimulus_id
+from miniworld.models import CLIP_DIM, CLIP_NAME, write_clip
+from modalities import MODALITIES, NAMES
+
+TRAINING = ("00001_aardvark", "00002_banana_split", "00003_car")
+TEST = ("00001_dog", "00002_egg")
+PER_CONCEPT = 2
+
+
+def _picture(seed: int, px: int = 64) -> Image.Image:
+    """Soft random blobs: something for SLIC to follow."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return small.resize((px, px + 8), Image.Resampling.BICUBIC)
+
+
+def _write_pictures(data) -> None:
+    for number, (partition, concepts) in enumerate((("training", TRAINING), ("test", TEST))):
+        for row, concept in enumerate(concepts):
+            folder = data / f"{partition}_images" / concept
+            folder.mkdir(parents=True)
+            for index in range(PER_CONCEPT):
+                picture = _picture(100 * number + 10 * row + index)
+                picture.save(folder / f"{concept[6:]}_{index}.{('png', 'jpg')[index]}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_slic():
+    """SLIC at 100 px, for time; one test below is at the real size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(superpixel, "SIZE_PX", 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """DATA and the miniature CLIP."""
+    folder = tmp_path_factory.mktemp("stage1")
+    write_clip(folder, seed=0)
+    _write_pictures(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def data(world, tmp_path):
+    """A copy of DATA to spoil."""
+    return shutil.copytree(world / "data", tmp_path / "data")
+
+
+def _run(world, output, *more, data=None) -> int:
+    flags = {
+        "--data_path": data or world / "data",
+        "--output_path": output,
+        "--clip_model": world / f"{CLIP_NAME}.json",
+        "--clip_pretrained": world / f"{CLIP_NAME}.safetensors",
+        "--shard_size": 2,
+        "--batch_size": 2,
+        "--num_workers": 0,
+        "--device": "cpu",
+    }
+    given = dict(zip(more[::2], more[1::2], strict=False)) if len(more) % 2 == 0 else {}
+    alone = () if given else more
+    return stage.main([*(str(x) for pair in (flags | given).items() for x in pair), *alone])
+
+
+@pytest.fixture(scope="module")
+def bank(world):
+    assert _run(world, world / "bank") == 0
+    return world / "bank"
+
+
+def _tensors(bank, partition: str) -> dict[str, torch.Tensor]:
+    return util.load_tensors(bank / f"{partition}.safetensors")[0]
+
+
+def _assert_same_bank(one, other) -> None:
+    for partition in ("training", "test"):
+        a, b = _tensors(one, partition), _tensors(other, partition)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _keys(concepts, partition: str) -> list[str]:
+    return [
+        f"{partition}_images/{concept}/{concept[6:]}_{index}.{('png', 'jpg')[index]}"
+        for concept in concepts
+        for index in range(PER_CONCEPT)
+    ]
+
+
+# --- what the features are --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(world):
+    """open_clip itself: (model, validation transform, tokenizer)."""
+    model, _, transform = open_clip.create_model_and_transforms(
+        CLIP_NAME, pretrained=str(world / f"{CLIP_NAME}.safetensors")
+    )
+    return model.eval(), transform, open_clip.get_tokenizer(CLIP_NAME)
+
+
+@torch.no_grad()
+def _encoded(clip, images: list[Image.Image]) -> torch.Tensor:
+    model, transform, _ = clip
+    return torch.cat([model.encode_image(transform(image)[None]) for image in images])
+
+
+def _read(world, key: str) -> Image.Image:
+    return Image.open(world / "data" / key).convert("RGB")
+
+
+@pytest.mark.parametrize(("partition", "concepts"), [("training", TRAINING), ("test", TEST)])
+def test_image_features_are_open_clip_s(world, bank, clip, partition, concepts):
+    expected = _encoded(clip, [_read(world, key) for key in _keys(concepts, partition)])
+    torch.testing.assert_close(_tensors(bank, partition)["image"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("modality", [m for m in MODALITIES if m.slic], ids=lambda m: m.name)
+def test_superpixel_features_are_open_clip_s(world, bank, clip, modality):
+    images = []
+    for key in _keys(TEST, "test"):
+        rgb = superpixel.at_slic_size(_read(world, key))
+        labels = superpixel.segment(superpixel.smooth_lab(rgb), modality.slic)
+        gain = modality.slic.texture_gain
+        images.append(Image.fromarray(superpixel.fill(rgb, labels, superpixel.texture(rgb), gain)))
+    found = _tensors(bank, "test")[modality.name]
+    torch.testing.assert_close(found, _encoded(clip, images), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def _texts_encoded(clip, texts: list[str]) -> torch.Tensor:
+    model, _, tokenize = clip
+    return model.encode_text(tokenize(texts))
+
+
+def test_text_features_are_open_clip_s(bank, clip):
+    texts = [
+        f"This picture is {name}"
+        for name in ("aardvark", "banana_split", "car")
+        for _ in range(PER_CONCEPT)
+    ]
+    found = _tensors(bank, "training")["text"]
+    torch.testing.assert_close(found, _texts_encoded(clip, texts), rtol=1e-4, atol=1e-4)
+
+
+def test_captions_by_picture_then_by_concept_then_the_template(world, clip, tmp_path):
+    first = _keys(TEST, "test")[0]
+    captions = {first: "a wet dog", "dog": "any dog"}
+    util.write_json(tmp_path / "captions.json", captions)
+    options = ("--captions", tmp_path / "captions.json", "--text_template", "one {concept} here")
+    assert _run(world, tmp_path / "bank", *options) == 0
+    expected = ["a wet dog", "any dog", "one egg here", "one egg here"]
+    rows = util.read_json(tmp_path / "bank" / "test.json")["rows"]
+    assert [row["text"] for row in rows] == expected
+    found = _tensors(tmp_path / "bank", "test")["text"]
+    torch.testing.assert_close(found, _texts_encoded(clip, expected), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_normalised_and_no_modality_is_dead(bank):
+    tensors = _tensors(bank, "training")
+    for name in NAMES:
+        norms = tensors[name].norm(dim=1)
+        assert ((norms - 1).abs() > 0.01).all()
+        assert tensors[name].std(0).max() > 1e-3
+    visual = [tensors[name] for name in NAMES if name != "text"]
+    for index, one in enumerate(visual):
+        assert all((one - other).norm() > 1e-3 for other in visual[index + 1 :])
+
+
+# --- what is written --------------------------------------------------------------------------
+
+
+def test_manifest_describes_the_bank(bank):
+    header = util.load_tensors(bank / "training.safetensors")[1]
+    manifest = util.read_json(bank / "training.json")
+    assert {key: manifest[key] for key in header} == header
+    assert manifest["normalised"] is False
+    assert manifest["clip"]["model"] == CLIP_NAME and len(manifest["clip"]["weights"]) == 64
+    assert "Crop" in manifest["transform"] and "Random" not in manifest["transform"]
+    assert manifest["superpixel"] == superpixel.describe()
+    assert list(manifest["features"]) == list(NAMES)
+    tensors = _tensors(bank, "training")
+    for name, described in manifest["features"].items():
+        assert described["shape"] == [6, CLIP_DIM] == list(tensors[name].shape)
+        assert described["dtype"] == "torch.float32"
+        mean_norm = tensors[name].norm(dim=1).mean().item()
+        assert described["mean_norm"] == pytest.approx(mean_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(("partition", "concepts"), [("training", TRAINING), ("test", TEST)])
+def test_rows_are_identified_by_stimulus(bank, partition, concepts):
+    keys = _keys(concepts, partition)
+    ids = _tensors(bank, partition)["stimulus"].tolist()
+    assert ids == [stimulus_id(key) for key in keys]
+    assert len(set(ids)) == len(ids)
+    rows = util.read_json(bank / f"{partition}.json")["rows"]
+    assert [row["picture"] for row in rows] == keys
+    assert [row["stimulus"] for row in rows] == ids
+    assert rows[2]["concept"] == concepts[1][6:]
+
+
+def test_run_directory_explains_itself_and_keeps_no_shards(bank):
+    names = {path.name for path in bank.iterdir()}
+    records = {"options.json", "env.json", "inputs.json", "log.txt", "DONE"}
+    files = {f"{part}.{kind}" for part in ("training", "test") for kind in ("safetensors", "json")}
+    assert names == records | files
+
+
+@pytest.mark.parametrize(
+    "changed", [(), ("--num_workers", 1), ("--shard_size", 5), ("--batch_size", 1)]
+)
+def test_features_do_not_depend_on_how_the_work_is_cut(world, bank, tmp_path, changed):
+    assert _run(world, tmp_path / "again", *changed) == 0
+    for partition in ("training", "test"):
+        one, other = _tensors(bank, partition), _tensors(tmp_path / "again", partition)
+        for name in NAMES:
+            exact = "--batch_size" not in changed and "--shard_size" not in changed
+            tolerance = 0 if exact else 1e-4
+            torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance)
+
+
+def test_superpixel_pngs_are_written_on_request(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(superpixel, "SIZE_PX", 500)
+    for partition, concept in (("training", TRAINING[0]), ("test", TEST[0])):
+        folder = f"{partition}_images/{concept}"
+        shutil.copytree(world / "data" / folder, tmp_path / "data" / folder)
+    assert _run(world, tmp_path / "bank", "--save_superpixels", data=tmp_path / "data") == 0
+    for key in _keys(TEST[:1], "test"):
+        folder = (tmp_path / "bank" / "superpixels" / key).with_suffix("")
+        levels = superpixel.superpixels(superpixel.at_slic_size(_read(world, key)))
+        assert {path.stem for path in folder.iterdir()} == set(levels)
+        for name, rgb in levels.items():
+            png = Image.open(folder / f"{name}.png")
+            assert (png.format, png.size) == ("PNG", (500, 500))
+            np.testing.assert_array_equal(np.asarray(png), rgb)
+
+
+def test_dry_run_writes_nothing(world, tmp_path, capsys):
+    assert _run(world, tmp_path / "bank", "--dry_run") == 0
+    assert "encode 6 training pictures" in capsys.readouterr().out
+    assert not (tmp_path / "bank").exists()
+
+
+# --- restarts ---------------------------------------------------------------------------------
+
+
+class KilledError(Exception):
+    pass
+
+
+def _kill_after_shards(monkeypatch, count: int) -> None:
+    """Let ``encode`` run for ``count`` shards, then stop the process's work mid-way."""
+    encode, calls = stage.encode, []
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) > count:
+            raise KilledError
+        return encode(*arguments)
+
+    monkeypatch.setattr(stage, "encode", stopping)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_killed_run_goes_on_after_its_last_shard(world, bank, tmp_path, monkeypatch, count):
+    output = tmp_path / "bank"
+    _kill_after_shards(monkeypatch, count)
+    with pytest.raises(KilledError):
+        _run(world, output)
+    monkeypatch.undo()
+    shards = {path: path.stat().st_mtime_ns for path in (output / "shards").iterdir()}
+    assert len(shards) == count and not (output / "DONE").exists()
+    monkeypatch.setattr(stage.util.RunDirectory, "finish", _refuse_to_finish)
+    with pytest.raises(KilledError):  # all encoded, not yet marked as finished
+        _run(world, output)
+    monkeypatch.undo()
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    assert _run(world, output) == 0
+    _assert_same_bank(bank, output)
+    assert (output / "DONE").exists() and not (output / "shards").exists()
+
+
+def _refuse_to_finish(*_arguments) -> None:
+    raise KilledError
+
+
+def test_a_finished_run_does_nothing(world, bank, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in bank.glob("*.safetensors")}
+    _kill_after_shards(monkeypatch, 0)
+    assert _run(world, bank) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_weights_are_refused(world, bank, tmp_path, capsys):
+    _, weights = write_clip(tmp_path, seed=1)
+    assert _run(world, bank, "--clip_pretrained", weights) == 2
+    assert "clip_weights" in capsys.readouterr().err
+
+
+def test_other_options_are_refused(world, bank, capsys):
+    assert _run(world, bank, "--text_template", "a {concept}") == 2
+    assert "--text_template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["content", "name", "number"])
+def test_other_pictures_are_refused(world, bank, data, tmp_path, capsys, change):
+    output = shutil.copytree(bank, tmp_path / "bank")
+    path = data / _keys(TEST, "test")[0]
+    if change == "content":
+        _picture(999).save(path)
+    elif change == "name":
+        path.rename(path.with_name("other.png"))
+    else:
+        _picture(999).save(path.with_name("more.png"))
+    assert _run(world, output, data=data) == 2
+    error = capsys.readouterr().err
+    assert "input test_images" in error and "input training_images" not in error
+
+
+def test_other_captions_are_refused(world, bank, tmp_path, capsys):
+    util.write_json(tmp_path / "captions.json", {"dog": "any dog"})
+    assert _run(world, bank, "--captions", tmp_path / "captions.json") == 2
+    assert "input captions" in capsys.readouterr().err
+
+
+# --- damaged data and wrong flags -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_pictures_are_named(world, data, tmp_path, capsys, workers):
+    path = data / _keys(TRAINING, "training")[3]
+    path.write_bytes(path.read_bytes()[:-150])
+    assert _run(world, tmp_path / "bank", "--num_workers", workers, data=data) == 1
+    assert str(path) in capsys.readouterr().err
+    assert not (tmp_path / "bank" / "DONE").exists()
+    shutil.copy(world / "data" / _keys(TRAINING, "training")[3], path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--clip_model", "ViT-H-15"),
+        ("--clip_model", "no/such.json"),
+        ("--clip_pretrained", "laion9b"),
+        ("--text_template", "always the same"),
+        ("--device", "tpu"),
+    ],
+)
+def test_wrong_flags_are_named(world, tmp_path, capsys, flag, value):
+    assert _run(world, tmp_path / "bank", flag, value) == 2
+    error = capsys.readouterr().err
+    assert flag in error and value in error
+    assert not (tmp_path / "bank").exists()
+
+
+def test_weights_of_another_model_are_refused(world, tmp_path, capsys):
+    util.save_tensors(tmp_path / "w.safetensors", {"visual.proj": torch.zeros(2, 2)}, {})
+    assert _run(world, tmp_path / "bank", "--clip_pretrained", tmp_path / "w.safetensors") == 1
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_test_concepts_among_the_training_concepts_are_refused(world, data, tmp_path, capsys):
+    shutil.copytree(data / "test_images" / TEST[0], data / "training_images" / "00009_dog")
+    assert _run(world, tmp_path / "bank", data=data) == 1
+    assert "dog" in capsys.readouterr().err
+    assert not (tmp_path / "bank").exists()
+
+
+def test_missing_pictures_are_refused(world, tmp_path, capsys):
+    assert _run(world, tmp_path / "bank", data=tmp_path / "nowhere") == 1
+    assert "training_images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ['["a caption"]', '{"dog": 3}', "{"])
+def test_damaged_captions_are_refused(world, tmp_path, capsys, content):
+    (tmp_path / "captions.json").write_text(content)
+    assert _run(world, tmp_path / "bank", "--captions", tmp_path / "captions.json") == 1
+    assert "captions.json" in capsys.readouterr().err

@@ -1,0 +1,257 @@
+"""Superpixels against scikit-image and a loop over segments; pictures of every kind and damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import superpixel
+from modalities import MODALITIES
+
+LEVELS = {m.name: m.slic for m in MODALITIES if m.slic}
+
+
+@functools.cache
+def _picture(name: str, px: int) -> np.ndarray:
+    """uint8 [px, px, 3]: a photograph, or coloured waves with a hard edge."""
+    if name == "photo":
+        from skimage.data import astronaut
+
+        return np.asarray(Image.fromarray(astronaut()).resize((px, px)))
+    y, x = np.mgrid[:px, :px] / px
+    waves = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * y), x * y], axis=-1) * 90 + 110
+    waves[(x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.05] = (250, 30, 60)
+    return waves.clip(0, 255).astype(np.uint8)
+
+
+def _flat(colour: int | tuple[int, int, int], px: int = 120) -> np.ndarray:
+    return np.full((px, px, 3), colour, np.uint8)
+
+
+# --- segments ---------------------------------------------------------------------------------
+
+
+def _plain_slic(rgb: np.ndarray, level) -> np.ndarray:
+    from skimage.segmentation import slic
+
+    return slic(
+        rgb,
+        n_segments=level.n_segments,
+        compactness=level.compactness,
+        sigma=1,
+        min_size_factor=0.1,
+        max_size_factor=2,
+        start_label=0,
+    )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("picture", ["photo", "waves"])
+def test_segments_equal_scikit_image_label_for_label(picture, level):
+    rgb = _picture(picture, 300)
+    labels = superpixel.segment(superpixel.smooth_lab(rgb), LEVELS[level])
+    np.testing.assert_array_equal(labels, _plain_slic(rgb, LEVELS[level]))
+
+
+def test_segments_equal_scikit_image_on_low_contrast():
+    """scikit-image stretches the picture before it smooths and clusters."""
+    rgb = 100 + _picture("waves", 150) // 8
+    level = LEVELS["superpixel_middle"]
+    labels = superpixel.segment(superpixel.smooth_lab(rgb), level)
+    np.testing.assert_array_equal(labels, _plain_slic(rgb, level))
+
+
+def test_levels_grow_from_coarse_to_fine():
+    assert [level.n_segments for level in LEVELS.values()] == [100, 500, 2500]
+    lab = superpixel.smooth_lab(_picture("waves", superpixel.SIZE_PX))
+    for level in LEVELS.values():
+        labels = superpixel.segment(lab, level)
+        count = len(np.unique(labels))
+        assert labels.min() == 0 and labels.max() == count - 1
+        assert 0.7 * level.n_segments < count < 1.3 * level.n_segments
+
+
+def test_the_registry_levels_are_the_published_ones():
+    found = [dataclasses.astuple(level) for level in LEVELS.values()]
+    assert found == [(100, 30, 0.1), (500, 20, 0.3), (2500, 10, 0.5)]
+
+
+# --- texture and fill -------------------------------------------------------------------------
+
+
+def test_texture_is_the_chroma_gradient_in_0_to_1():
+    grain = superpixel.texture(_picture("waves", 100))
+    assert (grain.min(), grain.max()) == (0.0, 1.0)
+    half = _flat((200, 40, 40), 60)
+    half[:, 30:] = (40, 40, 200)
+    edge = superpixel.texture(half)
+    assert (edge[:, 29:31] == 1).all()
+    assert edge[:, :28].max() < 1e-6 and edge[:, 32:].max() < 1e-6
+
+
+@pytest.mark.parametrize("colour", [0, 77, 255, (200, 30, 90)])
+def test_texture_of_a_constant_is_zero(colour):
+    assert not superpixel.texture(_flat(colour, 40)).any()
+
+
+def test_texture_of_gray_is_zero():
+    gray = _picture("photo", 80).mean(2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
+    assert gray.std() > 10
+    assert not superpixel.texture(gray).any()
+
+
+def _loop_fill(rgb, labels, grain, gain) -> np.ndarray:
+    """The definition, one mask per segment."""
+    filled = np.zeros(rgb.shape)
+    for label in np.unique(labels):
+        mask = labels == label
+        filled[mask] = rgb[mask].astype(np.float64).mean(0) / 255
+    textured = filled * (1 + gain * grain[..., None])
+    return (textured.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.1, 0.5])
+def test_fill_equals_a_loop_over_segments(gain):
+    rgb = _picture("photo", 64)
+    level = dataclasses.replace(LEVELS["superpixel_few"], n_segments=20)
+    labels = superpixel.segment(superpixel.smooth_lab(rgb), level)
+    grain = superpixel.texture(rgb)
+    filled = superpixel.fill(rgb, labels, grain, gain)
+    expected = _loop_fill(rgb, labels, grain, gain)
+    assert np.abs(filled.astype(int) - expected).max() <= 1  # a half may round either way
+    assert (filled != expected).mean() < 1e-3
+    colours = len(np.unique(filled.reshape(-1, 3), axis=0))
+    assert colours <= len(np.unique(labels)) if gain == 0 else colours > len(np.unique(labels))
+
+
+def test_fill_takes_labels_with_gaps():
+    rgb = _picture("photo", 32)
+    labels = np.where(np.arange(32)[:, None] < 16, 3, 9).repeat(32, axis=1).reshape(32, 32)
+    none = np.zeros((32, 32))
+    np.testing.assert_array_equal(
+        superpixel.fill(rgb, labels, none, 0.1), _loop_fill(rgb, labels, none, 0.1)
+    )
+
+
+# --- whole pictures ---------------------------------------------------------------------------
+
+
+def test_levels_of_a_picture_come_closer_to_it():
+    rgb = _picture("photo", superpixel.SIZE_PX)
+    levels = superpixel.superpixels(rgb)
+    assert list(levels) == list(LEVELS)
+    for filled in levels.values():
+        assert (filled.shape, filled.dtype) == ((500, 500, 3), np.uint8)
+    detail = [np.abs(np.diff(filled.astype(float), axis=1)).mean() for filled in levels.values()]
+    assert detail == sorted(detail) and detail[0] < detail[2]
+
+
+@pytest.mark.parametrize("colour", [0, 128, 255, (10, 200, 90)])
+def test_constant_pictures_stay_as_they_are(colour):
+    rgb = _flat(colour)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        levels = superpixel.superpixels(rgb)
+    for filled in levels.values():
+        np.testing.assert_array_equal(filled, rgb)
+
+
+def test_superpixels_are_deterministic():
+    rgb = _picture("waves", 120)
+    first, again = superpixel.superpixels(rgb), superpixel.superpixels(rgb.copy())
+    for name in LEVELS:
+        np.testing.assert_array_equal(first[name], again[name])
+
+
+def test_description_holds_everything_that_determines_the_result(monkeypatch):
+    before = superpixel.describe()
+    assert before["levels"]["superpixel_large"] == [2500, 10.0, 0.5]
+    for name in ("SIZE_PX", "SIGMA_PX", "MIN_SIZE_FACTOR", "MAX_SIZE_FACTOR"):
+        monkeypatch.setattr(superpixel, name, 7)
+        assert superpixel.describe() != before
+        monkeypatch.undo()
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(500, 500), (800, 600), (64, 64), (1, 1)])
+def test_pictures_are_brought_to_500_px(size):
+    image = Image.fromarray(_picture("photo", 128)).resize(size)
+    found = superpixel.at_slic_size(image)
+    assert (found.shape, found.dtype) == ((500, 500, 3), np.uint8)
+    expected = image if size == (500, 500) else image.resize((500, 500), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+def _saved(folder, name: str, image: Image.Image, **options):
+    path = folder / name
+    image.save(path, **options)
+    return path
+
+
+MODES = {
+    "CMYK": (Image.new("CMYK", (8, 6), (0, 255, 255, 0)), "a.jpg", (255, 0, 0)),
+    "gray": (Image.new("L", (8, 6), 90), "a.png", (90, 90, 90)),
+    "bits": (Image.new("1", (8, 6), 1), "a.png", (255, 255, 255)),
+    "RGBA": (Image.new("RGBA", (8, 6), (9, 99, 199, 255)), "a.png", (9, 99, 199)),
+    "gray with alpha": (Image.new("LA", (8, 6), (60, 255)), "a.png", (60, 60, 60)),
+    "palette": (
+        Image.new("RGB", (8, 6), (10, 20, 30)).convert("P", palette=Image.Palette.ADAPTIVE),
+        "a.png",
+        (10, 20, 30),
+    ),
+    "16 bits": (Image.fromarray(np.full((6, 8), 90 * 257, np.uint16)), "a.png", (90, 90, 90)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_read_as_rgb(tmp_path, mode):
+    image, name, colour = MODES[mode]
+    found = superpixel.read_picture(_saved(tmp_path, name, image))
+    assert (found.mode, found.size) == ("RGB", (8, 6))
+    np.testing.assert_allclose(np.asarray(found), np.broadcast_to(colour, (6, 8, 3)), atol=2)
+
+
+def test_16_bit_pictures_keep_their_shades(tmp_path):
+    """Pillow's own conversion clips them to white."""
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
+    found = np.asarray(superpixel.read_picture(_saved(tmp_path, "a.png", Image.fromarray(ramp))))
+    np.testing.assert_array_equal(found[0, :, 1], np.arange(256))
+
+
+def _damaged(folder, kind: str):
+    whole = _saved(folder, "whole.png", Image.fromarray(_picture("photo", 64))).read_bytes()
+    path = folder / f"{kind}.png"
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        content = {"empty": b"", "text": b"not a picture", "truncated": whole[: len(whole) // 2]}
+        path.write_bytes(content[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "folder", "missing"])
+def test_unreadable_files_are_named(tmp_path, kind):
+    with pytest.raises(superpixel.PictureError, match=f"{kind}.png"):
+        superpixel.read_picture(_damaged(tmp_path, kind))
+
+
+def test_truncated_jpeg_is_named(tmp_path):
+    path = _saved(tmp_path, "cut.jpg", Image.fromarray(_picture("photo", 64)), quality=95)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(superpixel.PictureError, match=r"cut\.jpg"):
+        superpixel.read_picture(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [8001, 20000])  # our limit, and Pillow's own
+def test_oversized_pictures_are_named_and_not_decoded(tmp_path, side):
+    path = _saved(tmp_path, "huge.png", Image.new("1", (side, side)))
+    with pytest.raises(superpixel.PictureError, match=r"huge\.png.*pixels"):
+        superpixel.read_picture(path)

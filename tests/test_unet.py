@@ -1,0 +1,385 @@
+"""The diffusion priors: the published numbers, rows that stay apart, conditions that count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers_golden import assert_golden, golden_input, golden_state, prior_shapes
+
+from loss import prior_total
+from modalities import MODALITIES, NAMES
+from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank, guided, sampler_named
+
+D, C = 6, 5
+
+
+def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _prior() -> DiffusionPriorUNet:
+    torch.manual_seed(0)
+    return DiffusionPriorUNet(D, C, hidden_dim=(16, 8, 4)).eval()
+
+
+def _bank(**options) -> PriorBank:
+    """Untrained, without dropout unless asked for; targets far from mean 0 and deviation 1."""
+    torch.manual_seed(0)
+    bank = PriorBank(D, C, **{"dropout": 0.0, "condition_dropout": 0.0} | options)
+    bank.fit_targets(_targets(64))
+    return bank
+
+
+def _targets(rows: int) -> dict[str, torch.Tensor]:
+    return {name: 5 + 3 * _normal(rows, D, seed=i) for i, name in enumerate(NAMES)}
+
+
+# --- one prior --------------------------------------------------------------------------------
+
+
+def test_golden_numbers_and_names_of_the_published_prior():
+    prior = DiffusionPriorUNet()
+    shapes = {key: tuple(value.shape) for key, value in prior.state_dict().items()}
+    assert shapes == prior_shapes()
+    assert sum(parameter.numel() for parameter in prior.parameters()) == 9_675_648
+    prior.load_state_dict(golden_state(prior_shapes(), torch.float32))
+    prior.eval()
+    noisy, condition = (
+        golden_input(number, scale, (3, 1024), torch.float32)
+        for number, scale in ((3, 1.7320508), (4, 0.5))
+    )
+    with torch.no_grad():
+        output = prior(noisy, torch.tensor([0, 250, 999]), condition)
+    assert_golden(output, "prior_float32", rtol=1e-5)
+
+
+@torch.no_grad()
+def test_no_condition_leaves_its_bias_out_too():
+    prior, x, t, cond = _prior(), _normal(3, D), torch.tensor([0, 500, 999]), _normal(3, C)
+    without = prior(x, t)
+    torch.testing.assert_close(prior(x, t, cond, torch.zeros(3, dtype=torch.bool)), without)
+    assert (prior(x, t, torch.zeros(3, C)) - without).norm() > 0.01  # the biases
+    for layer in (*prior.encode_cond_embedding, *prior.decode_cond_embedding):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    torch.testing.assert_close(prior(x, t, cond), without)
+
+
+@torch.no_grad()
+def test_keep_cond_is_per_row():
+    prior, x, t, cond = _prior(), _normal(3, D), torch.tensor([1, 2, 3]), _normal(3, C)
+    mixed = prior(x, t, cond, torch.tensor([True, False, True]))
+    torch.testing.assert_close(mixed[[0, 2]], prior(x, t, cond)[[0, 2]])
+    torch.testing.assert_close(mixed[1], prior(x, t)[1])
+    assert (prior(x, t, cond)[1] - prior(x, t)[1]).norm() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_each_row_depends_on_its_own_inputs(argument):
+    """The first implementation trained every sample against every condition of the batch."""
+    prior = _prior()
+    inputs = [_normal(4, D), torch.tensor([0, 300, 600, 999]), _normal(4, C)]
+    before = prior(*inputs)
+    inputs[argument] = inputs[argument].clone()
+    inputs[argument][2] = 7
+    moved = (prior(*inputs) - before).norm(dim=1)
+    assert moved[2] > 1e-2
+    assert (moved[[0, 1, 3]] < 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "cond"),
+    [
+        ((4, 1, D), (4,), (4, C)),
+        ((4, D), (4,), (4, 1, C)),
+        ((4, D + 1), (4,), (4, C)),
+        ((4, D), (4, 1), (4, C)),
+        ((4, D), (), (4, C)),
+        ((4, D), (4,), (1, C)),
+        ((4, D), (4,), (4, C + 1)),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(x, t, cond):
+    with pytest.raises(ValueError, match="expected"):
+        _prior()(torch.zeros(x), torch.zeros(t, dtype=torch.int64), torch.zeros(cond))
+
+
+# --- targets ----------------------------------------------------------------------------------
+
+
+def test_targets_are_standardised_and_restored():
+    bank, targets = _bank(), _targets(64)
+    for name in NAMES:
+        unit = bank.standardise(name, targets[name])
+        torch.testing.assert_close(unit.mean(0), torch.zeros(D), atol=1e-5, rtol=0)
+        torch.testing.assert_close(unit.std(0), torch.ones(D))
+        torch.testing.assert_close(bank.restore(name, unit), targets[name])
+
+
+def test_statistics_belong_to_the_modality_and_travel_with_the_model():
+    bank = _bank()
+    features = {name: 10 * i + (i + 1) * _normal(50, D) for i, name in enumerate(NAMES)}
+    bank.fit_targets(features)
+    copy = PriorBank(**bank.config)
+    copy.load_state_dict(bank.state_dict())
+    for name in NAMES:
+        torch.testing.assert_close(getattr(copy, f"{name}_mean"), features[name].mean(0))
+        torch.testing.assert_close(getattr(copy, f"{name}_std"), features[name].std(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_modality_that_never_varies_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}.*dead"):
+        _bank().fit_targets(_targets(8) | {name: torch.full((8, D), 0.3)})
+
+
+def test_a_dimension_that_never_varies_is_not_blown_up():
+    bank, targets = _bank(), _targets(64)
+    targets["image"][:, 2] = 0.3
+    bank.fit_targets(targets)
+    assert bank.standardise("image", targets["image"]).abs().max() < 10
+
+
+def test_features_of_another_width_are_refused():
+    with pytest.raises(ValueError, match=r"text: .* expected \[N, 6\]"):
+        _bank().fit_targets(_targets(8) | {"text": torch.randn(8, D + 1)})
+
+
+# --- losses -----------------------------------------------------------------------------------
+
+
+def _condition_gradient(bank: PriorBank, name: str, cond: torch.Tensor) -> torch.Tensor:
+    cond = cond.clone().requires_grad_()
+    losses = bank.losses(_targets(len(cond)), cond, _generator())
+    return torch.autograd.grad(losses[name].total, cond)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_condition_learns_from_each_prior(name):
+    gradient = _condition_gradient(_bank(), name, _normal(4, C))
+    assert (gradient.abs().sum(1) > 1e-7).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_keep_rows_apart(name):
+    """The gradient of a row's condition does not know the other rows' conditions."""
+    bank, cond = _bank(), _normal(4, C)
+    before = _condition_gradient(bank, name, cond)
+    cond[2] += 3
+    after = _condition_gradient(bank, name, cond)
+    torch.testing.assert_close(after[[0, 1, 3]], before[[0, 1, 3]], rtol=1e-4, atol=1e-8)
+    assert not torch.allclose(after[2], before[2], rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_targets_reach_their_own_loss_only(name):
+    bank, cond, targets = _bank(), _normal(4, C), _targets(4)
+    before = bank.losses(targets, cond, _generator())
+    after = bank.losses(targets | {name: targets[name] + 2}, cond, _generator())
+    changed = {other for other in NAMES if before[other].total != after[other].total}
+    assert changed == {name}
+
+
+def test_every_prior_trains_with_its_registry_weight():
+    bank, cond, targets = _bank(), _normal(8, C), _targets(8)
+    prior_total(bank.losses(targets, cond, _generator())).backward()
+    joint = {key: value.grad for key, value in bank.named_parameters()}
+    assert [key for key, gradient in joint.items() if gradient is None or not gradient.any()] == []
+    alone = bank.losses(targets, cond, _generator())
+    for modality in MODALITIES:
+        weight = bank.priors[modality.name].output_layer.weight
+        own = torch.autograd.grad(alone[modality.name].total, weight)[0]
+        torch.testing.assert_close(weight.grad, modality.loss_weight * own)
+
+
+def test_losses_are_drawn_from_the_generator():
+    bank, cond, targets = _bank(condition_dropout=0.5), _normal(4, C), _targets(4)
+    first, same, other = (bank.losses(targets, cond, _generator(seed)) for seed in (0, 0, 1))
+    for name in NAMES:
+        assert torch.equal(first[name].total, same[name].total)
+        assert first[name].total != other[name].total
+
+
+@pytest.mark.parametrize(
+    ("probability", "dropped"), [(0.0, (0, 0)), (0.5, (70, 130)), (1.0, (200, 200))]
+)
+def test_conditions_are_dropped_per_sample(probability, dropped):
+    gradient = _condition_gradient(_bank(condition_dropout=probability), "image", _normal(200, C))
+    without = int((gradient.abs().sum(1) == 0).sum())
+    assert dropped[0] <= without <= dropped[1]
+
+
+@pytest.mark.parametrize("shape", [(4, 1, D), (3, D), (1, D)])
+def test_targets_that_would_broadcast_are_refused(shape):
+    targets = _targets(4) | {"image": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=r"image: .* expected \[B, D\]"):
+        _bank().losses(targets, _normal(4, C), _generator())
+
+
+def test_noise_is_added_by_the_ddpm_schedule():
+    bank, clean, noise = _bank(), _normal(3, D), _normal(3, D, seed=1)
+    noisy = bank.add_noise(clean, noise, torch.tensor([0, 500, TRAIN_STEPS - 1]))
+    reference = sampler_named("ddim").add_noise(clean, noise, torch.tensor([0, 500, 999]))
+    torch.testing.assert_close(noisy, reference)
+    assert (noisy[0] - clean[0]).norm() < 0.1 and (noisy[2] - noise[2]).norm() < 0.1
+
+
+def test_noise_follows_from_the_velocity_as_samplers_read_it():
+    bank, clean, noise = _bank(), _normal(3, D), _normal(3, D, seed=1)
+    t = torch.tensor([0, 500, TRAIN_STEPS - 1])
+    velocity = sampler_named("ddim").get_velocity(clean, noise, t)
+    found = bank.noise_from(velocity, bank.add_noise(clean, noise, t), t)
+    torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-4)
+
+
+# --- samples ----------------------------------------------------------------------------------
+
+
+def _passes(bank: PriorBank, guidance: float) -> list[int]:
+    """Batch sizes of the image prior's forward passes during two steps for three rows."""
+    sizes = []
+    hook = bank.priors["image"].register_forward_hook(lambda _m, _i, out: sizes.append(len(out)))
+    bank.sample(_normal(3, C), 2, guidance, [0, 1, 2])
+    hook.remove()
+    return sizes
+
+
+def test_guidance_of_one_costs_one_pass():
+    bank = _bank().eval()
+    assert _passes(bank, 1.0) == [3, 3]
+    assert _passes(bank, 3.0) == [6, 6]
+
+
+@torch.no_grad()
+def test_guidance_is_the_stated_combination():
+    prior, x, cond = _prior(), _normal(4, D), _normal(4, C)
+    t = torch.tensor([10, 20, 30, 40])
+    given, free = prior(x, t, cond), prior(x, t)
+    for guidance in (0.0, 1.0, 3.0):
+        expected = free + guidance * (given - free)
+        torch.testing.assert_close(guided(prior, x, t, cond, guidance), expected)
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "ddim"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_sample_belongs_to_its_condition_and_seed(sampler, guidance):
+    bank, cond, seeds = _bank().eval(), _normal(4, C), [11, 12, 13, 14]
+    whole = bank.sample(cond, 4, guidance, seeds, sampler)
+    alone = bank.sample(cond[2:3], 4, guidance, seeds[2:3], sampler)
+    turned = bank.sample(cond.flip(0), 4, guidance, seeds[::-1], sampler)
+    for name in NAMES:
+        torch.testing.assert_close(whole[name][2:3], alone[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whole[name].flip(0), turned[name], rtol=1e-4, atol=1e-4)
+
+
+def test_one_row_s_condition_moves_its_own_sample_only():
+    bank, cond = _bank().eval(), _normal(4, C)
+    before = bank.sample(cond, 4, 1.0, [1, 2, 3, 4])
+    cond[1] += 3
+    after = bank.sample(cond, 4, 1.0, [1, 2, 3, 4])
+    for name in NAMES:
+        moved = (after[name] - before[name]).norm(dim=1)
+        assert moved[1] > 1e-2
+        assert (moved[[0, 2, 3]] < 1e-4).all()
+
+
+def test_seeds_and_modalities_have_their_own_noise():
+    bank = _bank().eval()
+    same = _normal(1, C).repeat(2, 1)
+    samples = bank.sample(same, 4, 1.0, [1, 2])
+    for name in NAMES:
+        assert (samples[name][0] - samples[name][1]).norm() > 0.1
+    equal = bank.sample(same, 4, 1.0, [7, 7])
+    torch.testing.assert_close(equal["image"][0], equal["image"][1])
+    units = [bank.standardise(name, samples[name])[0] for name in NAMES]
+    assert all((units[0] - unit).norm() > 0.1 for unit in units[1:])
+
+
+def test_wrong_requests_are_refused():
+    bank = _bank().eval()
+    with pytest.raises(ValueError, match="3 seeds"):
+        bank.sample(_normal(4, C), 2, 1.0, [1, 2, 3])
+    with pytest.raises(ValueError, match=r"\[B, C\]"):
+        bank.sample(_normal(4, 1, C), 2, 1.0, [1, 2, 3, 4])
+    with pytest.raises(ValueError, match="expected dpm or ddim"):
+        bank.sample(_normal(1, C), 2, 1.0, [1], "euler")
+
+
+# --- a trained bank ----------------------------------------------------------------------------
+
+WIDE, STEPS = 8, 200
+
+
+def _linear_targets(cond: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each modality a rotation of the condition, deviation 4, around its own mean, +20 or -20."""
+    return {
+        name: 20.0 * (-1) ** i + 4 * cond @ torch.linalg.qr(_normal(WIDE, WIDE, seed=50 + i))[0]
+        for i, name in enumerate(NAMES)
+    }
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    bank = PriorBank(WIDE, WIDE, dropout=0.0, condition_dropout=0.1)
+    for name in NAMES:  # small, for time
+        bank.priors[name] = DiffusionPriorUNet(WIDE, WIDE, (128, 64), 64, 0.0)
+    cond, draw = _normal(2048, WIDE), _generator()
+    targets = _linear_targets(cond)
+    bank.fit_targets(targets)
+    optimiser = torch.optim.Adam(bank.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=STEPS)
+    for _ in range(STEPS):
+        rows = torch.randint(len(cond), (128,), generator=draw)
+        batch = {name: target[rows] for name, target in targets.items()}
+        optimiser.zero_grad()
+        prior_total(bank.losses(batch, cond[rows], draw)).backward()
+        optimiser.step()
+        schedule.step()
+    return bank.eval()
+
+
+def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a - a.mean(0), b - b.mean(0)
+    return ((a * b).sum() / (a.norm() * b.norm())).item()
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("dpm", 10), ("ddim", 20)])
+def test_samples_recover_un_normalised_targets_from_the_condition(trained, sampler, steps):
+    """Networks that predict noise gave samples 10 times too large here, correlated by 0.2."""
+    cond = _normal(128, WIDE, seed=9)
+    targets = _linear_targets(cond)
+    samples = trained.sample(cond, steps, 1.0, range(128), sampler)
+    shuffled = trained.sample(cond.roll(1, 0), steps, 1.0, range(128), sampler)
+    for name in NAMES:
+        assert _correlation(samples[name], targets[name]) > 0.9
+        assert abs(_correlation(shuffled[name], targets[name])) < 0.2
+        assert abs(samples[name].mean() - targets[name].mean()) < 0.5
+        assert 0.85 < samples[name].std(0).mean() / targets[name].std(0).mean() < 1.15
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "ddim"])
+def test_samples_are_not_clipped(trained, sampler):
+    """A clip of x0 to +-1, diffusers' default, would end at one standard deviation."""
+    samples = trained.sample(_normal(64, WIDE, seed=9), 10, 1.0, range(64), sampler)
+    for name in NAMES:
+        beyond = trained.standardise(name, samples[name]).abs()
+        assert 0.2 < (beyond > 1).float().mean() < 0.45  # 0.32 of a normal distribution
+        assert beyond.max() > 2
+        assert (samples[name].abs() > 1).float().mean() > 0.99
+
+
+def test_guidance_moves_samples_away_from_the_unconditional(trained):
+    cond = _normal(64, WIDE, seed=9)
+    free, plain, guided_twice = (
+        trained.sample(cond, 10, guidance, range(64)) for guidance in (0.0, 1.0, 2.0)
+    )
+    for name, target in _linear_targets(cond).items():
+        assert abs(_correlation(free[name], target)) < 0.3 < _correlation(plain[name], target)
+        spread = [sample[name].std(0).mean() for sample in (plain, guided_twice)]
+        assert spread[1] > 1.1 * spread[0]
