@@ -360,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Contrastive pre-training of the encoder alone, scored on held-out training concepts."""
     options = args.resolve("retrieval", argv)
     values = options.values
+    device = util.pick_device(values.device)
     data = open_training(
         values.data_path,
         values.clip_feature_path,
@@ -373,16 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     decoder = Decoder(new_encoder(data, values.seed), None, data.signal, data.clip)
     masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
-    if values.dry_run:
-        args.quit_after_dry_run(
-            [
-                *data.describe(),
-                f"train {engine.describe_parameters(decoder)} for {values.epochs} epochs",
-                f"write to {values.output_dir}",
-            ]
-        )
-    run = util.RunDirectory(values.output_dir, "retrieval")
-    run.start(options.recorded(), options.provenance, data.hashes, options.fixed)
+    parameters = engine.describe_parameters(decoder)
+    plan = [*data.describe(), f"train {parameters} on {device} for {values.epochs} epochs"]
+    run = util.open_run(options, values.output_dir, data.hashes, plan)
     engine.fit(
         run,
         decoder,
@@ -390,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data,
         masking,
         engine.schedule_from(values),
-        util.pick_device(values.device),
+        device,
     )
     return 0
 

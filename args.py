@@ -185,50 +185,24 @@ def _did_you_mean(found: str, known: Sequence[str]) -> str:
 
 def _common(parser: Parser, *, device: bool = True) -> None:
     group = parser.flags("this call")
-    group.add(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        per_call=True,
-        help="YAML or JSON with option names as keys, or the options.json of a run",
-    )
+    group.add("--config", type=Path, metavar="FILE", per_call=True,
+        help="YAML or JSON with option names as keys, or the options.json of a run")
     group.switch(
-        "--dry_run", help="check everything, say what would be done, write nothing", per_call=True
-    )
+        "--dry_run", help="check everything, say what would be done, write nothing", per_call=True)
     group.switch(
-        "--print_config", help="print the resolved options as YAML and stop", per_call=True
-    )
+        "--print_config", help="print the resolved options as YAML and stop", per_call=True)
     if device:
-        group.add(
-            "--device",
-            default="auto",
-            metavar="auto|cpu|cuda[:N]",
-            per_call=True,
-            help="where to compute",
-        )
+        group.add("--device", default="auto", metavar="auto|cpu|cuda[:N]", per_call=True,
+            help="where to compute")
 
 
 def _eeg_selection(group: _Group) -> None:
-    group.add(
-        "--channels",
-        nargs="+",
-        metavar="NAME",
-        help="EEG channels by name; default: all in the file",
-    )
-    group.add(
-        "--time_window",
-        nargs=2,
-        type=seconds,
-        metavar=("START_S", "END_S"),
-        help="seconds after stimulus onset, end exclusive; default: all in the file",
-    )
-    group.add(
-        "--cache_dir",
-        type=Path,
-        metavar="DIR",
-        per_call=True,
-        help="where the float32 copies of the EEG live; default: DATA/eeg_cache",
-    )
+    group.add("--channels", nargs="+", metavar="NAME",
+        help="EEG channels by name; default: all in the file")
+    group.add("--time_window", nargs=2, type=seconds, metavar=("START_S", "END_S"),
+        help="seconds after stimulus onset, end exclusive; default: all in the file")
+    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
+        help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
 
 
 def _training(group: _Group) -> None:
@@ -238,69 +212,30 @@ def _training(group: _Group) -> None:
     group.add("--weight_decay", type=non_negative, default=0.01, help="AdamW weight decay")
     group.add("--warmup_steps", type=count, default=0, help="linear warm-up; constant afterwards")
     group.add("--grad_clip", type=non_negative, default=1.0, help="gradient norm limit; 0 = none")
-    group.add(
-        "--ema_decay",
-        type=share,
-        default=0.0,
-        help="EMA of the weights, used for validation and saving; 0 = off",
-    )
+    group.add("--ema_decay", type=share, default=0.0,
+        help="EMA of the weights, used for validation and saving; 0 = off")
     group.add("--seed", type=count, default=0, help="of initialisation, order, noise and masks")
-    group.add(
-        "--epochs_per_call",
-        type=positive_int,
-        metavar="N",
-        per_call=True,
-        help="save and stop after N epochs (exit code 75); the same command goes on",
-    )
-    group.add(
-        "--save_every",
-        type=positive_int,
-        default=1,
-        metavar="EPOCHS",
-        per_call=True,
-        help="epochs between checkpoints",
-    )
+    group.add("--epochs_per_call", type=positive_int, metavar="N", per_call=True,
+        help="save and stop after N epochs (exit code 75); the same command goes on")
+    group.add("--save_every", type=positive_int, default=1, metavar="EPOCHS", per_call=True,
+        help="epochs between checkpoints")
 
 
 def _training_data(group: _Group) -> None:
+    group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
+        help="folder with Preprocessed_data_250Hz/, training_images/, test_images/")
+    group.add("--clip_feature_path", type=Path, required=True, per_call=True, metavar="DIR",
+        help="output of clip_feature_extractor.py")
     group.add(
-        "--data_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DATA",
-        help="folder with Preprocessed_data_250Hz/, training_images/, test_images/",
-    )
-    group.add(
-        "--clip_feature_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DIR",
-        help="output of clip_feature_extractor.py",
-    )
-    group.add(
-        "--output_dir", type=Path, required=True, per_call=True, metavar="RUN", help="run directory"
-    )
-    group.add(
-        "--subjects",
-        nargs="+",
-        metavar="SUB",
-        help="e.g. sub-01 sub-08; default: all that are there",
-    )
-    group.add(
-        "--trials",
-        choices=("average", "single", "random"),
-        default="random",
+        "--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory")
+    group.add("--subjects", nargs="+", metavar="SUB",
+        help="e.g. sub-01 sub-08; default: all that are there")
+    group.add("--trials", choices=("average", "single", "random"), default="random",
         help="a sample is the mean of all repetitions, one repetition, "
-        "or the mean of a random subset",
-    )
-    group.add(
-        "--val_fraction",
-        type=proper_share,
-        default=0.05,
-        help="training concepts held out for validation and selection",
-    )
+        "or the mean of a random subset")
+    group.add("--val_fraction", type=proper_share, default=0.05,
+        help="training concepts held out for validation and selection")
     _eeg_selection(group)
 
 
@@ -311,30 +246,15 @@ def _masks(parser: Parser) -> None:
         ("time", "a time span"),
         ("patch", "a channel x time patch"),
     ):
-        group.add(
-            f"--mask_{kind}",
-            type=share,
-            default=0.0,
-            metavar="P",
-            help=f"probability that {what} is set to 0",
-        )
-    group.add(
-        "--mask_span",
-        type=positive_int,
-        default=25,
-        metavar="SAMPLES",
-        help="length of time spans and patches",
-    )
+        group.add(f"--mask_{kind}", type=share, default=0.0, metavar="P",
+            help=f"probability that {what} is set to 0")
+    group.add("--mask_span", type=positive_int, default=25, metavar="SAMPLES",
+        help="length of time spans and patches")
 
 
 def _contrast(group: _Group) -> None:
-    group.add(
-        "--text_contrast",
-        type=share,
-        default=0.01,
-        metavar="SHARE",
-        help="share of text in the contrastive loss; images get the rest",
-    )
+    group.add("--text_contrast", type=share, default=0.01, metavar="SHARE",
+        help="share of text in the contrastive loss; images get the rest")
 
 
 # ---------------------------------------------------------------- the stages
@@ -348,71 +268,26 @@ def features() -> Parser:
         "--batch_size 32",
     )
     group = parser.flags("data")
-    group.add(
-        "--data_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DATA",
-        help="folder with training_images/ and test_images/",
-    )
-    group.add(
-        "--output_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DIR",
-        help="where the feature bank is written",
-    )
-    group.add(
-        "--captions",
-        type=Path,
-        per_call=True,
-        metavar="JSON",
-        help="captions by picture (training_images/C/F.jpg) or by concept",
-    )
-    group.add(
-        "--text_template",
-        default="This picture is {concept}",
-        metavar="TEXT",
-        help="used where --captions has nothing; {concept} is the folder name after its number",
-    )
+    group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
+        help="folder with training_images/ and test_images/")
+    group.add("--output_path", type=Path, required=True, per_call=True, metavar="DIR",
+        help="where the feature bank is written")
+    group.add("--captions", type=Path, per_call=True, metavar="JSON",
+        help="captions by picture (training_images/C/F.jpg) or by concept")
+    group.add("--text_template", default="This picture is {concept}", metavar="TEXT",
+        help="used where --captions has nothing; {concept} is the folder name after its number")
     group = parser.flags("CLIP")
-    group.add(
-        "--clip_model",
-        default="ViT-H-14",
-        metavar="NAME|JSON",
-        help="open_clip model name or model config file",
-    )
-    group.add(
-        "--clip_pretrained",
-        per_call=True,
-        default="laion2b_s32b_b79k",
-        metavar="TAG|FILE",
-        help="open_clip tag or weight file",
-    )
-    group.add(
-        "--batch_size",
-        type=positive_int,
-        default=32,
-        help="pictures encoded at once",
-        per_call=True,
-    )
+    group.add("--clip_model", default="ViT-H-14", metavar="NAME|JSON",
+        help="open_clip model name or model config file")
+    group.add("--clip_pretrained", per_call=True, default="laion2b_s32b_b79k", metavar="TAG|FILE",
+        help="open_clip tag or weight file")
+    group.add("--batch_size", type=positive_int, default=32, help="pictures encoded at once",
+        per_call=True)
     group = parser.flags("work")
-    group.add(
-        "--num_workers",
-        type=count,
-        metavar="N",
-        per_call=True,
-        help="superpixel processes; 0 = in this process; default: cores - 1, at least 1",
-    )
-    group.add(
-        "--shard_size",
-        type=positive_int,
-        default=256,
-        metavar="PICTURES",
-        help="a restart loses at most this many",
-    )
+    group.add("--num_workers", type=count, metavar="N", per_call=True,
+        help="superpixel processes; 0 = in this process; default: cores - 1, at least 1")
+    group.add("--shard_size", type=positive_int, default=256, metavar="PICTURES",
+        help="a restart loses at most this many")
     group.switch("--save_superpixels", help="also write the superpixel PNGs to look at")
     _common(parser)
     return parser
@@ -428,37 +303,17 @@ def train() -> Parser:
     _training_data(parser.flags("data"))
     group = parser.flags("optimisation")
     _training(group)
-    group.add(
-        "--init_from",
-        type=Path,
-        per_call=True,
-        metavar="RUN",
-        help="start from the encoder of an ATMS_retrieval.py run",
-    )
+    group.add("--init_from", type=Path, per_call=True, metavar="RUN",
+        help="start from the encoder of an ATMS_retrieval.py run")
     group = parser.flags("loss")
-    group.add(
-        "--contrast_weight",
-        type=non_negative,
-        default=1.0,
-        metavar="LAMBDA",
-        help="weight of the CLIP contrastive loss beside the priors' loss",
-    )
+    group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
+        help="weight of the CLIP contrastive loss beside the priors' loss")
     _contrast(group)
-    group.add(
-        "--condition_dropout",
-        type=share,
-        default=0.1,
-        metavar="P",
-        help="share of samples a prior sees without EEG, for guidance",
-    )
+    group.add("--condition_dropout", type=share, default=0.1, metavar="P",
+        help="share of samples a prior sees without EEG, for guidance")
     group = parser.flags("validation")
-    group.add(
-        "--val_every",
-        type=positive_int,
-        default=1,
-        metavar="EPOCHS",
-        help="epochs between validations",
-    )
+    group.add("--val_every", type=positive_int, default=1, metavar="EPOCHS",
+        help="epochs between validations")
     _masks(parser)
     _common(parser)
     return parser
@@ -477,54 +332,28 @@ def retrieval() -> Parser:
     group = parser.flags("loss")
     _contrast(group)
     group = parser.flags("validation")
-    group.add(
-        "--val_every",
-        type=positive_int,
-        default=1,
-        metavar="EPOCHS",
-        help="epochs between validations",
-    )
+    group.add("--val_every", type=positive_int, default=1, metavar="EPOCHS",
+        help="epochs between validations")
     _masks(parser)
     _common(parser)
     return parser
 
 
 def _model(group: _Group) -> None:
-    group.add(
-        "--model_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="RUN",
-        help="output of train.py",
-    )
-    group.add(
-        "--checkpoint",
-        choices=("best", "latest"),
-        default="best",
-        help="best on held-out training concepts, or the last one",
-    )
+    group.add("--model_path", type=Path, required=True, per_call=True, metavar="RUN",
+        help="output of train.py")
+    group.add("--checkpoint", choices=("best", "latest"), default="best",
+        help="best on held-out training concepts, or the last one")
 
 
 def _prior_sampling(parser: Parser) -> None:
     group = parser.flags("prior sampling")
+    group.add("--prior_steps", type=positive_int, default=20, metavar="N",
+        help="denoising steps of each prior")
+    group.add("--prior_guidance", type=non_negative, default=2.0, metavar="SCALE",
+        help="classifier-free guidance; 1 = off")
     group.add(
-        "--prior_steps",
-        type=positive_int,
-        default=20,
-        metavar="N",
-        help="denoising steps of each prior",
-    )
-    group.add(
-        "--prior_guidance",
-        type=non_negative,
-        default=2.0,
-        metavar="SCALE",
-        help="classifier-free guidance; 1 = off",
-    )
-    group.add(
-        "--prior_sampler", choices=("dpm", "ddim"), default="dpm", help="DPM-Solver++ or DDIM"
-    )
+        "--prior_sampler", choices=("dpm", "ddim"), default="dpm", help="DPM-Solver++ or DDIM")
 
 
 def generate() -> Parser:
@@ -537,138 +366,55 @@ def generate() -> Parser:
         "--mode all",
     )
     group = parser.flags("data")
-    group.add(
-        "--eeg_data",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="EEG",
-        help="preprocessed_eeg_test.npy, its sub-XX folder, or DATA (one subject: see --subject)",
-    )
+    group.add("--eeg_data", type=Path, required=True, per_call=True, metavar="EEG",
+        help="preprocessed_eeg_test.npy, its sub-XX folder, or DATA (one subject: see --subject)")
     group.add("--subject", metavar="SUB", help="whose EEG; default: read from the path")
-    group.add(
-        "--data_path",
-        type=Path,
-        per_call=True,
-        metavar="DATA",
-        help="folder with test_images/; default: found above --eeg_data",
-    )
-    group.add(
-        "--cache_dir",
-        type=Path,
-        metavar="DIR",
-        per_call=True,
-        help="where the float32 copies of the EEG live; default: DATA/eeg_cache",
-    )
-    group.add(
-        "--output_dir",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="RUN",
-        help="run directory for the pictures",
-    )
-    group.add(
-        "--max_stimuli",
-        type=positive_int,
-        metavar="N",
-        help="draw only the first N stimuli; default: all",
-    )
+    group.add("--data_path", type=Path, per_call=True, metavar="DATA",
+        help="folder with test_images/; default: found above --eeg_data")
+    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
+        help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
+    group.add("--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory for the pictures")
+    group.add("--max_stimuli", type=positive_int, metavar="N",
+        help="draw only the first N stimuli; default: all")
     group = parser.flags("models")
     _model(group)
-    group.add(
-        "--sd_model_path",
-        required=True,
-        per_call=True,
-        metavar="FILE|DIR",
-        help="SDXL: single safetensors file or diffusers folder",
-    )
-    group.add(
-        "--ip_adapter_path",
-        type=Path,
-        per_call=True,
-        required=True,
-        metavar="FILE",
-        help="IP-Adapter for SDXL, ViT-H",
-    )
-    group.add(
-        "--vae_path",
-        per_call=True,
-        metavar="DIR",
-        help="another VAE (diffusers folder), e.g. an fp16-safe one",
-    )
+    group.add("--sd_model_path", required=True, per_call=True, metavar="FILE|DIR",
+        help="SDXL: single safetensors file or diffusers folder")
+    group.add("--ip_adapter_path", type=Path, per_call=True, required=True, metavar="FILE",
+        help="IP-Adapter for SDXL, ViT-H")
+    group.add("--vae_path", per_call=True, metavar="DIR",
+        help="another VAE (diffusers folder), e.g. an fp16-safe one")
     group = parser.flags("pictures")
     group.add("--mode", choices=modalities.MODES, default="fused", help="which recipes to draw")
-    group.add(
-        "--injection",
-        default="intent",
-        metavar="PRESET|FILE",
-        help="where each modality enters: intent, uniform, published, content_style or a YAML file",
-    )
-    group.add(
-        "--fusion_strength",
-        type=positive,
-        default=1.0,
-        metavar="SCALE",
-        help="total IP-Adapter scale at a site, shared among the active modalities by their gains",
-    )
-    group.add(
-        "--prompt_source",
-        choices=("neutral", "oracle"),
-        default="neutral",
+    group.add("--injection", default="intent", metavar="PRESET|FILE",
+        help="where each modality enters: intent, uniform, published, content_style or a YAML file")
+    group.add("--fusion_strength", type=positive, default=1.0, metavar="SCALE",
+        help="total IP-Adapter scale at a site, shared among the active modalities by their gains")
+    group.add("--prompt_source", choices=("neutral", "oracle"), default="neutral",
         help="oracle gives SDXL the stimulus' own caption: leaks the answer, "
-        "marked in every output",
-    )
-    group.add(
-        "--prompt",
-        default="best quality, high quality",
-        metavar="TEXT",
-        help="neutral prompt, the same for all pictures (IP-Adapter's own default)",
-    )
-    group.add(
-        "--negative_prompt",
-        default="monochrome, lowres, bad anatomy, worst quality, low quality",
-        metavar="TEXT",
-        help="for guidance, the same for all pictures (IP-Adapter's own default)",
-    )
-    group.add(
-        "--captions",
-        type=Path,
-        per_call=True,
-        metavar="JSON",
-        help="captions for --prompt_source oracle",
-    )
+        "marked in every output")
+    group.add("--prompt", default="best quality, high quality", metavar="TEXT",
+        help="neutral prompt, the same for all pictures (IP-Adapter's own default)")
+    group.add("--negative_prompt",
+        default="monochrome, lowres, bad anatomy, worst quality, low quality", metavar="TEXT",
+        help="for guidance, the same for all pictures (IP-Adapter's own default)")
+    group.add("--captions", type=Path, per_call=True, metavar="JSON",
+        help="captions for --prompt_source oracle")
     group.add("--size", type=picture_size, default=768, metavar="PX", help="width and height")
     group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
+    group.add("--guidance", type=non_negative, default=5.0, metavar="SCALE",
+        help="SDXL classifier-free guidance")
+    group.add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
+        help="auto = fp16 on CUDA, fp32 on CPU")
     group.add(
-        "--guidance",
-        type=non_negative,
-        default=5.0,
-        metavar="SCALE",
-        help="SDXL classifier-free guidance",
-    )
-    group.add(
-        "--precision",
-        choices=("auto", "fp32", "fp16", "bf16"),
-        default="auto",
-        help="auto = fp16 on CUDA, fp32 on CPU",
-    )
-    group.add(
-        "--seed", type=count, default=0, help="noise depends on this and on the stimulus only"
-    )
+        "--seed", type=count, default=0, help="noise depends on this and on the stimulus only")
     _prior_sampling(parser)
     group = parser.flags("work")
     group.add(
-        "--batch_size", type=positive_int, default=4, help="pictures drawn at once", per_call=True
-    )
-    group.add(
-        "--shard",
-        type=shard,
-        default="1/1",
-        metavar="i/n",
-        per_call=True,
-        help="draw the i-th of n parts of the stimuli, for SLURM arrays",
-    )
+        "--batch_size", type=positive_int, default=4, help="pictures drawn at once", per_call=True)
+    group.add("--shard", type=shard, default="1/1", metavar="i/n", per_call=True,
+        help="draw the i-th of n parts of the stimuli, for SLURM arrays")
     _common(parser)
     return parser
 
@@ -682,75 +428,30 @@ def evaluate() -> Parser:
         "      --images OUT/images --output_dir OUT/scores",
     )
     group = parser.flags("retrieval")
-    group.add(
-        "--model_path",
-        type=Path,
-        per_call=True,
-        metavar="RUN",
-        help="score the retrieval of this train.py or ATMS_retrieval.py run",
-    )
-    group.add(
-        "--checkpoint",
-        choices=("best", "latest"),
-        default="best",
-        help="best on held-out training concepts, or the last one",
-    )
-    group.add(
-        "--clip_feature_path",
-        type=Path,
-        per_call=True,
-        metavar="DIR",
-        help="output of clip_feature_extractor.py",
-    )
-    group.add(
-        "--subjects",
-        nargs="+",
-        metavar="SUB",
-        help="default: the subjects the model was trained on",
-    )
-    group.add(
-        "--cache_dir",
-        type=Path,
-        metavar="DIR",
-        per_call=True,
-        help="where the float32 copies of the EEG live; default: DATA/eeg_cache",
-    )
+    group.add("--model_path", type=Path, per_call=True, metavar="RUN",
+        help="score the retrieval of this train.py or ATMS_retrieval.py run")
+    group.add("--checkpoint", choices=("best", "latest"), default="best",
+        help="best on held-out training concepts, or the last one")
+    group.add("--clip_feature_path", type=Path, per_call=True, metavar="DIR",
+        help="output of clip_feature_extractor.py")
+    group.add("--subjects", nargs="+", metavar="SUB",
+        help="default: the subjects the model was trained on")
+    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
+        help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
     _prior_sampling(parser)
     group = parser.flags("pictures")
-    group.add(
-        "--images",
-        type=Path,
-        per_call=True,
-        metavar="RUN",
-        help="score the pictures of this generate.py run",
-    )
+    group.add("--images", type=Path, per_call=True, metavar="RUN",
+        help="score the pictures of this generate.py run")
     group = parser.flags("both")
+    group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
+        help="folder with the test EEG and test_images/")
+    group.add("--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory for results.json and table.md")
     group.add(
-        "--data_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DATA",
-        help="folder with the test EEG and test_images/",
-    )
-    group.add(
-        "--output_dir",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="RUN",
-        help="run directory for results.json and table.md",
-    )
-    group.add(
-        "--seed", type=count, default=0, help="of the prior samples and of the shuffled-EEG control"
-    )
-    group.add(
-        "--permutations",
-        type=positive_int,
-        default=200,
-        metavar="N",
-        help="shuffles of the EEG in the control",
-    )
+        "--seed", type=count, default=0,
+        help="of the prior samples and of the shuffled-EEG control")
+    group.add("--permutations", type=positive_int, default=200, metavar="N",
+        help="shuffles of the EEG in the control")
     _common(parser)
     return parser
 
@@ -762,65 +463,25 @@ def world() -> Parser:
         "python -m miniworld --output_path demo/world",
     )
     group = parser.flags("world")
-    group.add(
-        "--output_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DIR",
-        help="gets data/ and models/",
-    )
+    group.add("--output_path", type=Path, required=True, per_call=True, metavar="DIR",
+        help="gets data/ and models/")
     group.add("--subjects", type=positive_int, default=2, metavar="N", help="simulated people")
+    group.add("--training_concepts", type=positive_int, default=300, metavar="N",
+        help="concepts to train on")
+    group.add("--images_per_concept", type=positive_int, default=4, metavar="N",
+        help="pictures of each of them")
+    group.add("--test_concepts", type=positive_int, default=200, metavar="N",
+        help="unseen concepts, one picture each")
+    group.add("--training_repetitions", type=positive_int, default=4, metavar="N",
+        help="EEG trials per training picture")
+    group.add("--test_repetitions", type=positive_int, default=20, metavar="N",
+        help="EEG trials per test picture")
+    group.add("--snr", type=positive, metavar="RATIO",
+        help="std of evoked signal / std of trial noise; default: the simulator's")
     group.add(
-        "--training_concepts",
-        type=positive_int,
-        default=300,
-        metavar="N",
-        help="concepts to train on",
-    )
-    group.add(
-        "--images_per_concept",
-        type=positive_int,
-        default=4,
-        metavar="N",
-        help="pictures of each of them",
-    )
-    group.add(
-        "--test_concepts",
-        type=positive_int,
-        default=200,
-        metavar="N",
-        help="unseen concepts, one picture each",
-    )
-    group.add(
-        "--training_repetitions",
-        type=positive_int,
-        default=4,
-        metavar="N",
-        help="EEG trials per training picture",
-    )
-    group.add(
-        "--test_repetitions",
-        type=positive_int,
-        default=20,
-        metavar="N",
-        help="EEG trials per test picture",
-    )
-    group.add(
-        "--snr",
-        type=positive,
-        metavar="RATIO",
-        help="std of evoked signal / std of trial noise; default: the simulator's",
-    )
-    group.add(
-        "--seed", type=count, default=0, help="of concepts, pictures, people, noise and weights"
-    )
-    group.add(
-        "--weights",
-        choices=("trained", "random"),
-        default="trained",
-        help="the shipped miniature models, or untrained ones that only show that the chain works",
-    )
+        "--seed", type=count, default=0, help="of concepts, pictures, people, noise and weights")
+    group.add("--weights", choices=("trained", "random"), default="trained",
+        help="the shipped miniature models, or untrained ones that only show that the chain works")
     _common(parser, device=False)
     return parser
 
@@ -832,51 +493,20 @@ def pretrain() -> Parser:
         "python -m miniworld.pretrain --output_path OUT/pretrain",
     )
     group = parser.flags("training")
-    group.add(
-        "--output_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="RUN",
-        help="run directory: caches, checkpoints and weights/",
-    )
-    group.add(
-        "--part",
-        choices=("all", *PRETRAIN_STEPS),
-        default="all",
-        per_call=True,
-        help="what to train; the generator needs the trained vae and clip",
-    )
+    group.add("--output_path", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory: caches, checkpoints and weights/")
+    group.add("--part", choices=("all", *PRETRAIN_STEPS), default="all", per_call=True,
+        help="what to train; the generator needs the trained vae and clip")
     for part, steps in PRETRAIN_STEPS.items():
-        group.add(
-            f"--{part}_steps",
-            type=count,
-            default=steps,
-            metavar="N",
-            per_call=True,
-            help=f"optimiser steps of the {part}; more than before: it goes on",
-        )
-    group.add(
-        "--pictures",
-        type=positive_int,
-        default=12000,
-        metavar="N",
-        help="rendered pictures to train on, two of each concept",
-    )
-    group.add(
-        "--batch_size",
-        type=positive_int,
-        metavar="N",
-        help="pictures per step, for tests; default: each part's own",
-    )
+        group.add(f"--{part}_steps", type=count, default=steps, metavar="N", per_call=True,
+            help=f"optimiser steps of the {part}; more than before: it goes on")
+    group.add("--pictures", type=positive_int, default=12000, metavar="N",
+        help="rendered pictures to train on, two of each concept")
+    group.add("--batch_size", type=positive_int, metavar="N",
+        help="pictures per step, for tests; default: each part's own")
     group.add("--seed", type=count, default=0, help="of pictures, weights, order and noise")
-    group.add(
-        "--minutes",
-        type=positive,
-        metavar="M",
-        per_call=True,
-        help="save and stop after this time (exit code 75); the same command goes on",
-    )
+    group.add("--minutes", type=positive, metavar="M", per_call=True,
+        help="save and stop after this time (exit code 75); the same command goes on")
     _common(parser)
     return parser
 
@@ -888,13 +518,8 @@ def demo() -> Parser:
         "python demo.py",
     )
     group = parser.flags("demo")
-    group.add(
-        "--output_path",
-        type=Path,
-        default=Path("demo_output"),
-        metavar="DIR",
-        help="everything goes here",
-    )
+    group.add("--output_path", type=Path, default=Path("demo_output"), metavar="DIR",
+        help="everything goes here")
     group.switch("--quick", help="a smaller world and fewer epochs, for a smoke test")
     group.add("--seed", type=count, default=0, help="of the world and of every stage")
     _common(parser, device=False)
@@ -935,7 +560,9 @@ def resolve(stage: str, argv: Sequence[str] | None = None) -> Options:
     parser = STAGES[stage]()
     typed = _given(stage, tokens)
     config = typed.get("config")
-    configured = _given(stage, _config_tokens(parser, config)) if config else {}
+    configured = (
+        _given(stage, _config_tokens(parser, config), f"--config {config}: ") if config else {}
+    )
     values, provenance, missing = {}, {}, []
     for name, action in parser.actions().items():
         if name in typed:
@@ -966,9 +593,10 @@ def answer_quick_questions(stage: str) -> None:
     resolve(stage)
 
 
-def _given(stage: str, tokens: Sequence[str]) -> dict[str, Any]:
-    """Only what ``tokens`` say, parsed and checked."""
+def _given(stage: str, tokens: Sequence[str], source: str = "") -> dict[str, Any]:
+    """Only what ``tokens`` say, parsed and checked; errors begin with their ``source``."""
     parser = STAGES[stage]()
+    parser.source = source
     for action in parser.actions().values():
         action.required, action.default = False, argparse.SUPPRESS
     if "--help" in tokens or "-h" in tokens:
@@ -1050,11 +678,3 @@ def _as_yaml(options: Options) -> str:
             f"{key}: {json.dumps(plain, ensure_ascii=False)}   # {options.provenance[key]}"
         )
     return "\n".join(lines) + "\n"
-
-
-def quit_after_dry_run(plan: Sequence[str]) -> NoReturn:
-    """End a --dry_run: print what would be done."""
-    print("dry run, nothing was written. Would:")
-    for line in plan:
-        print(f"  - {line}")
-    raise SystemExit(0)

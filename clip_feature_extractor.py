@@ -177,10 +177,7 @@ def read_captions(path: Path | None) -> dict[str, str]:
         isinstance(text, str) for text in captions.values()
     ):
         raise DataError(
-            path,
-            "something else",
-            "a JSON object {picture or concept: caption}",
-            "see the README",
+            path, "something else", "a JSON object {picture or concept: caption}", "see the README"
         )
     return captions
 
@@ -334,19 +331,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "captions": util.json_hash(captions),
         "clip_weights": util.file_hash(weights) if weights.is_file() else values.clip_pretrained,
     }
-    run = util.RunDirectory(values.output_path, "features")
-    run.check(options.recorded(), inputs, options.fixed)
-    if values.dry_run:
-        args.quit_after_dry_run(
-            [
-                f"encode {len(items)} {name} pictures with {values.clip_model} on {device}"
-                for name, items in stimuli.items()
-            ]
-            + [f"write to {values.output_path}"]
-        )
-    run.start(options.recorded(), options.provenance, inputs, options.fixed)
+    plan = [
+        f"encode {len(items)} {name} pictures with {values.clip_model} on {device}"
+        for name, items in stimuli.items()
+    ]
+    run = util.open_run(options, values.output_path, inputs, plan)
     if run.finished:
-        util.LOG.info("already finished, nothing to do")
         return 0
     clip = load_clip(values.clip_model, values.clip_pretrained, device)
     workers = default_workers() if values.num_workers is None else values.num_workers

@@ -1,7 +1,7 @@
 """The whole chain on the embedded miniature world, by the public command lines. CPU, no downloads.
 
-The EEG is SIMULATED and the miniature models have random weights: the demo shows that every stage works
-and that stimuli can be told apart from the simulated EEG, not how well real brains are decoded.
+The EEG is SIMULATED: the demo shows that every stage works and that stimuli can be told apart from
+the simulated EEG, not how well real brains are decoded.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = values.output_path if Path.cwd() == HERE else values.output_path.resolve()
     plan = commands(out, values.seed, values.quick)
     if values.dry_run:
-        args.quit_after_dry_run([f"python {shlex.join(command)}" for _, command in plan])
+        print("\n".join(f"python {shlex.join(command)}" for _, command in plan))
+        return 0
     print(
         "EEG here is SIMULATED and the miniature CLIP, SDXL and IP-Adapter have RANDOM weights:\n"
         "this shows that the chain works, the pictures are not meant to look like the stimuli.",

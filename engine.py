@@ -1,7 +1,8 @@
 """The one training loop: epochs, EMA, validation, checkpoints, metrics, resume, preemption.
 
-``train.py`` (encoder and priors) and ``ATMS_retrieval.py`` (encoder alone) differ in their objective only.
-No random state is stored: every draw is recomputed from (seed, step), so a resumed run is bit-exact.
+``train.py`` (encoder and priors) and ``ATMS_retrieval.py`` (encoder alone) differ in their
+objective only. No random state is stored: every draw is recomputed from (seed, step), so a resumed
+run is bit-exact.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def schedule_from(values: argparse.Namespace) -> Schedule:
 
 
 class Objective(Protocol):
-    """What is learned: ``losses`` of a batch, with the total under ``loss``; ``validate`` on held-out concepts.
+    """What is learned: ``losses`` of a batch, with the total under ``loss``.
 
-    ``validate`` returns scores and, under ``select``, the one that chooses ``best`` (higher is better);
-    nothing at all where no concepts are held out.
+    ``validate``, on held-out concepts, returns scores and, under ``select``, the one that chooses
+    ``best`` (higher is better); nothing at all where no concepts are held out.
     """
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]: ...
@@ -97,7 +98,10 @@ class Average:
 
 
 class Checkpoints:
-    """``checkpoints/step-NNNNNNNN/`` with model.safetensors and state.pt; ``latest`` and ``best`` point to them."""
+    """``checkpoints/step-NNNNNNNN/`` with model.safetensors and state.pt.
+
+    ``latest`` and ``best`` point to them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -111,7 +115,10 @@ class Checkpoints:
         *,
         best: bool,
     ) -> None:
-        """Write a whole new folder, then move the pointers: a kill at any moment leaves a readable ``latest``."""
+        """Write a whole new folder, then move the pointers.
+
+        A kill at any moment leaves a readable ``latest``.
+        """
         target = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{target.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -141,7 +148,7 @@ class Checkpoints:
                 shutil.rmtree(folder)
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The ``latest`` model state and training state, None before the first. Raises DataError."""
+        """The ``latest`` model and training state, None before the first. Raises DataError."""
         latest = self.folder / "latest"
         if not latest.is_symlink():
             return None
@@ -174,7 +181,7 @@ def stop_requests() -> Iterator[list[str]]:
 
 
 class _Training:
-    """State of one run: what must be saved for the next call to go on as if nothing had happened."""
+    """State of one run: what the next call needs to go on as if nothing had happened."""
 
     def __init__(self, run: util.RunDirectory, model: nn.Module, schedule: Schedule) -> None:
         self.model, self.schedule = model, schedule
@@ -277,7 +284,8 @@ def fit(
 ) -> None:
     """Train to ``schedule.epochs`` in a started run directory, resuming from ``latest``.
 
-    Raises util.Preempted after saving on a signal or after ``epochs_per_call``, DataError on a non-finite loss.
+    Raises util.Preempted after saving on a signal or after ``epochs_per_call``, DataError on a
+    non-finite loss.
     """
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
@@ -383,7 +391,7 @@ def _end_epoch(
 
 
 def _drop_later_records(path: Path, step: int) -> None:
-    """Forget epochs that were recorded but not saved before a kill; they are about to be trained again."""
+    """Forget epochs that were recorded but not saved before a kill: they are trained again."""
     records = util.read_jsonl(path)
     kept = [record for record in records if record["step"] <= step]
     if len(kept) < len(records):

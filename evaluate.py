@@ -32,10 +32,12 @@ from modalities import NAMES
 from util import DataError, UserError
 
 PROTOCOL = {
-    "retrieval": "cosine, whole test gallery; k-way = exact expectation over distractors; EEG averaged over repetitions",
-    "pictures": "mindeye: 256 px, then 425 px bilinear antialiased; SSIM gray, Gaussian sigma 1.5; mean over stimuli",
+    "retrieval": "cosine, whole test gallery, EEG averaged over repetitions; "
+    "k-way = exact expectation over distractors",
+    "pictures": "mindeye: 256 px, then 425 px bilinear antialiased; SSIM gray, Gaussian sigma 1.5; "
+    "mean over stimuli",
     "intervals": "95 % percentile bootstrap over stimuli, 2000 draws",
-    "control": "retrieval: the EEG of the test stimuli shuffled, mean and 95 % range over shuffles; "
+    "control": "retrieval: EEG of the test stimuli shuffled, mean and 95 % range over shuffles; "
     "pictures: each scored against another stimulus (one seeded cyclic shift)",
 }
 
@@ -52,7 +54,7 @@ def retrieval_row(
     seed: int,
     permutations: int,
 ) -> dict[str, Any]:
-    """Scores of one kind of query against its gallery, with interval, shuffled-EEG control and chance."""
+    """Scores of queries [N, D] against gallery [N, D], with interval, shuffled EEG and chance."""
     similarity = metrics.cosine_similarity(query, gallery)
     better, tied = metrics.ranks(similarity, truth)
     row: dict[str, Any] = {
@@ -73,7 +75,7 @@ def retrieval_row(
 def shuffled_top_k(
     similarity: torch.Tensor, truth: torch.Tensor, k: int, seed: int, permutations: int
 ) -> np.ndarray:
-    """top-k [permutations] when the EEG is dealt to other stimuli: rows of similarity [Q, G] are permuted."""
+    """top-k [permutations] with EEG dealt to other stimuli: rows of similarity [Q, G] permuted."""
     draw = util.numpy_generator_for(seed, "shuffled EEG")
     scores = []
     for _ in range(permutations):
@@ -85,7 +87,7 @@ def shuffled_top_k(
 
 
 def subject_rows(decoder: Decoder, test: TestEEG, bank: Bank, values: Any) -> list[dict[str, Any]]:
-    """Retrieval of one subject: by the encoder's output from images, and by each prior's sample from its own gallery."""
+    """Retrieval of one subject: by the encoder's output, and by each prior from its own gallery."""
     gallery = bank.rows_for(test.stimuli)
     truth = torch.arange(len(test.stimuli))
     subject = torch.full((len(test.eeg),), decoder.subject_index(test.subject))
@@ -152,7 +154,7 @@ def load_for_scores(path: Path) -> torch.Tensor:
 def picture_row(
     recipe: str, prompt_source: str, truth: torch.Tensor, drawn: torch.Tensor, seed: int
 ) -> dict[str, Any]:
-    """Scores of one recipe: [N, 3, 425, 425] twice. NaNs (flat pictures) are counted, not averaged away."""
+    """Scores of one recipe: [N, 3, 425, 425] twice. NaNs (flat pictures) are counted and kept."""
     shift = 1 + util.seed_for(seed, "picture control") % max(1, len(truth) - 1)
     others = truth.roll(shift, dims=0)
     row: dict[str, Any] = {"recipe": recipe, "prompt_source": prompt_source, "n": len(truth)}
@@ -200,8 +202,8 @@ def retrieval_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: one line per query and subject, the control beside each score."""
     ways = [key for key in rows[0] if key.endswith("-way")]
     lines = [
-        "| query -> gallery | subject | N | top-1 [95 %] | shuffled EEG | chance | top-5 [95 %] | shuffled EEG | chance |"
-        + "".join(f" {way} |" for way in ways),
+        "| query -> gallery | subject | N | top-1 [95 %] | shuffled EEG | chance "
+        "| top-5 [95 %] | shuffled EEG | chance |" + "".join(f" {way} |" for way in ways),
         "|" + "---|" * (9 + len(ways)),
     ]
     for row in rows:
@@ -220,7 +222,8 @@ def retrieval_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def picture_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        "| recipe | prompt | N | PixCorr [95 %] | other stimulus | SSIM [95 %] | other stimulus | NaN |",
+        "| recipe | prompt | N | PixCorr [95 %] | other stimulus "
+        "| SSIM [95 %] | other stimulus | NaN |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -288,63 +291,61 @@ def is_simulated(data_path: Path) -> bool:
     return any(Path(data_path).glob("*/sub-*/simulated.json"))
 
 
+def identities(values: Any, opened: tuple[Decoder, Bank, list[TestEEG]] | None) -> dict[str, str]:
+    """Hashes of everything that is scored."""
+    stimuli = list_stimuli(values.data_path, "test")
+    inputs = {"stimuli": util.json_hash([item.key for item in stimuli])}
+    if opened:
+        _, bank, tests = opened
+        model = values.model_path / "checkpoints" / values.checkpoint / "model.safetensors"
+        inputs |= {"model": util.file_hash(model), "clip_features": bank.hash}
+        inputs |= {f"eeg_{test.subject}": test.hash for test in tests}
+    if values.images:
+        files = [record["file"] for record in read_run(values.images)[0]]
+        inputs["pictures"] = util.json_hash(
+            [[file, util.file_hash(values.images / file)] for file in files]
+        )
+    return inputs
+
+
+def score(
+    values: Any, opened: tuple[Decoder, Bank, list[TestEEG]] | None, inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything that was asked for, as written to ``results.json``."""
+    retrieval, pictures = [], []
+    if opened:
+        opened[0].to(util.pick_device(values.device))
+        retrieval = score_retrieval(values, *opened)
+    if values.images:
+        pictures = score_pictures(values.images, values.data_path, values.seed)
+    return {
+        "retrieval": retrieval,
+        "pictures": pictures,
+        "protocol": PROTOCOL,
+        "seed": values.seed,
+        "permutations": values.permutations,
+        "simulated": is_simulated(values.data_path),
+        "inputs": dict(inputs),
+        **util.environment(),
+    }
+
+
 @util.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Score what was given, write results.json and table.md, print the table."""
     options = args.resolve("evaluate", argv)
     values = options.values
-    device = util.pick_device(values.device)
     if values.images and not values.images.is_dir():
         raise UserError(
             "--images", f"{values.images}: no such folder", "a run of generate.py", "check the path"
         )
     opened = open_retrieval(values) if values.model_path else None
-    inputs = {
-        "stimuli": util.json_hash([item.key for item in list_stimuli(values.data_path, "test")])
-    }
-    if opened:
-        _, bank, tests = opened
-        inputs |= {
-            "model": util.file_hash(
-                values.model_path / "checkpoints" / values.checkpoint / "model.safetensors"
-            ),
-            "clip_features": bank.hash,
-            **{f"eeg_{test.subject}": test.hash for test in tests},
-        }
-    if values.images:
-        records, _ = read_run(values.images)
-        inputs["pictures"] = util.json_hash(
-            [[r["file"], util.file_hash(values.images / r["file"])] for r in records]
-        )
-    run = util.RunDirectory(values.output_dir, "evaluate")
-    run.check(options.recorded(), inputs, options.fixed)
-    if values.dry_run:
-        args.quit_after_dry_run(
-            [
-                *(
-                    f"score the retrieval of {test.subject}"
-                    for test in (opened[2] if opened else [])
-                ),
-                *([f"score the pictures of {values.images}"] if values.images else []),
-                f"write to {values.output_dir}",
-            ]
-        )
-    run.start(options.recorded(), options.provenance, inputs, options.fixed)
+    inputs = identities(values, opened)
+    plan = [f"score the retrieval of {test.subject}" for test in (opened[2] if opened else [])]
+    plan += [f"score the pictures of {values.images}"] if values.images else []
+    run = util.open_run(options, values.output_dir, inputs, plan)
     if not run.finished:
-        if opened:
-            opened[0].to(device)
-        results = {
-            "retrieval": score_retrieval(values, *opened) if opened else [],
-            "pictures": score_pictures(values.images, values.data_path, values.seed)
-            if values.images
-            else [],
-            "protocol": PROTOCOL,
-            "seed": values.seed,
-            "permutations": values.permutations,
-            "simulated": is_simulated(values.data_path),
-            "inputs": inputs,
-            **util.environment(),
-        }
+        results = score(values, opened, inputs)
         util.write_json(run.path / "results.json", results)
         with util.atomic_write(run.path / "table.md") as file:
             file.write(as_table(results))

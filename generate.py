@@ -40,7 +40,7 @@ def predict(
     sampler: str,
     seed: int,
 ) -> dict[str, torch.Tensor]:
-    """Predicted embeddings {modality: [n, D]} of some rows; a row's noise depends on its stimulus alone."""
+    """Predicted embeddings {modality: [n, D]} of some rows; the noise belongs to the stimulus."""
     chosen = list(rows)
     subject = torch.full((len(chosen),), decoder.subject_index(test.subject))
     condition = decoder.embed(test.eeg[chosen], subject).to(next(decoder.parameters()).device)
@@ -55,7 +55,7 @@ def predict(
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to draw: ``row`` of the predicted embeddings; ``names``: the recipes that equal it."""
+    """One picture to draw: the test ``row`` it shows and ``names``, the recipes that equal it."""
 
     row: int
     names: tuple[str, ...]
@@ -102,7 +102,10 @@ class Renderer:
         ids: Sequence[int],
         places: Mapping[int, int],
     ) -> np.ndarray:
-        """Pictures uint8 [B, H, W, 3]; embeddings [n, M, D]; ``places``: test row -> embedding row."""
+        """Pictures uint8 [B, H, W, 3] of embeddings [n, M, D].
+
+        ``places``: test row -> embedding row; ``ids``: the stimulus of each test row.
+        """
         rows = [task.row for task in tasks]
         one = len(self.prompts.text) == 1
         return injection.draw(
@@ -137,7 +140,7 @@ def save_picture(path: Path, picture: np.ndarray, note: str) -> None:
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], title: str) -> Any:
-    """A PIL sheet of titled rows of (label, picture); a picture is a PIL image or None for a gap."""
+    """A PIL sheet: titled rows of (label, PIL picture)."""
     from PIL import Image, ImageDraw, ImageFont
 
     cell, text, left, top = THUMBNAIL_PX, 18, 96, 28
@@ -153,8 +156,7 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], title: 
         for column, (label, picture) in enumerate(cells):
             x = left + column * (cell + 6)
             pen.text((x, y + 2), label, fill="black", font=font)
-            if picture is not None:
-                sheet.paste(picture.convert("RGB").resize((cell, cell)), (x, y + text))
+            sheet.paste(picture.convert("RGB").resize((cell, cell)), (x, y + text))
     return sheet
 
 
@@ -174,12 +176,10 @@ def _open(path: Path) -> Any:
         return image.convert("RGB")
 
 
-def stimulus_views(stimulus: Stimulus | None) -> list[tuple[str, Any]]:
-    """The stimulus and its superpixel versions, labelled; nothing where the pictures are not at hand."""
+def stimulus_views(stimulus: Stimulus) -> list[tuple[str, Any]]:
+    """The stimulus and its superpixel versions, labelled."""
     from PIL import Image
 
-    if stimulus is None:
-        return []
     picture = superpixel.read_picture(stimulus.path)
     levels = superpixel.superpixels(superpixel.at_slic_size(picture))
     return [
@@ -225,7 +225,7 @@ def save_sheet(path: Path, sheet: Any) -> None:
 
 
 def oracle_prompts(captions: Path | None, stimuli: Sequence[Stimulus] | None) -> list[str]:
-    """The stimuli's own captions, for ``--prompt_source oracle`` only. Raises UserError / DataError."""
+    """The stimuli's own captions, for ``--prompt_source oracle``. Raises UserError / DataError."""
     if stimuli is None:
         raise UserError(
             "--prompt_source oracle",
@@ -320,7 +320,7 @@ def render(
     rows: Sequence[int],
     part: str,
 ) -> None:
-    """Draw what is missing, batch by batch over stimuli and recipes, and each stimulus' contact sheet."""
+    """Draw what is missing, batch by batch over stimuli and recipes, then the contact sheets."""
     from tqdm import tqdm
 
     out, ids, oracle = run.path, test.ids, values.prompt_source == "oracle"
@@ -391,20 +391,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = oracle_prompts(values.captions, test.stimuli) if oracle else [values.prompt]
     rows = shard_rows(min(values.max_stimuli or len(test.eeg), len(test.eeg)), values.shard)
     part = "" if values.shard == "1/1" else f"-{values.shard.replace('/', '-of-')}"
+    plan = (
+        f"predict {len(MODALITIES)} embeddings of {len(rows)} stimuli seen by {test.subject}",
+        f"draw {len(rows)} x {len(recipes(values.mode))} pictures of {values.size} px on {device}",
+    )
     inputs = model_inputs(values, test)
-    run = util.RunDirectory(values.output_dir, "generate", part=part.removeprefix("-"))
-    run.check(options.recorded(), inputs, options.fixed)
-    if values.dry_run:
-        args.quit_after_dry_run(
-            [
-                f"predict {len(MODALITIES)} embeddings of {len(rows)} stimuli seen by {test.subject}",
-                f"draw {len(rows)} x {len(recipes(values.mode))} pictures of {values.size} px on {device}",
-                f"write to {values.output_dir}",
-            ]
-        )
-    run.start(options.recorded(), options.provenance, inputs, options.fixed)
+    run = util.open_run(options, values.output_dir, inputs, plan, part.removeprefix("-"))
     if run.finished:
-        util.LOG.info("already finished, nothing to do")
         return 0
     embeddings = predict(
         decoder.to(device),

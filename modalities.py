@@ -14,13 +14,7 @@ from types import MappingProxyType
 # 2x2 + 2x10 + 1x10 + 3x10 + 3x2 = 70 layers. diffusers drops scales for any other block in silence,
 # so a name that is not in this table is an error everywhere. Order = depth, input to output.
 SITES: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {
-        "down.1": (2, 2),
-        "down.2": (2, 10),
-        "mid": (1, 10),
-        "up.0": (3, 10),
-        "up.1": (3, 2),
-    }
+    {"down.1": (2, 2), "down.2": (2, 10), "mid": (1, 10), "up.0": (3, 10), "up.1": (3, 2)}
 )
 
 

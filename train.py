@@ -25,7 +25,10 @@ VALIDATION_DRAWS = 4  # timesteps and noises per held-out stimulus, the same at 
 
 
 class JointObjective:
-    """Sum of registry weight x prior loss, plus ``contrast_weight`` x CLIP loss; gradients reach the encoder."""
+    """Sum of registry weight x prior loss, plus ``contrast_weight`` x CLIP loss.
+
+    Gradients reach the encoder from all of them.
+    """
 
     def __init__(
         self, decoder: Decoder, data: TrainingData, contrast_weight: float, text_share: float
@@ -77,7 +80,10 @@ class JointObjective:
 def new_decoder(
     data: TrainingData, seed: int, condition_dropout: float, init_from: Path | None
 ) -> Decoder:
-    """A fresh decoder, its bank standardised on the training rows; ``init_from``: a pre-trained encoder."""
+    """A fresh decoder, its bank standardised on the training rows.
+
+    ``init_from``: a run of ATMS_retrieval.py whose encoder it starts from. Raises UserError.
+    """
     encoder = new_encoder(data, seed)
     if init_from is not None:
         donor = Decoder.load(init_from, "best")
@@ -116,17 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     decoder = new_decoder(data, values.seed, values.condition_dropout, values.init_from)
     masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
-    run = util.RunDirectory(values.output_dir, "train")
-    run.check(options.recorded(), data.hashes, options.fixed)
-    if values.dry_run:
-        args.quit_after_dry_run(
-            [
-                *data.describe(),
-                f"train {engine.describe_parameters(decoder)} on {device} for {values.epochs} epochs",
-                f"write checkpoints, metrics.jsonl and TensorBoard files to {values.output_dir}",
-            ]
-        )
-    run.start(options.recorded(), options.provenance, data.hashes, options.fixed)
+    parameters = engine.describe_parameters(decoder)
+    plan = [*data.describe(), f"train {parameters} on {device} for {values.epochs} epochs"]
+    run = util.open_run(options, values.output_dir, data.hashes, plan)
     objective = JointObjective(decoder, data, values.contrast_weight, values.text_contrast)
     engine.fit(run, decoder, objective, data, masking, engine.schedule_from(values), device)
     print(f"model: {values.output_dir / 'checkpoints' / 'best' / 'model.safetensors'}")

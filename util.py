@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             if _LOG_HANDLERS:
                 LOG.error("error: %s", error)
             else:  # before a run directory was opened
-                print(f"error: {error}", file=sys.stderr)
+                sys.stderr.write(f"error: {error}\n")
             return error.exit_code
         except Preempted as stop:
             LOG.warning("%s", stop)
@@ -384,6 +384,37 @@ def _unused(path: Path) -> bool:
     return path.is_dir() and all(
         item.name.startswith(".") and item.suffix == ".tmp" for item in path.iterdir()
     )
+
+
+class Resolved(Protocol):
+    """The options of a call, as ``args.resolve`` gives them."""
+
+    stage: str
+    values: Any
+    provenance: dict[str, str]
+    fixed: tuple[str, ...]
+
+    def recorded(self) -> dict[str, Any]: ...
+
+
+def open_run(
+    options: Resolved, path: Path, inputs: Mapping[str, Any], plan: Iterable[str], part: str = ""
+) -> RunDirectory:
+    """How every stage begins, once its inputs are checked: refuse another run, or start or resume.
+
+    With ``--dry_run`` tell the ``plan`` and end with exit code 0, nothing written. ``part``: a
+    shard of a run that several processes share.
+    """
+    run = RunDirectory(path, options.stage, part=part)
+    run.check(options.recorded(), inputs, options.fixed)
+    if options.values.dry_run:
+        lines = "".join(f"  - {line}\n" for line in [*plan, f"write to {path}"])
+        sys.stdout.write(f"dry run, nothing was written. Would:\n{lines}")
+        raise SystemExit(0)
+    run.start(options.recorded(), options.provenance, inputs, options.fixed)
+    if run.finished:
+        LOG.info("already finished, nothing to do")
+    return run
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

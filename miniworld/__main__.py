@@ -1,4 +1,4 @@
-"""Write the embedded world: procedural pictures, simulated EEG in the published format, miniature models."""
+"""Write the embedded world: procedural pictures, simulated EEG, miniature models."""
 
 from __future__ import annotations
 
@@ -28,19 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     snr = eeg.DEFAULT_SNR if values.snr is None else values.snr
     root = values.output_path
     n_pictures = values.training_concepts * values.images_per_concept + values.test_concepts
-    run = util.RunDirectory(root, "world")
-    run.check(options.recorded(), {}, options.fixed)
-    if values.dry_run:
-        args.quit_after_dry_run(
-            [
-                f"draw {n_pictures} pictures into {root / 'data'}",
-                f"simulate the EEG of {values.subjects} people at SNR {snr}",
-                f"write random miniature CLIP, SDXL and IP-Adapter into {root / 'models'}",
-            ]
-        )
-    run.start(options.recorded(), options.provenance, {}, options.fixed)
+    plan = (
+        f"draw {n_pictures} pictures into {root / 'data'}",
+        f"simulate the EEG of {values.subjects} people at SNR {snr}",
+        f"put miniature CLIP, SDXL and IP-Adapter into {root / 'models'}",
+    )
+    run = util.open_run(options, root, {}, plan)
     if run.finished:
-        util.LOG.info("already finished, nothing to do")
         return 0
     scenes = pictures.write_stimuli(
         root / "data",

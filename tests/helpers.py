@@ -4,6 +4,4 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -24,6 +24,7 @@ MINIMAL = {
     "generate": GENERATE,
     "evaluate": EVALUATE,
     "world": ["--output_path", "W"],
+    "pretrain": ["--output_path", "P"],
     "demo": [],
 }
 
@@ -214,8 +215,7 @@ def test_a_good_template_passes():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "missing"),
-    [([], "--model_path"), (["--model_path", "M"], "--clip_feature_path")],
+    ("tokens", "missing"), [([], "--model_path"), (["--model_path", "M"], "--clip_feature_path")]
 )
 def test_evaluate_needs_something_to_score(capsys, tokens, missing):
     given = ["--data_path", "D", "--output_dir", "O", *tokens]
@@ -326,10 +326,3 @@ def test_help_names_every_flag_with_its_default(capsys):
             if isinstance(action.default, int | float) and not isinstance(action.default, bool):
                 assert f"(default: {action.default})" in " ".join(told.split())
         assert "example:" in told
-
-
-def test_a_dry_run_says_its_plan_and_ends_well(capsys):
-    with pytest.raises(SystemExit) as stop:
-        args.quit_after_dry_run(["draw 3 pictures"])
-    assert stop.value.code == 0
-    assert "draw 3 pictures" in capsys.readouterr().out

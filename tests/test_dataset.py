@@ -401,11 +401,7 @@ def test_later_opens_do_not_read_the_source(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "parse_published", _no_parsing)
     second = open_recording(path, tmp_path / "cache")
     np.testing.assert_array_equal(first.eeg, second.eeg)
-    assert (first.channels, first.times, first.hash) == (
-        second.channels,
-        second.times,
-        second.hash,
-    )
+    assert (first.channels, first.times, first.hash) == (second.channels, second.times, second.hash)
     with pytest.raises(AssertionError, match="parsed again"):
         open_recording(path, tmp_path / "another cache")
 

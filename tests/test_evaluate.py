@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Chain
 from PIL import Image
+from test_train import copied_bank
 
 import ATMS_retrieval
 import evaluate
 import util
-from conftest import Chain
 from dataset import list_stimuli
 from miniworld import eeg, pictures
 from modalities import NAMES
-from test_train import copied_bank
 
 
 def run_of_pictures(folder: Path, chain: Chain, shift: int = 0, source: str = "neutral") -> Path:
-    """A generate.py-like run whose pictures are the stimuli themselves, dealt ``shift`` places on."""
+    """A run whose pictures are the stimuli themselves, dealt ``shift`` places on."""
     stimuli = list_stimuli(chain.data, "test")
     for row, item in enumerate(stimuli):
         shown = stimuli[(row + shift) % len(stimuli)]
@@ -262,7 +262,7 @@ def test_shuffled_eeg_is_at_chance(trained_on_simulated_eeg: tuple[Path, Path]) 
 def test_a_model_given_the_eeg_of_another_order_is_at_chance(
     trained_on_simulated_eeg: tuple[Path, Path],
 ) -> None:
-    """The control is real: rows of the recording itself are dealt to other stimuli, and the skill is gone."""
+    """The recording itself dealt to other stimuli: the skill is gone."""
     import pickle
 
     root, _ = trained_on_simulated_eeg

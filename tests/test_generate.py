@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Chain
 from PIL import Image
 
 import generate
@@ -17,7 +18,6 @@ import injection
 import train
 import util
 from ATMS_retrieval import Decoder
-from conftest import Chain
 from dataset import locate_test_eeg, open_test
 from modalities import NAMES, recipes
 

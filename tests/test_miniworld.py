@@ -133,7 +133,7 @@ def test_stimuli_of_another_world_are_not_mixed_in(tmp_path):
     stranger = tmp_path / "test_images" / "00001_old" / "old_01.png"
     stranger.parent.mkdir(parents=True)
     stranger.touch()
-    with pytest.raises(FileExistsError, match="old_01.png"):
+    with pytest.raises(FileExistsError, match=r"old_01\.png"):
         pictures.write_stimuli(tmp_path, 16, 1, 1, SEED)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Chain
 
 import ATMS_retrieval
 import engine
 import train
 import util
 from ATMS_retrieval import Decoder
-from conftest import Chain
 from dataset import open_training
 from modalities import NAMES
 
