@@ -22,6 +22,7 @@ import util
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from open_clip import CLIP
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 VERSION = 3  # of this file: a change of it makes models of another version anew
@@ -71,7 +72,8 @@ TRAINED = Size(
     clip=_clip(
         128,
         32,
-        {"patch_size": 8, "width": 160, "head_width": 32, "layers": 4},
+        # convolutions: a ViT needs far more than some thousand steps to tell shapes apart
+        {"layers": [1, 1, 1, 1], "patch_size": None, "width": 24, "head_width": 32},
         {"width": 64, "heads": 4, "layers": 2},
     ),
     channels=(64, 128, 192),
@@ -82,20 +84,28 @@ TRAINED = Size(
 )
 
 
+def build_clip(size: Size) -> CLIP:
+    """An open_clip model under the name CLIP_NAME, with torch's random weights."""
+    import open_clip
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / f"{CLIP_NAME}.json"
+        util.write_json(config, size.clip)
+        open_clip.add_model_config(config)
+    return open_clip.create_model(CLIP_NAME)
+
+
 def write_clip(folder: Path, seed: int) -> tuple[Path, Path]:
     """Write ``miniature-clip.json`` and ``.safetensors``. Returns (config, checkpoint).
 
     To load: ``open_clip.add_model_config(config)``, then
     ``open_clip.create_model_and_transforms(CLIP_NAME, pretrained=str(checkpoint))``.
     """
-    import open_clip
-
     config, checkpoint = folder / f"{CLIP_NAME}.json", folder / f"{CLIP_NAME}.safetensors"
     util.write_json(config, RANDOM.clip)
-    open_clip.add_model_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = open_clip.create_model(CLIP_NAME)
+        model = build_clip(RANDOM)
     util.save_tensors(checkpoint, model.state_dict(), {"seed": seed, "version": VERSION})
     return config, checkpoint
 

@@ -11,6 +11,18 @@ from miniworld import judge, pictures, renders
 
 
 @torch.no_grad()
+def clip_retrieval(clip: Clip, split: str, n: int) -> dict[str, float]:
+    """Top-1 of picture -> caption and superpixels -> caption among n unseen concepts."""
+    scenes = renders.unseen_scenes(split, n, seed=0)
+    gallery = F.normalize(clip.encode_texts([pictures.caption(scene) for scene in scenes]), dim=1)
+    found = {}
+    views = embeddings(clip, scenes)
+    for name, rows in views.items():
+        best = (F.normalize(rows, dim=1) @ gallery.T).argmax(dim=1)
+        found[f"clip_{name}"] = float((best == torch.arange(n)).float().mean())
+    return found | {"n": n}
+
+
 def vae_psnr(vae: Any, split: str, n: int) -> dict[str, float]:
     """Mean PSNR in dB of n unseen pictures of 128 px, from the posterior's mean."""
     scenes = renders.unseen_scenes(split, n, seed=0)
