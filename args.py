@@ -480,34 +480,7 @@ def world() -> Parser:
         help="std of evoked signal / std of trial noise; default: the simulator's")
     group.add(
         "--seed", type=count, default=0, help="of concepts, pictures, people, noise and weights")
-    group.add("--weights", choices=("trained", "random"), default="trained",
-        help="the shipped miniature models, or untrained ones that only show that the chain works")
     _common(parser, device=False)
-    return parser
-
-
-def pretrain() -> Parser:
-    parser = Parser(
-        "pretrain",
-        "Train the miniature CLIP, SDXL and IP-Adapter and the judge on rendered pictures.",
-        "python -m miniworld.pretrain --output_path OUT/pretrain",
-    )
-    group = parser.flags("training")
-    group.add("--output_path", type=Path, required=True, per_call=True, metavar="RUN",
-        help="run directory: caches, checkpoints and weights/")
-    group.add("--part", choices=("all", *PRETRAIN_STEPS), default="all", per_call=True,
-        help="what to train; the generator needs the trained vae and clip")
-    for part, steps in PRETRAIN_STEPS.items():
-        group.add(f"--{part}_steps", type=count, default=steps, metavar="N", per_call=True,
-            help=f"optimiser steps of the {part}; more than before: it goes on")
-    group.add("--pictures", type=positive_int, default=12000, metavar="N",
-        help="rendered pictures to train on, two of each concept")
-    group.add("--batch_size", type=positive_int, metavar="N",
-        help="pictures per step, for tests; default: each part's own")
-    group.add("--seed", type=count, default=0, help="of pictures, weights, order and noise")
-    group.add("--minutes", type=positive, metavar="M", per_call=True,
-        help="save and stop after this time (exit code 75); the same command goes on")
-    _common(parser)
     return parser
 
 
@@ -533,7 +506,6 @@ STAGES: dict[str, Callable[[], Parser]] = {
     "generate": generate,
     "evaluate": evaluate,
     "world": world,
-    "pretrain": pretrain,
     "demo": demo,
 }
 _PROGRAMS = {
@@ -543,7 +515,6 @@ _PROGRAMS = {
     "generate": "generate.py",
     "evaluate": "evaluate.py",
     "world": "python -m miniworld",
-    "pretrain": "python -m miniworld.pretrain",
     "demo": "demo.py",
 }
 

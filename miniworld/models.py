@@ -22,77 +22,34 @@ import util
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from open_clip import CLIP
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-VERSION = 3  # of this file: a change of it makes models of another version anew
+VERSION = 2  # of this file: a change of it makes models of another version anew
 CLIP_NAME = "miniature-clip"
-CLIP_DIM = 64  # of the random miniature
-SHIPPED = Path(__file__).parent / "weights"
-_TEXT_WIDTHS = (
-    32,
-    64,
-)  # they must differ: diffusers tells the two encoders of a single file by width
+CLIP_DIM = 64
+# they must differ: diffusers tells the two encoders of a single file by width
+_TEXT_WIDTHS = (32, 64)
 
 
-@dataclass(frozen=True)
-class Size:
-    """What the random and the trained miniatures differ in, beside their weights."""
-
-    clip: Mapping[str, Any]  # open_clip's JSON
-    channels: tuple[int, int, int]  # of the U-Net's levels
-    heads: tuple[int, int, int]
-    vae_channels: tuple[int, int, int, int]
-    vae_groups: int
-    vae_attention: bool  # none: the VAE is trained on crops, too
-
-
-def _clip(embed_dim: int, context: int, vision: dict[str, Any], text: dict[str, Any]) -> dict:
+def clip_config() -> dict[str, Any]:
+    """open_clip's JSON for the miniature: 64 px, embeddings of CLIP_DIM, the real vocabulary."""
     return {
-        "embed_dim": embed_dim,
-        "vision_cfg": {"image_size": 64, **vision},
-        "text_cfg": {"context_length": context, "vocab_size": 49408, **text},
+        "embed_dim": CLIP_DIM,
+        "vision_cfg": {
+            "image_size": 64,
+            "patch_size": 8,
+            "width": 128,
+            "head_width": 32,
+            "layers": 3,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 64,
+            "heads": 4,
+            "layers": 2,
+        },
     }
-
-
-RANDOM = Size(
-    clip=_clip(
-        CLIP_DIM,
-        77,
-        {"patch_size": 8, "width": 128, "head_width": 32, "layers": 3},
-        {"width": 64, "heads": 4, "layers": 2},
-    ),
-    channels=(32, 64, 96),
-    heads=(1, 2, 4),
-    vae_channels=(16, 24, 32, 48),
-    vae_groups=8,
-    vae_attention=True,
-)
-TRAINED = Size(
-    clip=_clip(
-        128,
-        32,
-        # convolutions: a ViT needs far more than some thousand steps to tell shapes apart
-        {"layers": [1, 1, 1, 1], "patch_size": None, "width": 24, "head_width": 32},
-        {"width": 64, "heads": 4, "layers": 2},
-    ),
-    channels=(64, 128, 192),
-    heads=(2, 4, 6),
-    vae_channels=(8, 16, 32, 64),
-    vae_groups=4,
-    vae_attention=False,
-)
-
-
-def build_clip(size: Size) -> CLIP:
-    """An open_clip model under the name CLIP_NAME, with torch's random weights."""
-    import open_clip
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / f"{CLIP_NAME}.json"
-        util.write_json(config, size.clip)
-        open_clip.add_model_config(config)
-    return open_clip.create_model(CLIP_NAME)
 
 
 def write_clip(folder: Path, seed: int) -> tuple[Path, Path]:
@@ -101,26 +58,29 @@ def write_clip(folder: Path, seed: int) -> tuple[Path, Path]:
     To load: ``open_clip.add_model_config(config)``, then
     ``open_clip.create_model_and_transforms(CLIP_NAME, pretrained=str(checkpoint))``.
     """
+    import open_clip
+
     config, checkpoint = folder / f"{CLIP_NAME}.json", folder / f"{CLIP_NAME}.safetensors"
-    util.write_json(config, RANDOM.clip)
+    util.write_json(config, clip_config())
+    open_clip.add_model_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_clip(RANDOM)
+        model = open_clip.create_model(CLIP_NAME)
     util.save_tensors(checkpoint, model.state_dict(), {"seed": seed, "version": VERSION})
     return config, checkpoint
 
 
-def build_unet(size: Size) -> UNet2DConditionModel:
+def _unet() -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=16,
         layers_per_block=2,
-        block_out_channels=size.channels,
+        block_out_channels=(32, 64, 96),
         norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=size.heads,
+        attention_head_dim=(1, 2, 4),
         transformer_layers_per_block=(1, 1, 2),
         use_linear_projection=True,
         cross_attention_dim=sum(_TEXT_WIDTHS),
@@ -130,17 +90,16 @@ def build_unet(size: Size) -> UNet2DConditionModel:
     )
 
 
-def build_vae(size: Size) -> AutoencoderKL:
+def _vae() -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=size.vae_channels,
+        block_out_channels=(16, 24, 32, 48),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=size.vae_groups,
-        mid_block_add_attention=size.vae_attention,
+        norm_num_groups=8,
         sample_size=128,
         scaling_factor=0.13025,
     )
@@ -172,7 +131,7 @@ def write_sdxl(folder: Path, seed: int) -> UNet2DConditionModel:
     injection.quiet_loading()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet, vae, (text_encoder, text_encoder_2) = build_unet(RANDOM), build_vae(RANDOM), _text_encoders()
+        unet, vae, (text_encoder, text_encoder_2) = _unet(), _vae(), _text_encoders()
         _scale_outputs(unet, vae)
     pipe = StableDiffusionXLPipeline(
         vae=vae,

@@ -304,8 +304,9 @@ def test_the_users_commands_parse_as_written(command):
 
 def test_every_stage_has_its_script_and_main():
     for program in PROGRAMS.values():
-        module = program.removeprefix("python -m ").removesuffix(".py")
-        path = ROOT / (f"{module}/__main__.py" if program.startswith("python") else program)
+        module = program.removeprefix("python -m ").removesuffix(".py").replace(".", "/")
+        package = (ROOT / module).is_dir() and program.startswith("python")
+        path = ROOT / (f"{module}/__main__.py" if package else f"{module}.py")
         assert "main" in {getattr(node, "name", "") for node in _tree(path).body}
 
 

@@ -24,7 +24,6 @@ MINIMAL = {
     "generate": GENERATE,
     "evaluate": EVALUATE,
     "world": ["--output_path", "W"],
-    "pretrain": ["--output_path", "P"],
     "demo": [],
 }
 
