@@ -491,8 +491,8 @@ def demo() -> Parser:
         "python demo.py",
     )
     group = parser.flags("demo")
-    group.add("--output_path", type=Path, default=Path("demo_output"), metavar="DIR",
-        help="everything goes here")
+    group.add("--output_path", type=Path, metavar="DIR",
+        help="everything goes here; default: demo_output, with --quick demo_output_quick")
     group.switch("--quick", help="a smaller world and fewer epochs, for a smoke test")
     group.add("--seed", type=count, default=0, help="of the world and of every stage")
     _common(parser, device=False)

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 def commands(out: Path, seed: int, quick: bool) -> list[tuple[str, list[str]]]:
     """(what it does, command after ``python``) of every stage."""
     data, models, subject = out / "world" / "data", out / "world" / "models", "sub-01"
-    subjects, concepts, epochs, drawn = (1, 60, 10, 2) if quick else (2, 150, 40, 8)
+    subjects, concepts, epochs, drawn = (1, 60, 10, 2) if quick else (2, 100, 40, 8)
     device = ["--device", "cpu"]
     seeded = ["--seed", str(seed)]
     stages = [
@@ -144,8 +144,9 @@ def commands(out: Path, seed: int, quick: bool) -> list[tuple[str, list[str]]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every stage in turn; finished stages answer at once. Stops at the first that fails."""
     values = args.resolve("demo", argv).values
-    # stages run in this folder; relative paths are shown as typed where that is the same
-    out = values.output_path if Path.cwd() == HERE else values.output_path.resolve()
+    out = values.output_path or Path("demo_output_quick" if values.quick else "demo_output")
+    if Path.cwd() != HERE:  # the stages run there
+        out = out.resolve()
     plan = commands(out, values.seed, values.quick)
     if values.dry_run:
         print("\n".join(f"python {shlex.join(command)}" for _, command in plan))
