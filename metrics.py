@@ -1,4 +1,4 @@
-"""Scores as pure functions on arrays: retrieval, PixCorr, SSIM, two-way identification.
+"""Scores as pure functions on arrays: retrieval, PixCorr, SSIM.
 
 Definitions follow the MindEye lineage (Scotti et al. 2023/2024, final_evaluations.ipynb).
 """

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
+import util
 from miniworld.pictures import (
     COLOURS,
     PARTITIONS,
@@ -33,7 +33,6 @@ from miniworld.pictures import (
     render,
     sample_concepts,
     sample_scene,
-    write_json,
 )
 
 # fmt: off
@@ -486,10 +485,8 @@ def _write_recording(path: Path, eeg: np.ndarray) -> None:
         "ch_names": list(CHANNELS),
         "times": times(),
     }
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
+    with util.atomic_write(path, "wb") as stream:
         pickle.dump(content, stream, protocol=4)
-    os.replace(temporary, path)
 
 
 def write_subject(
@@ -512,7 +509,7 @@ def write_subject(
     note = "SIMULATED by miniworld.eeg, not recorded from a person"
     settings = {"snr": snr, "seed": seed, "repetitions": dict(repetitions)}
     sources = [asdict(source) for source in SOURCES]
-    write_json(folder / "simulated.json", {"note": note, **settings, "sources": sources})
+    util.write_json(folder / "simulated.json", {"note": note, **settings, "sources": sources})
     for partition in PARTITIONS:
         features = features_of(images_by_partition[partition], scenes_by_partition[partition], seed)
         eeg = simulate(

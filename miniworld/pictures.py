@@ -7,9 +7,7 @@ in the place, size and rotation of the shape. Folders follow THINGS: `00001_<con
 from __future__ import annotations
 
 import functools
-import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
@@ -17,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+import util
 
 PARTITIONS = ("training", "test")
 
@@ -308,13 +308,6 @@ def sample_scene(concept: Concept, rng: np.random.Generator) -> Scene:
 # --- files --------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def plan_scenes(
     n_training_concepts: int, images_per_concept: int, n_test_concepts: int, seed: int
 ) -> dict[str, dict[str, Scene]]:
@@ -363,8 +356,10 @@ def write_stimuli(
     for path, scene in scenes.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(scene)).save(root / path)
-    write_json(root / "captions.json", {path: caption(scene) for path, scene in scenes.items()})
+    util.write_json(
+        root / "captions.json", {path: caption(scene) for path, scene in scenes.items()}
+    )
     note = "SIMULATED: procedural pictures drawn by miniworld.pictures, no photographs"
     truth = {path: asdict(scene) for path, scene in scenes.items()}
-    write_json(root / "scenes.json", {"note": note, "seed": seed, "scenes": truth})
+    util.write_json(root / "scenes.json", {"note": note, "seed": seed, "scenes": truth})
     return {partition: list(part.values()) for partition, part in plan.items()}
