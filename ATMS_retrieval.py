@@ -22,14 +22,14 @@ from torch import nn
 
 import engine
 import util
-from dataset import Batch, TrainingData, open_training
+from dataset import Batch, TestEEG, TrainingData, open_training
 from loss import contrastive_total
 from masking import Masking
 from metrics import retrieval_topk
 from modalities import NAMES
 from subject_layers.subject import SubjectLinear
 from subject_layers.transformer import ChannelTransformer
-from unet import PriorBank
+from unet import PriorBank, Sampling
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
 
@@ -309,6 +309,25 @@ class Decoder(nn.Module):
                 for rows, ids in zip(eeg.split(batch_size), subject.split(batch_size), strict=True)
             ]
         )
+
+    def condition(self, test: TestEEG, rows: Sequence[int]) -> torch.Tensor:
+        """EEG embeddings [n, D] of some rows of a test recording, on the CPU."""
+        subject = torch.full((len(rows),), self.subject_index(test.subject))
+        return self.embed(test.eeg[list(rows)], subject)
+
+    def predict(
+        self, test: TestEEG, rows: Sequence[int], sampling: Sampling, seed: int
+    ) -> dict[str, torch.Tensor]:
+        """Predicted CLIP embeddings {modality: [n, D]} of some rows, un-normalised, on the CPU.
+
+        A row's noise belongs to its stimulus: it depends on nothing but ``seed`` and that.
+        """
+        condition = self.condition(test, rows).to(next(self.parameters()).device)
+        seeds = [util.seed_for(seed, "prior", test.ids[row]) for row in rows]
+        samples = self.bank.sample(
+            condition, sampling.steps, sampling.guidance, seeds, sampling.sampler
+        )
+        return {name: values.cpu() for name, values in samples.items()}
 
 
 def new_encoder(data: TrainingData, seed: int) -> ATMS:

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 def commands(out: Path, seed: int, quick: bool) -> list[tuple[str, list[str]]]:
     """(what it does, command after ``python``) of every stage."""
     data, models, subject = out / "world" / "data", out / "world" / "models", "sub-01"
-    subjects, concepts, epochs, drawn = (1, 60, 10, 2) if quick else (2, 100, 40, 8)
+    subjects, concepts, epochs, drawn = (1, 60, 10, 2) if quick else (2, 90, 25, 8)
     device = ["--device", "cpu"]
     seeded = ["--seed", str(seed)]
     stages = [

@@ -29,6 +29,7 @@ from dataset import (
     open_test,
 )
 from modalities import NAMES
+from unet import Sampling
 from util import DataError, UserError
 
 PROTOCOL = {
@@ -86,38 +87,21 @@ def shuffled_top_k(
     return np.array(scores)
 
 
-def subject_rows(decoder: Decoder, test: TestEEG, bank: Bank, values: Any) -> list[dict[str, Any]]:
+def subject_rows(
+    decoder: Decoder, test: TestEEG, bank: Bank, sampling: Sampling, seed: int, permutations: int
+) -> list[dict[str, Any]]:
     """Retrieval of one subject: by the encoder's output, and by each prior from its own gallery."""
     gallery = bank.rows_for(test.stimuli)
     truth = torch.arange(len(test.stimuli))
-    subject = torch.full((len(test.eeg),), decoder.subject_index(test.subject))
-    embedding = decoder.embed(test.eeg, subject)
-    queries = [("encoder -> image", embedding, gallery["image"])]
+    everything = range(len(test.eeg))
+    queries = [("encoder -> image", decoder.condition(test, everything), gallery["image"])]
     if decoder.bank is not None:
-        seeds = [util.seed_for(values.seed, "prior", stimulus) for stimulus in test.ids]
-        device = next(decoder.parameters()).device
-        samples = decoder.bank.sample(
-            embedding.to(device),
-            values.prior_steps,
-            values.prior_guidance,
-            seeds,
-            values.prior_sampler,
-        )
-        queries += [(f"prior {name}", samples[name].cpu(), gallery[name]) for name in NAMES]
+        samples = decoder.predict(test, everything, sampling, seed)
+        queries += [(f"prior {name}", samples[name], gallery[name]) for name in NAMES]
     return [
-        retrieval_row(name, test.subject, query, features, truth, values.seed, values.permutations)
+        retrieval_row(name, test.subject, query, features, truth, seed, permutations)
         for name, query, features in queries
     ]
-
-
-def score_retrieval(
-    values: Any, decoder: Decoder, bank: Bank, tests: Sequence[TestEEG]
-) -> list[dict[str, Any]]:
-    rows = []
-    for test in tests:
-        util.LOG.info("retrieval: %s", test.subject)
-        rows += subject_rows(decoder, test, bank, values)
-    return rows
 
 
 # ---------------------------------------------------------------- pictures
@@ -315,7 +299,13 @@ def score(
     retrieval, pictures = [], []
     if opened:
         opened[0].to(util.pick_device(values.device))
-        retrieval = score_retrieval(values, *opened)
+        decoder, bank, tests = opened
+        sampling = Sampling(values.prior_steps, values.prior_guidance, values.prior_sampler)
+        for test in tests:
+            util.LOG.info("retrieval: %s", test.subject)
+            retrieval += subject_rows(
+                decoder, test, bank, sampling, values.seed, values.permutations
+            )
     if values.images:
         pictures = score_pictures(values.images, values.data_path, values.seed)
     return {

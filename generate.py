@@ -21,33 +21,12 @@ import util
 from ATMS_retrieval import Decoder
 from dataset import Stimulus, TestEEG, locate_test_eeg, open_test
 from modalities import MODALITIES, NAMES, recipes
+from unet import Sampling
 from util import UserError
 
 ORACLE = "oracle prompt: SDXL was told the stimulus' own caption"
 THUMBNAIL_PX = 160
 OVERVIEW_ROWS = 12
-
-
-# ---------------------------------------------------------------- EEG -> embeddings
-
-
-def predict(
-    decoder: Decoder,
-    test: TestEEG,
-    rows: Sequence[int],
-    steps: int,
-    guidance: float,
-    sampler: str,
-    seed: int,
-) -> dict[str, torch.Tensor]:
-    """Predicted embeddings {modality: [n, D]} of some rows; the noise belongs to the stimulus."""
-    chosen = list(rows)
-    subject = torch.full((len(chosen),), decoder.subject_index(test.subject))
-    condition = decoder.embed(test.eeg[chosen], subject).to(next(decoder.parameters()).device)
-    ids = test.ids
-    seeds = [util.seed_for(seed, "prior", ids[row]) for row in chosen]
-    samples = decoder.bank.sample(condition, steps, guidance, seeds, sampler)
-    return {name: rows.cpu() for name, rows in samples.items()}
 
 
 # ---------------------------------------------------------------- embeddings + recipes -> pictures
@@ -311,8 +290,20 @@ def write_pictures(
             done.add((test.ids[task.row], name))
 
 
+@dataclass(frozen=True)
+class Series:
+    """What is drawn of every stimulus, in what batches, and how it is recorded."""
+
+    mode: str
+    injection: str
+    strength: float
+    prompt_source: str
+    seed: int
+    batch_size: int
+
+
 def render(
-    values: Any,
+    series: Series,
     run: util.RunDirectory,
     renderer: Renderer,
     embeddings: Mapping[str, torch.Tensor],
@@ -323,19 +314,17 @@ def render(
     """Draw what is missing, batch by batch over stimuli and recipes, then the contact sheets."""
     from tqdm import tqdm
 
-    out, ids, oracle = run.path, test.ids, values.prompt_source == "oracle"
+    out, ids, oracle = run.path, test.ids, series.prompt_source == "oracle"
     journal = out / f"images{part}.jsonl"
-    preset = injection.load_injection(values.injection)
-    variants = distinct_recipes(
-        values.mode, preset, renderer.injector.layers, values.fusion_strength
-    )
+    preset = injection.load_injection(series.injection)
+    variants = distinct_recipes(series.mode, preset, renderer.injector.layers, series.strength)
     tasks = [Task(row, names, table) for row in rows for names, table in variants]
     done = drawn_already(out, journal)
     about = {
         "subject": test.subject,
-        "prompt_source": values.prompt_source,
-        "seed": values.seed,
-        "injection": values.injection,
+        "prompt_source": series.prompt_source,
+        "seed": series.seed,
+        "injection": series.injection,
     }
     stacked = torch.stack([embeddings[name] for name in NAMES], dim=1)
     places = {row: place for place, row in enumerate(rows)}
@@ -343,7 +332,7 @@ def render(
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(missing), desc="drawing", unit="picture"
     ) as bar:
-        for batch in batches(missing, values.batch_size):
+        for batch in batches(missing, series.batch_size):
             pictures = renderer.draw(batch, stacked, ids, places)
             write_pictures(out, journal, done, batch, pictures, test, about)
             bar.update(len(batch))
@@ -351,8 +340,8 @@ def render(
         path = out / test.names[row] / ("sheet_oracle.png" if oracle else "sheet.png")
         if not path.exists():
             stimulus = test.stimuli[row] if test.stimuli else None
-            save_sheet(path, contact_sheet(out, test.names[row], stimulus, values.mode, oracle))
-    save_sheet(out / f"overview{part}.png", overview(out, test, rows, values.mode, oracle))
+            save_sheet(path, contact_sheet(out, test.names[row], stimulus, series.mode, oracle))
+    save_sheet(out / f"overview{part}.png", overview(out, test, rows, series.mode, oracle))
 
 
 def open_model(values: Any) -> tuple[Decoder, TestEEG]:
@@ -399,15 +388,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = util.open_run(options, values.output_dir, inputs, plan, part.removeprefix("-"))
     if run.finished:
         return 0
-    embeddings = predict(
-        decoder.to(device),
-        test,
-        rows,
-        values.prior_steps,
-        values.prior_guidance,
-        values.prior_sampler,
-        values.seed,
-    )
+    sampling = Sampling(values.prior_steps, values.prior_guidance, values.prior_sampler)
+    embeddings = decoder.to(device).predict(test, rows, sampling, values.seed)
     util.save_tensors(
         run.path / f"embeddings{part}.safetensors",
         embeddings | {"stimulus": torch.tensor([test.ids[row] for row in rows])},
@@ -423,7 +405,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     renderer = Renderer(
         pipe, injector, encoded, values.steps, values.guidance, values.size, values.seed
     )
-    render(values, run, renderer, embeddings, test, rows, part)
+    series = Series(
+        values.mode,
+        values.injection,
+        values.fusion_strength,
+        values.prompt_source,
+        values.seed,
+        values.batch_size,
+    )
+    render(series, run, renderer, embeddings, test, rows, part)
     run.finish({"stimuli": len(rows), "recipes": len(recipes(values.mode))})
     print(f"pictures: {run.path}\noverview: {run.path / f'overview{part}.png'}")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -138,6 +139,15 @@ class DiffusionPriorUNet(nn.Module):
             raise ValueError(
                 f"cond has shape {tuple(cond.shape)}, expected [{len(x)}, {self.cond_dim}]"
             )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How priors are sampled: denoising ``steps``, ``guidance`` (1 = off), ``sampler``."""
+
+    steps: int
+    guidance: float
+    sampler: str
 
 
 def sampler_named(name: str) -> SchedulerMixin:

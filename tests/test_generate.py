@@ -20,6 +20,7 @@ import util
 from ATMS_retrieval import Decoder
 from dataset import locate_test_eeg, open_test
 from modalities import NAMES, recipes
+from unet import Sampling
 
 RECIPES = [recipe.name for recipe in recipes("all")]
 
@@ -187,7 +188,7 @@ def predicted(
     changed = type(test)(
         change(test.eeg.clone()), test.subject, test.stimuli, test.hash, test.source
     )
-    return generate.predict(decoder, changed, range(len(test.eeg)), 3, 2.0, "dpm", 0)
+    return decoder.predict(changed, range(len(test.eeg)), Sampling(3, 2.0, "dpm"), 0)
 
 
 def test_another_row_of_eeg_changes_that_row_of_embeddings_only(chain: Chain) -> None:
