@@ -37,7 +37,6 @@ class Options:
 
 
 CONTROL = ("config", "dry_run", "print_config")
-PRETRAIN_STEPS = {"vae": 4000, "clip": 3000, "judge": 1500, "generator": 12000}
 
 
 # ---------------------------------------------------------------- range-checked types
