@@ -240,6 +240,11 @@ def _reference_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 # ---------------------------------------------------------------- encoder and, once trained, priors
 
 
+def model_file(run: Path, checkpoint: str) -> Path:
+    """The ``best`` or ``latest`` model of a training run."""
+    return run / "checkpoints" / checkpoint / "model.safetensors"
+
+
 class Decoder(nn.Module):
     """An encoder with its prior bank; ``bank`` is None after contrastive pre-training alone.
 
@@ -275,7 +280,7 @@ class Decoder(nn.Module):
     @classmethod
     def load(cls, run: Path, checkpoint: str) -> Decoder:
         """The ``best`` or ``latest`` model of a run. Raises DataError."""
-        path = run / "checkpoints" / checkpoint / "model.safetensors"
+        path = model_file(run, checkpoint)
         state, header = util.load_tensors(path)
         if "encoder" not in header or "signal" not in header:
             raise util.DataError(

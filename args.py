@@ -36,6 +36,7 @@ class Options:
         return {key: value for key, value in vars(self.values).items() if key not in CONTROL}
 
 
+TEXT_TEMPLATE = "This picture is {concept}"
 CONTROL = ("config", "dry_run", "print_config")
 
 
@@ -273,7 +274,7 @@ def features() -> Parser:
         help="where the feature bank is written")
     group.add("--captions", type=Path, per_call=True, metavar="JSON",
         help="captions by picture (training_images/C/F.jpg) or by concept")
-    group.add("--text_template", default="This picture is {concept}", metavar="TEXT",
+    group.add("--text_template", default=TEXT_TEMPLATE, metavar="TEXT",
         help="used where --captions has nothing; {concept} is the folder name after its number")
     group = parser.flags("CLIP")
     group.add("--clip_model", default="ViT-H-14", metavar="NAME|JSON",

@@ -19,7 +19,15 @@ from torch import nn
 
 import superpixel
 import util
-from dataset import IMAGE_FOLDER, PARTITIONS, Stimulus, check_disjoint, list_stimuli
+from dataset import (
+    IMAGE_FOLDER,
+    PARTITIONS,
+    Stimulus,
+    caption,
+    check_disjoint,
+    list_stimuli,
+    read_captions,
+)
 from modalities import MODALITIES
 from util import DataError, UserError
 
@@ -166,26 +174,6 @@ def picture_versions(image: Image.Image) -> dict[str, Image.Image]:
 
     levels = superpixel.superpixels(superpixel.at_slic_size(image))
     return {name: Image.fromarray(levels[name]) if name in levels else image for name in VISUAL}
-
-
-def read_captions(path: Path | None) -> dict[str, str]:
-    """Captions by picture key or by concept, {} without a file. Raises DataError."""
-    if path is None:
-        return {}
-    captions = util.read_json(path)
-    if not isinstance(captions, dict) or not all(
-        isinstance(text, str) for text in captions.values()
-    ):
-        raise DataError(
-            path, "something else", "a JSON object {picture or concept: caption}", "see the README"
-        )
-    return captions
-
-
-def caption(stimulus: Stimulus, captions: dict[str, str], template: str) -> str:
-    """The caption of the picture, else of its concept, else the template."""
-    found = captions.get(stimulus.key) or captions.get(stimulus.concept)
-    return found or template.format(concept=stimulus.concept)
 
 
 # ---------------------------------------------------------------- encoding

@@ -82,6 +82,26 @@ def list_stimuli(data_path: Path, partition: str) -> list[Stimulus]:
     return found
 
 
+def read_captions(path: Path | None) -> dict[str, str]:
+    """Captions by picture key or by concept, {} without a file. Raises DataError."""
+    if path is None:
+        return {}
+    captions = util.read_json(path)
+    if not isinstance(captions, dict) or not all(
+        isinstance(text, str) for text in captions.values()
+    ):
+        raise DataError(
+            path, "something else", "a JSON object {picture or concept: caption}", "see the README"
+        )
+    return captions
+
+
+def caption(stimulus: Stimulus, captions: dict[str, str], template: str) -> str:
+    """The caption of the picture, else of its concept, else the template."""
+    found = captions.get(stimulus.key) or captions.get(stimulus.concept)
+    return found or template.format(concept=stimulus.concept)
+
+
 def check_disjoint(training: Sequence[Stimulus], test: Sequence[Stimulus]) -> None:
     """Raise DataError if a test concept is also a training concept."""
     shared = sorted({item.concept for item in training} & {item.concept for item in test})

@@ -17,7 +17,7 @@ import torch
 import metrics
 import superpixel
 import util
-from ATMS_retrieval import Decoder
+from ATMS_retrieval import Decoder, model_file
 from dataset import (
     Bank,
     TestEEG,
@@ -281,7 +281,7 @@ def identities(values: Any, opened: tuple[Decoder, Bank, list[TestEEG]] | None) 
     inputs = {"stimuli": util.json_hash([item.key for item in stimuli])}
     if opened:
         _, bank, tests = opened
-        model = values.model_path / "checkpoints" / values.checkpoint / "model.safetensors"
+        model = model_file(values.model_path, values.checkpoint)
         inputs |= {"model": util.file_hash(model), "clip_features": bank.hash}
         inputs |= {f"eeg_{test.subject}": test.hash for test in tests}
     if values.images:

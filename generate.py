@@ -18,8 +18,8 @@ import torch
 import injection
 import superpixel
 import util
-from ATMS_retrieval import Decoder
-from dataset import Stimulus, TestEEG, locate_test_eeg, open_test
+from ATMS_retrieval import Decoder, model_file
+from dataset import Stimulus, TestEEG, caption, locate_test_eeg, open_test, read_captions
 from modalities import MODALITIES, NAMES, recipes
 from unet import Sampling
 from util import UserError
@@ -212,16 +212,13 @@ def oracle_prompts(captions: Path | None, stimuli: Sequence[Stimulus] | None) ->
             "test_images/",
             "give --data_path",
         )
-    known = util.read_json(captions) if captions else {}
-    return [
-        known.get(item.key) or known.get(item.concept) or f"This picture is {item.concept}"
-        for item in stimuli
-    ]
+    known = read_captions(captions)
+    return [caption(item, known, args.TEXT_TEMPLATE) for item in stimuli]
 
 
 def model_inputs(values: Any, test: TestEEG) -> dict[str, str]:
     """Identity of everything that determines the pictures beside the options."""
-    model = values.model_path / "checkpoints" / values.checkpoint / "model.safetensors"
+    model = model_file(values.model_path, values.checkpoint)
     sdxl = Path(values.sd_model_path)
     files = sorted(sdxl.rglob("*.safetensors")) if sdxl.is_dir() else [sdxl]
     return {
