@@ -263,6 +263,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.encoder, self.bank = encoder, bank
         self.signal, self.clip = dict(signal), dict(clip)
+        self.calibration: dict[str, dict[str, float]] | None = None  # of fusion.py, by validation
 
     def header(self) -> dict[str, Any]:
         return {
@@ -270,6 +271,7 @@ class Decoder(nn.Module):
             "bank": self.bank.config if self.bank else None,
             "signal": self.signal,
             "clip": self.clip,
+            "calibration": self.calibration,
         }
 
     def subject_index(self, subject: str) -> int:
@@ -291,6 +293,7 @@ class Decoder(nn.Module):
             )
         bank = PriorBank(**header["bank"]) if header["bank"] else None
         decoder = cls(ATMS(**header["encoder"]), bank, header["signal"], header["clip"])
+        decoder.calibration = header["calibration"]
         try:
             decoder.load_state_dict(state)
         except RuntimeError as error:
@@ -330,7 +333,7 @@ class Decoder(nn.Module):
         condition = self.condition(test, rows).to(next(self.parameters()).device)
         seeds = [util.seed_for(seed, "prior", test.ids[row]) for row in rows]
         samples = self.bank.sample(
-            condition, sampling.steps, sampling.guidance, seeds, sampling.sampler
+            condition, sampling.steps, sampling.guidance, seeds, sampling.sampler, sampling.draws
         )
         return {name: values.cpu() for name, values in samples.items()}
 

@@ -33,11 +33,17 @@ class Options:
 
     def recorded(self) -> dict[str, Any]:
         """Values for ``options.json``, without the flags that only steer this call."""
-        return {key: value for key, value in vars(self.values).items() if key not in CONTROL}
+        return {key: value for key, value in vars(self.values).items() if key not in STEERING}
 
 
 TEXT_TEMPLATE = "This picture is {concept}"
-CONTROL = ("config", "dry_run", "print_config")
+CONTROLS = {  # of --control, with the mark that everything drawn or scored under it carries
+    "shuffled_eeg": "CONTROL: the EEG of another stimulus",
+    "noise_eeg": "CONTROL: noise instead of EEG",
+    "mean_embedding": "CONTROL: mean training embedding, no EEG",
+    "true_embedding": "CEILING: the stimulus' own embeddings, no EEG",
+}
+STEERING = ("config", "dry_run", "print_config")
 
 
 # ---------------------------------------------------------------- range-checked types
@@ -103,7 +109,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Help,
         )
         self.stage, self.source = stage, ""
-        self.per_call: set[str] = set(CONTROL)
+        self.per_call: set[str] = set(STEERING)
 
     def flags(self, title: str) -> _Group:
         return _Group(self, self.add_argument_group(title))
@@ -257,6 +263,11 @@ def _contrast(group: _Group) -> None:
         help="share of text in the contrastive loss; images get the rest")
 
 
+def _superpixel_size(group: _Group) -> None:
+    group.add("--superpixel_size", type=positive_int, default=500, metavar="PX",
+        help="pictures are resized to this width and height before SLIC; THINGS has 500")
+
+
 # ---------------------------------------------------------------- the stages
 
 
@@ -283,6 +294,7 @@ def features() -> Parser:
         help="open_clip tag or weight file")
     group.add("--batch_size", type=positive_int, default=32, help="pictures encoded at once",
         per_call=True)
+    _superpixel_size(parser.flags("superpixels"))
     group = parser.flags("work")
     group.add("--num_workers", type=count, metavar="N", per_call=True,
         help="superpixel processes; 0 = in this process; default: cores - 1, at least 1")
@@ -309,6 +321,8 @@ def train() -> Parser:
     group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
         help="weight of the CLIP contrastive loss beside the priors' loss")
     _contrast(group)
+    group.add("--loss_weights", choices=("fixed", "uncertainty"), default="fixed",
+        help="of the five priors: the registry's, or learned log-variances")
     group.add("--condition_dropout", type=share, default=0.1, metavar="P",
         help="share of samples a prior sees without EEG, for guidance")
     group = parser.flags("validation")
@@ -352,8 +366,16 @@ def _prior_sampling(parser: Parser) -> None:
         help="denoising steps of each prior")
     group.add("--prior_guidance", type=non_negative, default=2.0, metavar="SCALE",
         help="classifier-free guidance; 1 = off")
+    group.add("--prior_draws", type=positive_int, default=8, metavar="N",
+        help="a prediction is the mean of so many samples, nearer to the truth than a single one")
     group.add(
         "--prior_sampler", choices=("dpm", "ddim"), default="dpm", help="DPM-Solver++ or DDIM")
+
+
+def _control(group: _Group) -> None:
+    group.add("--control", choices=tuple(CONTROLS),
+        help="instead of the EEG's own predictions: EEG of other stimuli, noise, the mean training "
+        "embedding, or the stimulus' own embeddings (the ceiling); marked in every output")
 
 
 def generate() -> Parser:
@@ -377,6 +399,9 @@ def generate() -> Parser:
         help="run directory for the pictures")
     group.add("--max_stimuli", type=positive_int, metavar="N",
         help="draw only the first N stimuli; default: all")
+    _control(group)
+    group.add("--clip_feature_path", type=Path, per_call=True, metavar="DIR",
+        help="output of clip_feature_extractor.py, for the controls that need embeddings")
     group = parser.flags("models")
     _model(group)
     group.add("--sd_model_path", required=True, per_call=True, metavar="FILE|DIR",
@@ -391,6 +416,9 @@ def generate() -> Parser:
         help="where each modality enters: intent, uniform, published, content_style or a YAML file")
     group.add("--fusion_strength", type=positive, default=1.0, metavar="SCALE",
         help="total IP-Adapter scale at a site, shared among the active modalities by their gains")
+    group.add("--fusion_weights", choices=("fixed", "validated", "confidence"), default="fixed",
+        help="gains where modalities meet: the registry's, each one's skill on held-out concepts, "
+        "or per stimulus from the agreement of several prior samples")
     group.add("--prompt_source", choices=("neutral", "oracle"), default="neutral",
         help="oracle gives SDXL the stimulus' own caption: leaks the answer, "
         "marked in every output")
@@ -401,6 +429,7 @@ def generate() -> Parser:
         help="for guidance, the same for all pictures (IP-Adapter's own default)")
     group.add("--captions", type=Path, per_call=True, metavar="JSON",
         help="captions for --prompt_source oracle")
+    _superpixel_size(group)
     group.add("--size", type=picture_size, default=768, metavar="PX", help="width and height")
     group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
     group.add("--guidance", type=non_negative, default=5.0, metavar="SCALE",
@@ -438,6 +467,7 @@ def evaluate() -> Parser:
         help="default: the subjects the model was trained on")
     group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
         help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
+    _control(group)
     _prior_sampling(parser)
     group = parser.flags("pictures")
     group.add("--images", type=Path, per_call=True, metavar="RUN",
@@ -472,6 +502,8 @@ def world() -> Parser:
         help="pictures of each of them")
     group.add("--test_concepts", type=positive_int, default=200, metavar="N",
         help="unseen concepts, one picture each")
+    group.add("--test_split", choices=("test", "validation"), default="test",
+        help="validation: other unseen concepts, to choose settings by; never for results")
     group.add("--training_repetitions", type=positive_int, default=4, metavar="N",
         help="EEG trials per training picture")
     group.add("--test_repetitions", type=positive_int, default=20, metavar="N",
@@ -480,6 +512,34 @@ def world() -> Parser:
         help="std of evoked signal / std of trial noise; default: the simulator's")
     group.add(
         "--seed", type=count, default=0, help="of concepts, pictures, people, noise and weights")
+    group.add("--weights", choices=("trained", "random"), default="trained",
+        help="the shipped miniature models, or untrained ones that only show that the chain works")
+    _common(parser, device=False)
+    return parser
+
+
+PRETRAIN_STEPS = {"vae": 8000, "clip": 3600, "judge": 1500, "generator": 5200}
+
+
+def pretrain() -> Parser:
+    parser = Parser(
+        "pretrain",
+        "Train the miniature CLIP, SDXL and IP-Adapter and the judge on rendered pictures.",
+        "python -m miniworld.pretrain --output_path OUT/pretrain",
+    )
+    group = parser.flags("training")
+    group.add("--output_path", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory: cache/, a checkpoint per part and weights/")
+    group.add("--part", choices=("all", *PRETRAIN_STEPS), default="all", per_call=True,
+        help="what to train; the generator needs the trained vae and clip")
+    for part, steps in PRETRAIN_STEPS.items():
+        group.add(f"--{part}_steps", type=count, default=steps, metavar="N", per_call=True,
+            help=f"optimiser steps of the {part}; more than before: it goes on")
+    group.add("--pictures", type=positive_int, default=12000, metavar="N",
+        help="rendered pictures to train on, two of each concept")
+    group.add("--batch_size", type=positive_int, metavar="N",
+        help="pictures per step, for tests; default: each part's own")
+    group.add("--seed", type=count, default=0, help="of pictures, weights, order and noise")
     _common(parser, device=False)
     return parser
 
@@ -506,6 +566,7 @@ STAGES: dict[str, Callable[[], Parser]] = {
     "generate": generate,
     "evaluate": evaluate,
     "world": world,
+    "pretrain": pretrain,
     "demo": demo,
 }
 _PROGRAMS = {
@@ -515,6 +576,7 @@ _PROGRAMS = {
     "generate": "generate.py",
     "evaluate": "evaluate.py",
     "world": "python -m miniworld",
+    "pretrain": "python -m miniworld.pretrain",
     "demo": "demo.py",
 }
 
@@ -626,6 +688,9 @@ def _validate(parser: Parser, values: argparse.Namespace) -> None:
             f"--text_template {values.text_template!r}: expected {{concept}}, without which all "
             "texts would be equal, and no other braces"
         )
+    control = getattr(values, "control", None)
+    if control in ("mean_embedding", "true_embedding") and not values.clip_feature_path:
+        parser.error(f"--control {control} needs --clip_feature_path, where the embeddings are")
     if parser.stage == "evaluate" and not (values.model_path or values.images):
         parser.error("nothing to score: give --model_path (retrieval), --images (pictures) or both")
     if parser.stage == "evaluate" and values.model_path and not values.clip_feature_path:

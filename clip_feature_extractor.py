@@ -143,9 +143,10 @@ class Pictures(torch.utils.data.Dataset):
     """Crops [visual modalities, 3, S, S] per stimulus, or a message if it cannot be read."""
 
     def __init__(
-        self, stimuli: Sequence[Stimulus], transform: Any, png_folder: Path | None
+        self, stimuli: Sequence[Stimulus], transform: Any, slic_px: int, png_folder: Path | None
     ) -> None:
-        self.stimuli, self.transform, self.png_folder = stimuli, transform, png_folder
+        self.stimuli, self.transform = stimuli, transform
+        self.slic_px, self.png_folder = slic_px, png_folder
 
     def __len__(self) -> int:
         return len(self.stimuli)
@@ -155,7 +156,7 @@ class Pictures(torch.utils.data.Dataset):
             image = superpixel.read_picture(self.stimuli[index].path)
         except superpixel.PictureError as error:
             return str(error)
-        versions = picture_versions(image)
+        versions = picture_versions(image, self.slic_px)
         if self.png_folder:
             self._save(self.stimuli[index], versions)
         return torch.stack([self.transform(versions[name]) for name in VISUAL])
@@ -168,11 +169,11 @@ class Pictures(torch.utils.data.Dataset):
                     versions[modality.name].save(file, format="PNG")
 
 
-def picture_versions(image: Image.Image) -> dict[str, Image.Image]:
+def picture_versions(image: Image.Image, slic_px: int) -> dict[str, Image.Image]:
     """What each visual modality shows CLIP: the picture, or one of its superpixel versions."""
     from PIL import Image
 
-    levels = superpixel.superpixels(superpixel.at_slic_size(image))
+    levels = superpixel.superpixels(superpixel.at_slic_size(image, slic_px))
     return {name: Image.fromarray(levels[name]) if name in levels else image for name in VISUAL}
 
 
@@ -185,11 +186,12 @@ def encode(
     texts: Sequence[str],
     batch_size: int,
     num_workers: int,
+    slic_px: int,
     png_folder: Path | None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Features {modality: [b, D]} batch by batch; superpixels are made in worker processes."""
     loader = torch.utils.data.DataLoader(
-        Pictures(stimuli, clip.transform, png_folder),
+        Pictures(stimuli, clip.transform, slic_px, png_folder),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
@@ -218,6 +220,7 @@ def encode_partition(
     shard_size: int,
     batch_size: int,
     num_workers: int,
+    slic_px: int,
     png_folder: Path | None,
 ) -> None:
     """Encode shard by shard, skip those on disk, join them into ``{partition}.safetensors``."""
@@ -235,14 +238,14 @@ def encode_partition(
                 continue
             parts = []
             for part in encode(
-                clip, stimuli[rows], texts[rows], batch_size, num_workers, png_folder
+                clip, stimuli[rows], texts[rows], batch_size, num_workers, slic_px, png_folder
             ):
                 parts.append(part)
                 bar.update(len(part["image"]))
             util.save_tensors(
                 path, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, {}
             )
-    join_shards(clip, run, partition, stimuli, texts, shards)
+    join_shards(clip, run, partition, stimuli, texts, slic_px, shards)
 
 
 def join_shards(
@@ -251,6 +254,7 @@ def join_shards(
     partition: str,
     stimuli: Sequence[Stimulus],
     texts: Sequence[str],
+    slic_px: int,
     shards: Sequence[Path],
 ) -> None:
     """Write the partition's features with row ids, and its manifest. Raises DataError for NaN."""
@@ -271,7 +275,7 @@ def join_shards(
         "clip": clip.identity,
         "normalised": False,
         "transform": str(clip.transform),
-        "superpixel": superpixel.describe(),
+        "superpixel": superpixel.describe(slic_px),
     }
     ids = torch.tensor([item.id for item in stimuli])
     util.save_tensors(run.path / f"{partition}.safetensors", features | {"stimulus": ids}, header)
@@ -340,6 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             values.shard_size,
             values.batch_size,
             workers,
+            values.superpixel_size,
             png_folder,
         )
     run.finish({name: len(items) for name, items in stimuli.items()})

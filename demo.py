@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import args
@@ -19,143 +20,136 @@ if __name__ == "__main__":
     args.answer_quick_questions("demo")
 
 import util
+from miniworld import judge, models, quality
 
 HERE = Path(__file__).resolve().parent
+SUBJECT = "sub-01"
+SUPERPIXEL_PX = 256  # the pictures' own size
 
 
-def commands(out: Path, seed: int, quick: bool) -> list[tuple[str, list[str]]]:
-    """(what it does, command after ``python``) of every stage."""
-    data, models, subject = out / "world" / "data", out / "world" / "models", "sub-01"
-    subjects, concepts, epochs, drawn = (1, 60, 10, 2) if quick else (2, 90, 25, 8)
-    device = ["--device", "cpu"]
-    seeded = ["--seed", str(seed)]
-    stages = [
-        (
-            "embedded world: pictures, simulated EEG, miniature models",
-            [
-                "-m",
-                "miniworld",
-                "--output_path",
-                out / "world",
-                "--subjects",
-                subjects,
-                "--training_concepts",
-                concepts,
-                "--images_per_concept",
-                3,
-                *seeded,
-            ],
-        ),
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    subjects: int
+    training_concepts: int
+    images_per_concept: int
+    test_concepts: int
+    epochs: int
+    drawn: int  # stimuli
+
+
+FULL = Scale(2, 180, 3, 200, 16, 12)
+QUICK = Scale(1, 40, 2, 40, 20, 4)
+
+
+def flags(**values: object) -> list[str]:
+    """``--name value`` of each; True is a switch."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def commands(
+    out: Path, seed: int, scale: Scale, split: str = "test"
+) -> list[tuple[str, list[str]]]:
+    """(what it does, command after ``python``) of the stages up to a trained model."""
+    data, weights = out / "world" / "data", models.Models(out / "world" / "models")
+    world = flags(
+        output_path=out / "world",
+        subjects=scale.subjects,
+        training_concepts=scale.training_concepts,
+        images_per_concept=scale.images_per_concept,
+        test_concepts=scale.test_concepts,
+        test_split=split,
+        seed=seed,
+    )
+    features = flags(
+        data_path=data,
+        output_path=out / "clip_features",
+        clip_model=weights.clip_config,
+        clip_pretrained=weights.clip_checkpoint,
+        captions=data / "captions.json",
+        superpixel_size=SUPERPIXEL_PX,
+        batch_size=32,
+        num_workers=2,
+        save_superpixels=True,
+        device="cpu",
+    )
+    train = flags(
+        data_path=data,
+        clip_feature_path=out / "clip_features",
+        output_dir=out / "model",
+        epochs=scale.epochs,
+        batch_size=64,
+        learning_rate=1e-3,
+        ema_decay=0.99,
+        seed=seed,
+        device="cpu",
+    )
+    return [
+        ("embedded world: pictures, simulated EEG, miniature models", ["-m", "miniworld", *world]),
         (
             "stage 1: five CLIP embeddings of every stimulus",
-            [
-                "clip_feature_extractor.py",
-                "--data_path",
-                data,
-                "--output_path",
-                out / "clip_features",
-                "--clip_model",
-                models / "miniature-clip.json",
-                "--clip_pretrained",
-                models / "miniature-clip.safetensors",
-                "--captions",
-                data / "captions.json",
-                "--batch_size",
-                32,
-                "--num_workers",
-                2,
-                "--save_superpixels",
-                *device,
-            ],
+            ["clip_feature_extractor.py", *features],
         ),
-        (
-            "stage 2: encoder and five priors, jointly",
-            [
-                "train.py",
-                "--data_path",
-                data,
-                "--clip_feature_path",
-                out / "clip_features",
-                "--output_dir",
-                out / "model",
-                "--epochs",
-                epochs,
-                "--batch_size",
-                64,
-                "--learning_rate",
-                1e-3,
-                "--ema_decay",
-                0.99,
-                *seeded,
-                *device,
-            ],
-        ),
-        (
-            "stage 3: pictures from EEG",
-            [
-                "generate.py",
-                "--eeg_data",
-                data / "Preprocessed_data_250Hz" / subject,
-                "--model_path",
-                out / "model",
-                "--sd_model_path",
-                models / "sdxl",
-                "--ip_adapter_path",
-                models / "ip_adapter.safetensors",
-                "--output_dir",
-                out / "images",
-                "--mode",
-                "all",
-                "--size",
-                128,
-                "--steps",
-                8,
-                "--max_stimuli",
-                drawn,
-                "--batch_size",
-                11,
-                *seeded,
-                *device,
-            ],
-        ),
-        (
-            "stage 4: scores with controls",
-            [
-                "evaluate.py",
-                "--model_path",
-                out / "model",
-                "--data_path",
-                data,
-                "--clip_feature_path",
-                out / "clip_features",
-                "--images",
-                out / "images",
-                "--output_dir",
-                out / "scores",
-                *seeded,
-                *device,
-            ],
-        ),
+        ("stage 2: encoder and five priors, jointly", ["train.py", *train]),
     ]
-    return [(what, [str(word) for word in command]) for what, command in stages]
 
 
-@util.command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run every stage in turn; finished stages answer at once. Stops at the first that fails."""
-    values = args.resolve("demo", argv).values
-    out = values.output_path or Path("demo_output_quick" if values.quick else "demo_output")
-    if Path.cwd() != HERE:  # the stages run there
-        out = out.resolve()
-    plan = commands(out, values.seed, values.quick)
-    if values.dry_run:
-        print("\n".join(f"python {shlex.join(command)}" for _, command in plan))
-        return 0
-    print(
-        "EEG here is SIMULATED and the miniature CLIP, SDXL and IP-Adapter have RANDOM weights:\n"
-        "this shows that the chain works, the pictures are not meant to look like the stimuli.",
-        flush=True,
+def drawing(
+    out: Path, seed: int, drawn: int, name: str, mode: str, **more: object
+) -> tuple[str, list[str]]:
+    """Stage 3 into ``out/name``, with ``more`` of its flags."""
+    data, weights = out / "world" / "data", models.Models(out / "world" / "models")
+    given = flags(
+        eeg_data=data / "Preprocessed_data_250Hz" / SUBJECT,
+        model_path=out / "model",
+        sd_model_path=weights.sdxl,
+        ip_adapter_path=weights.ip_adapter,
+        clip_feature_path=out / "clip_features",
+        output_dir=out / name,
+        mode=mode,
+        size=models.SIZE_PX,
+        superpixel_size=SUPERPIXEL_PX,
+        max_stimuli=drawn,
+        seed=seed,
+        device="cpu",
     )
+    drawing_flags = {"steps": 10, "guidance": 2.0, "batch_size": 22} | more
+    return f"stage 3: pictures ({name})", ["generate.py", *given, *flags(**drawing_flags)]
+
+
+def scoring(out: Path, seed: int, images: str, name: str) -> tuple[str, list[str]]:
+    """Stage 4 on the pictures in ``out/images``, into ``out/name``."""
+    given = flags(
+        model_path=out / "model",
+        data_path=out / "world" / "data",
+        clip_feature_path=out / "clip_features",
+        images=out / images,
+        output_dir=out / name,
+        seed=seed,
+        device="cpu",
+    )
+    return "stage 4: scores with controls", ["evaluate.py", *given]
+
+
+def plan_of(out: Path, seed: int, scale: Scale) -> list[tuple[str, list[str]]]:
+    """All stages; the two controls show what chance and a perfect decoder would draw."""
+    return [
+        *commands(out, seed, scale),
+        drawing(out, seed, scale.drawn, "images", "all"),
+        *(
+            drawing(out, seed, scale.drawn, control, "fused", control=control)
+            for control in ("shuffled_eeg", "true_embedding")
+        ),
+        scoring(out, seed, "images", "scores"),
+    ]
+
+
+def run(plan: Sequence[tuple[str, list[str]]]) -> int:
+    """Every stage in turn; finished ones answer at once. Stops at the first that fails."""
     for number, (what, command) in enumerate(plan):
         print(f"\n[{number + 1}/{len(plan)}] {what}\n$ python {shlex.join(command)}", flush=True)
         started = time.monotonic()
@@ -164,12 +158,50 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"stopped: this stage ended with exit code {code}", file=sys.stderr)
             return code
         print(f"[{time.monotonic() - started:.0f} s]", flush=True)
+    return 0
+
+
+def judged(out: Path, seed: int) -> str:
+    """What the judge, a classifier for scoring only, sees in the drawn pictures."""
+    model = judge.load(models.Models(out / "world" / "models").judge)
+    data = out / "world" / "data"
+    runs = ("images", "shuffled_eeg", "true_embedding")
+    found = {name: quality.judged_run(model, out / name, data) for name in runs}
+    rows = found["images"] | {
+        f"fused, {name}": found[name]["fused"] for name in ("shuffled_eeg", "true_embedding")
+    }
+    return (
+        "Attributes of the stimulus that an independent judge finds in the picture drawn from "
+        f"simulated EEG; mean [95 % bootstrap], seed {seed}\n\n" + quality.judge_table(rows, seed)
+    )
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run every stage in turn, then say what the pictures show and where to look."""
+    values = args.resolve("demo", argv).values
+    out = values.output_path or Path("demo_output_quick" if values.quick else "demo_output")
+    if Path.cwd() != HERE:  # the stages run there
+        out = out.resolve()
+    plan = plan_of(out, values.seed, QUICK if values.quick else FULL)
+    if values.dry_run:
+        print("\n".join(f"python {shlex.join(command)}" for _, command in plan))
+        return 0
+    print("The EEG here is SIMULATED; nothing below was measured on a person.", flush=True)
+    if code := run(plan):
+        return code
+    table = judged(out, values.seed)
+    with util.atomic_write(out / "scores" / "judge.md") as file:
+        file.write(table)
+    elsewhere = drawing(out, values.seed, 12, "uniform", "all", injection="uniform")
     print(
-        f"\nLook at\n  {out / 'images' / 'overview.png'}   stimulus and all recipes, side by side\n"
+        f"\n{table}\nLook at\n"
+        f"  {out / 'images' / 'overview.png'}   stimulus and all recipes, side by side\n"
         f"  {out / 'images'}/*/sheet.png   one contact sheet per stimulus\n"
-        f"  {out / 'clip_features' / 'superpixels'}   what CLIP was shown\n"
         f"  {out / 'scores' / 'table.md'}   scores with controls\n"
-        f"  tensorboard --logdir {out / 'model' / 'tensorboard'}"
+        f"  tensorboard --logdir {out / 'model' / 'tensorboard'}\n"
+        "Next, for example: does it matter where the modalities enter?\n"
+        f"  python {shlex.join(elsewhere[1])}"
     )
     return 0
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+import controls
 import metrics
 import superpixel
 import util
@@ -88,15 +89,26 @@ def shuffled_top_k(
 
 
 def subject_rows(
-    decoder: Decoder, test: TestEEG, bank: Bank, sampling: Sampling, seed: int, permutations: int
+    decoder: Decoder,
+    test: TestEEG,
+    bank: Bank,
+    sampling: Sampling,
+    seed: int,
+    permutations: int,
+    control: str | None,
 ) -> list[dict[str, Any]]:
     """Retrieval of one subject: by the encoder's output, and by each prior from its own gallery."""
     gallery = bank.rows_for(test.stimuli)
     truth = torch.arange(len(test.stimuli))
     everything = range(len(test.eeg))
-    queries = [("encoder -> image", decoder.condition(test, everything), gallery["image"])]
+    queries = []
+    if control not in ("true_embedding", "mean_embedding"):
+        read = controls.controlled_eeg(test, control, seed)
+        queries += [("encoder -> image", decoder.condition(read, everything), gallery["image"])]
     if decoder.bank is not None:
-        samples = decoder.predict(test, everything, sampling, seed)
+        samples = controls.predict(
+            decoder, test, everything, sampling, seed, control, bank.path.parent
+        )
         queries += [(f"prior {name}", samples[name], gallery[name]) for name in NAMES]
     return [
         retrieval_row(name, test.subject, query, features, truth, seed, permutations)
@@ -108,7 +120,7 @@ def subject_rows(
 
 
 def read_run(images: Path) -> tuple[list[dict[str, Any]], str]:
-    """The journal of a generate.py run and its prompt source. Raises DataError."""
+    """The journal of a generate.py run and what it was drawn from. Raises DataError."""
     records = [
         record for path in sorted(images.glob("images*.jsonl")) for record in util.read_jsonl(path)
     ]
@@ -120,8 +132,9 @@ def read_run(images: Path) -> tuple[list[dict[str, Any]], str]:
             "the output of generate.py",
             "run that stage; it goes on where it stopped",
         )
-    sources = sorted({record["prompt_source"] for record in records})
-    return records, " and ".join(sources)
+    sources = {record["prompt_source"] for record in records}
+    control = {record["control"] for record in records} - {None}
+    return records, " and ".join((*sorted(sources), *(args.CONTROLS[name] for name in control)))
 
 
 def load_for_scores(path: Path) -> torch.Tensor:
@@ -232,6 +245,8 @@ def picture_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def as_table(results: Mapping[str, Any]) -> str:
     lines = ["# Scores", ""]
+    if results["control"]:
+        lines += [f"**{args.CONTROLS[results['control']]}** (retrieval)", ""]
     if results["simulated"]:
         lines += ["**The EEG is simulated.**", ""]
     if results["retrieval"]:
@@ -300,11 +315,13 @@ def score(
     if opened:
         opened[0].to(util.pick_device(values.device))
         decoder, bank, tests = opened
-        sampling = Sampling(values.prior_steps, values.prior_guidance, values.prior_sampler)
+        sampling = Sampling(
+            values.prior_steps, values.prior_guidance, values.prior_sampler, values.prior_draws
+        )
         for test in tests:
             util.LOG.info("retrieval: %s", test.subject)
             retrieval += subject_rows(
-                decoder, test, bank, sampling, values.seed, values.permutations
+                decoder, test, bank, sampling, values.seed, values.permutations, values.control
             )
     if values.images:
         pictures = score_pictures(values.images, values.data_path, values.seed)
@@ -314,6 +331,7 @@ def score(
         "protocol": PROTOCOL,
         "seed": values.seed,
         "permutations": values.permutations,
+        "control": values.control,
         "simulated": is_simulated(values.data_path),
         "inputs": dict(inputs),
         **util.environment(),

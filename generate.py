@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+import controls
+import fusion
 import injection
 import superpixel
 import util
@@ -24,7 +27,7 @@ from modalities import MODALITIES, NAMES, recipes
 from unet import Sampling
 from util import UserError
 
-ORACLE = "oracle prompt: SDXL was told the stimulus' own caption"
+MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **args.CONTROLS}
 THUMBNAIL_PX = 160
 OVERVIEW_ROWS = 12
 
@@ -42,12 +45,19 @@ class Task:
 
 
 def distinct_recipes(
-    mode: str, preset: injection.InjectionMap, layers: Sequence[injection.Layer], strength: float
+    mode: str,
+    preset: injection.InjectionMap,
+    layers: Sequence[injection.Layer],
+    strength: float,
+    gains: torch.Tensor | None = None,
 ) -> list[tuple[tuple[str, ...], torch.Tensor]]:
-    """(names, scales [M, L]) of the mode's recipes; recipes with equal scales are drawn once."""
+    """(names, scales [M, L]) of the mode's recipes; recipes with equal scales are drawn once.
+
+    ``gains`` [M]: instead of the registered ones.
+    """
     distinct: dict[bytes, tuple[tuple[str, ...], torch.Tensor]] = {}
     for recipe in recipes(mode):
-        table = injection.scales(recipe, preset, layers, strength)
+        table = injection.scales(recipe, preset, layers, strength, gains)
         key = table.numpy().tobytes()
         names = distinct[key][0] if key in distinct else ()
         distinct[key] = ((*names, recipe.name), table)
@@ -103,8 +113,18 @@ class Renderer:
 # ---------------------------------------------------------------- pictures -> disk
 
 
-def picture_path(folder: str, recipe: str, oracle: bool) -> str:
-    return f"{folder}/{recipe}{'_oracle' if oracle else ''}.png"
+def marks_of(prompt_source: str, control: str | None) -> tuple[str, ...]:
+    """Keys of MARKS for pictures that do not show what was decoded from the EEG alone."""
+    return tuple(name for name in (prompt_source, control) if name in MARKS)
+
+
+def marked(name: str, marks: Sequence[str]) -> str:
+    """A file's name with its marks."""
+    return "_".join((name, *marks)) + ".png"
+
+
+def marked_title(title: str, marks: Sequence[str]) -> str:
+    return "   ".join((title, *(f"[{MARKS[mark]}]" for mark in marks)))
 
 
 def save_picture(path: Path, picture: np.ndarray, note: str) -> None:
@@ -155,12 +175,13 @@ def _open(path: Path) -> Any:
         return image.convert("RGB")
 
 
-def stimulus_views(stimulus: Stimulus) -> list[tuple[str, Any]]:
+@functools.lru_cache(maxsize=OVERVIEW_ROWS)
+def stimulus_views(stimulus: Stimulus, slic_px: int) -> list[tuple[str, Any]]:
     """The stimulus and its superpixel versions, labelled."""
     from PIL import Image
 
     picture = superpixel.read_picture(stimulus.path)
-    levels = superpixel.superpixels(superpixel.at_slic_size(picture))
+    levels = superpixel.superpixels(superpixel.at_slic_size(picture, slic_px))
     return [
         ("stimulus", picture),
         *((short(name), Image.fromarray(pixels)) for name, pixels in levels.items()),
@@ -168,31 +189,32 @@ def stimulus_views(stimulus: Stimulus) -> list[tuple[str, Any]]:
 
 
 def contact_sheet(
-    out: Path, folder: str, stimulus: Stimulus | None, mode: str, oracle: bool
+    out: Path, folder: str, stimulus: Stimulus | None, slic_px: int, mode: str, marks: Sequence[str]
 ) -> Any:
     """One stimulus: what was seen, then each mode's pictures in a row."""
-    rows = [("seen", stimulus_views(stimulus))] if stimulus else []
+    rows = [("seen", stimulus_views(stimulus, slic_px))] if stimulus else []
     for part in ("separate", "fused", "progressive") if mode == "all" else (mode,):
         cells = [
-            (short(recipe.name), _open(out / picture_path(folder, recipe.name, oracle)))
+            (short(recipe.name), _open(out / folder / marked(recipe.name, marks)))
             for recipe in recipes(part)
         ]
         rows.append((part, cells))
-    return labelled_grid(rows, folder + (f"   [{ORACLE}]" if oracle else ""))
+    return labelled_grid(rows, marked_title(folder, marks))
 
 
-def overview(out: Path, test: TestEEG, rows: Sequence[int], mode: str, oracle: bool) -> Any:
-    """The first stimuli below each other, one recipe per column."""
+def overview(
+    out: Path, test: TestEEG, rows: Sequence[int], slic_px: int, mode: str, marks: Sequence[str]
+) -> Any:
+    """The first stimuli below each other: what was seen, then one recipe per column."""
     lines = []
     for row in rows[:OVERVIEW_ROWS]:
-        seen = [("stimulus", _open(test.stimuli[row].path))] if test.stimuli else []
+        seen = stimulus_views(test.stimuli[row], slic_px) if test.stimuli else []
         drawn = [
-            (short(recipe.name), _open(out / picture_path(test.names[row], recipe.name, oracle)))
+            (short(recipe.name), _open(out / test.names[row] / marked(recipe.name, marks)))
             for recipe in recipes(mode)
         ]
         lines.append((test.names[row].split("_", 1)[-1].replace("_", " "), [*seen, *drawn]))
-    title = f"subject {test.subject}: {mode}" + (f"   [{ORACLE}]" if oracle else "")
-    return labelled_grid(lines, title)
+    return labelled_grid(lines, marked_title(f"subject {test.subject}: {mode}", marks))
 
 
 def save_sheet(path: Path, sheet: Any) -> None:
@@ -266,12 +288,13 @@ def write_pictures(
     about: Mapping[str, Any],
 ) -> None:
     """Save a batch under all its recipes' names and journal each picture after it is on disk."""
-    oracle = about["prompt_source"] == "oracle"
+    marks = marks_of(about["prompt_source"], about["control"])
+    note = "; ".join(MARKS[mark] for mark in marks) or "neutral prompt"
     for task, picture in zip(tasks, pictures, strict=True):
         for name in task.names:
-            file = picture_path(test.names[task.row], name, oracle)
+            file = f"{test.names[task.row]}/{marked(name, marks)}"
             active = {recipe.name: recipe.active for recipe in recipes("all")}[name]
-            save_picture(out / file, picture, ORACLE if oracle else "neutral prompt")
+            save_picture(out / file, picture, note)
             util.append_jsonl(
                 journal,
                 {
@@ -295,8 +318,10 @@ class Series:
     injection: str
     strength: float
     prompt_source: str
+    control: str | None
     seed: int
     batch_size: int
+    slic_px: int  # of the superpixels on the contact sheets
 
 
 def render(
@@ -304,22 +329,33 @@ def render(
     run: util.RunDirectory,
     renderer: Renderer,
     embeddings: Mapping[str, torch.Tensor],
+    gains: torch.Tensor | None,
     test: TestEEG,
     rows: Sequence[int],
     part: str,
 ) -> None:
-    """Draw what is missing, batch by batch over stimuli and recipes, then the contact sheets."""
+    """Draw what is missing, batch by batch over stimuli and recipes, then the contact sheets.
+
+    ``gains`` [n, M]: fusion weights of each row; None: the registered ones.
+    """
     from tqdm import tqdm
 
-    out, ids, oracle = run.path, test.ids, series.prompt_source == "oracle"
+    out, ids, marks = run.path, test.ids, marks_of(series.prompt_source, series.control)
     journal = out / f"images{part}.jsonl"
     preset = injection.load_injection(series.injection)
-    variants = distinct_recipes(series.mode, preset, renderer.injector.layers, series.strength)
-    tasks = [Task(row, names, table) for row in rows for names, table in variants]
+    layers = renderer.injector.layers
+    tasks = [
+        Task(row, names, table)
+        for place, row in enumerate(rows)
+        for names, table in distinct_recipes(
+            series.mode, preset, layers, series.strength, None if gains is None else gains[place]
+        )
+    ]
     done = drawn_already(out, journal)
     about = {
         "subject": test.subject,
         "prompt_source": series.prompt_source,
+        "control": series.control,
         "seed": series.seed,
         "injection": series.injection,
     }
@@ -333,12 +369,15 @@ def render(
             pictures = renderer.draw(batch, stacked, ids, places)
             write_pictures(out, journal, done, batch, pictures, test, about)
             bar.update(len(batch))
+    view = (series.slic_px, series.mode, marks)
+    save_sheet(out / f"overview{part}.png", overview(out, test, rows, *view))
+    if len(recipes(series.mode)) == 1:  # the overview has it all
+        return
     for row in tqdm(rows, desc="contact sheets", unit="sheet"):
-        path = out / test.names[row] / ("sheet_oracle.png" if oracle else "sheet.png")
+        path = out / test.names[row] / marked("sheet", marks)
         if not path.exists():
             stimulus = test.stimuli[row] if test.stimuli else None
-            save_sheet(path, contact_sheet(out, test.names[row], stimulus, series.mode, oracle))
-    save_sheet(out / f"overview{part}.png", overview(out, test, rows, series.mode, oracle))
+            save_sheet(path, contact_sheet(out, test.names[row], stimulus, *view))
 
 
 def open_model(values: Any) -> tuple[Decoder, TestEEG]:
@@ -385,8 +424,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = util.open_run(options, values.output_dir, inputs, plan, part.removeprefix("-"))
     if run.finished:
         return 0
-    sampling = Sampling(values.prior_steps, values.prior_guidance, values.prior_sampler)
-    embeddings = decoder.to(device).predict(test, rows, sampling, values.seed)
+    sampling = Sampling(
+        values.prior_steps, values.prior_guidance, values.prior_sampler, values.prior_draws
+    )
+    embeddings = controls.predict(
+        decoder.to(device),
+        test,
+        rows,
+        sampling,
+        values.seed,
+        values.control,
+        values.clip_feature_path,
+    )
+    read = controls.controlled_eeg(test, values.control, values.seed)
+    gains = fusion.gains_for(
+        values.fusion_weights,
+        decoder.calibration,
+        decoder.bank,
+        decoder.condition(read, rows).to(device),
+        [test.ids[row] for row in rows],
+        values.seed,
+    )
     util.save_tensors(
         run.path / f"embeddings{part}.safetensors",
         embeddings | {"stimulus": torch.tensor([test.ids[row] for row in rows])},
@@ -407,10 +465,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.injection,
         values.fusion_strength,
         values.prompt_source,
+        values.control,
         values.seed,
         values.batch_size,
+        values.superpixel_size,
     )
-    render(series, run, renderer, embeddings, test, rows, part)
+    render(series, run, renderer, embeddings, gains, test, rows, part)
     run.finish({"stimuli": len(rows), "recipes": len(recipes(values.mode))})
     print(f"pictures: {run.path}\noverview: {run.path / f'overview{part}.png'}")
     return 0

@@ -318,13 +318,16 @@ def _adapter_kind(shapes: Mapping[str, tuple[int, ...]], clip_dim: int | None) -
     )
 
 
+def _layer_key(layer: int, kind: str) -> str:
+    """Official key of the ``layer``-th cross-attention's ``k`` or ``v``; even numbers are attn1."""
+    return f"ip_adapter.{2 * layer + 1}.to_{kind}_ip.weight"
+
+
 def _adapter_layers_wrong(shapes: Mapping[str, tuple[int, ...]], width: int) -> str | None:
     """What is wrong with ``ip_adapter.{1,3,5,...}.to_{k,v}_ip.weight``, None if nothing."""
     found = {key for key in shapes if key.startswith("ip_adapter.")}
     count = max(len(found) // 2, 1)
-    wanted = {
-        f"ip_adapter.{2 * layer + 1}.to_{kind}_ip.weight" for layer in range(count) for kind in "kv"
-    }
+    wanted = {_layer_key(layer, kind) for layer in range(count) for kind in "kv"}
     if found != wanted:
         return f"an adapter with keys {sorted(found ^ wanted)[:3]} too many or missing"
     wrong = [key for key in sorted(found) if len(shapes[key]) != 2 or shapes[key][1] != width]
@@ -346,6 +349,21 @@ class IPAdapterWeights:
     path: Path
     projection: Mapping[str, torch.Tensor]
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @classmethod
+    def from_tensors(cls, path: Path, tensors: Mapping[str, torch.Tensor]) -> IPAdapterWeights:
+        """Of the keys of an official file, which were checked."""
+        prefix = "image_proj."
+        projection = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
+        count = (len(tensors) - len(projection)) // 2
+        layers = tuple(
+            tuple(tensors[_layer_key(layer, kind)] for kind in "kv") for layer in range(count)
+        )
+        return cls(path, projection, layers)
 
     @property
     def clip_dim(self) -> int:
@@ -380,21 +398,7 @@ def read_ip_adapter(path: str | Path, clip_dim: int | None = None) -> IPAdapterW
     path = Path(path)
     check_ip_adapter(path, clip_dim)
     tensors = _read_bin(path) if path.suffix == ".bin" else util.load_tensors(path)[0]
-    prefix = "image_proj."
-    projection = {
-        key.removeprefix(prefix): tensor
-        for key, tensor in tensors.items()
-        if key.startswith(prefix)
-    }
-    count = (len(tensors) - len(projection)) // 2
-    layers = tuple(
-        (
-            tensors[f"ip_adapter.{2 * layer + 1}.to_k_ip.weight"],
-            tensors[f"ip_adapter.{2 * layer + 1}.to_v_ip.weight"],
-        )
-        for layer in range(count)
-    )
-    return IPAdapterWeights(path, projection, layers)
+    return IPAdapterWeights.from_tensors(path, tensors)
 
 
 def _read_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -645,6 +649,16 @@ class Injector:
         for layer, processor in enumerate(self.processors):
             processor.set_tokens(tokens, scales[:, :, layer])
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights in the keys of an official file."""
+        tensors = {
+            f"image_proj.{name}": tensor for name, tensor in self.projection.state_dict().items()
+        }
+        for layer, processor in enumerate(self.processors):
+            tensors[_layer_key(layer, "k")] = processor.to_k_ip.weight.detach()
+            tensors[_layer_key(layer, "v")] = processor.to_v_ip.weight.detach()
+        return tensors
+
     def clear(self) -> None:
         """Free the keys and values; drawing before the next :meth:`set` is an error."""
         for processor in self.processors:
@@ -762,20 +776,26 @@ def _check_sdxl_folder(path: Path) -> None:
             _read_shapes(file, f"the {part} of SDXL-base")
 
 
-def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+def clip_tokenizer(pad_token: str = "<|endoftext|>", merges: int | None = None) -> CLIPTokenizer:
     """transformers' CLIP tokenizer, from the vocabulary that open_clip carries: no download.
 
-    SDXL's first tokenizer pads with ``<|endoftext|>``, its second with ``!`` (id 0).
+    SDXL's first tokenizer pads with ``<|endoftext|>``, its second with ``!`` (id 0). ``merges``:
+    keep the first so many of the vocabulary's merges, for miniatures; rarer words fall in pieces.
     """
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
 
     source = SimpleTokenizer()
-    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {renamed.get(token, token): number for token, number in source.encoder.items()}
-    merges = sorted(source.bpe_ranks, key=source.bpe_ranks.__getitem__)
+    ordered = sorted(source.bpe_ranks, key=source.bpe_ranks.__getitem__)
+    kept = ordered[: len(ordered) if merges is None else merges]
+    letters = len(source.encoder) - len(ordered) - 2  # before the merges; two marks come last
+    tokens = [*sorted(source.encoder, key=source.encoder.__getitem__)[: letters + len(kept)],
+              "<|startoftext|>", "<|endoftext|>"]  # fmt: skip
     return CLIPTokenizer(
-        vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=source.context_length
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=kept,
+        pad_token=pad_token,
+        model_max_length=source.context_length,
     )
 
 

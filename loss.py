@@ -38,11 +38,19 @@ def noise_loss(predicted: torch.Tensor, noise: torch.Tensor) -> LossTerms:
     return LossTerms(MSE_SHARE * mse + COSINE_SHARE * (1 - cosine), mse, cosine)
 
 
-def prior_total(terms: Mapping[str, LossTerms]) -> torch.Tensor:
-    """Sum over the modalities of registry weight x loss."""
-    return torch.stack(
-        [modality.loss_weight * terms[modality.name].total for modality in MODALITIES]
-    ).sum()
+def prior_total(
+    terms: Mapping[str, LossTerms], log_variance: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum over the modalities of weight x loss; the weights sum to 1 at the start of training.
+
+    ``log_variance`` None: the registry's weights. [M] in registry order: exp(-s) x loss + s, over
+    M, which learns how much of each loss is noise (Kendall et al. 2018, arXiv:1705.07115).
+    """
+    losses = torch.stack([terms[modality.name].total for modality in MODALITIES])
+    if log_variance is not None:
+        return ((-log_variance).exp() * losses + log_variance).mean()
+    weights = torch.tensor([modality.loss_weight for modality in MODALITIES])
+    return (weights.to(losses) * losses).sum()
 
 
 def clip_loss(eeg: torch.Tensor, features: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from modalities import MODALITIES, Slic
 if TYPE_CHECKING:
     from PIL import Image
 
-SIZE_PX = 500  # SLIC runs at THINGS' own picture size
 SIGMA_PX = 1.0
 MIN_SIZE_FACTOR, MAX_SIZE_FACTOR = 0.1, 2.0
 MAX_PIXELS = 64_000_000  # a picture that unpacks to more is refused, not decoded
@@ -46,10 +45,10 @@ def read_picture(path: Path) -> Image.Image:
         raise PictureError(f"{path}: not a readable picture ({error})") from None
 
 
-def at_slic_size(image: Image.Image) -> np.ndarray:
-    """uint8 [500, 500, 3], resized by Lanczos if the picture has another size."""
-    if image.size != (SIZE_PX, SIZE_PX):
-        image = image.resize((SIZE_PX, SIZE_PX), resample=1)  # 1 = Lanczos
+def at_slic_size(image: Image.Image, size_px: int) -> np.ndarray:
+    """uint8 [size_px, size_px, 3], resized by Lanczos if the picture has another size."""
+    if image.size != (size_px, size_px):
+        image = image.resize((size_px, size_px), resample=1)  # 1 = Lanczos
     return np.asarray(image)
 
 
@@ -123,7 +122,7 @@ def fill(rgb: np.ndarray, labels: np.ndarray, grain: np.ndarray, gain: float) ->
 
 
 def superpixels(rgb: np.ndarray) -> dict[str, np.ndarray]:
-    """The registry's superpixel modalities of a picture: {modality: uint8 [500, 500, 3]}."""
+    """The registry's superpixel modalities of a picture: {modality: uint8 [H, W, 3]}."""
     lab, grain = smooth_lab(rgb), texture(rgb)
     return {
         m.name: fill(rgb, segment(lab, m.slic), grain, m.slic.texture_gain)
@@ -132,7 +131,7 @@ def superpixels(rgb: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def describe() -> dict[str, object]:
+def describe(size_px: int) -> dict[str, object]:
     """Everything that determines the superpixels, for cache keys and manifests."""
     levels = {
         m.name: [m.slic.n_segments, m.slic.compactness, m.slic.texture_gain]
@@ -140,7 +139,7 @@ def describe() -> dict[str, object]:
         if m.slic is not None
     }
     return {
-        "size_px": SIZE_PX,
+        "size_px": size_px,
         "sigma_px": SIGMA_PX,
         "min_size_factor": MIN_SIZE_FACTOR,
         "max_size_factor": MAX_SIZE_FACTOR,

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import torch
 
 import engine
+import fusion
 import util
 from ATMS_retrieval import Decoder, new_encoder, validation_retrieval
 from dataset import Batch, TrainingData, open_training
@@ -49,10 +50,8 @@ class JointObjective:
         )
         parts = {f"prior_{name}": terms[name].total for name in NAMES}
         parts |= {f"cosine_{name}": terms[name].cosine for name in NAMES}
-        return parts | {
-            "contrast": contrast,
-            "loss": prior_total(terms) + self.contrast_weight * contrast,
-        }
+        total = prior_total(terms, self.decoder.bank.log_variance)
+        return parts | {"contrast": contrast, "loss": total + self.contrast_weight * contrast}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -72,13 +71,30 @@ class JointObjective:
             f"val_{name}": float(torch.stack([draw[name] for draw in draws]).mean())
             for name in draws[0]
         }
+        self.decoder.calibration = self._calibrate(embeddings.to(device), targets)
+        scores |= {
+            f"val_{name}_skill": of["skill"] for name, of in self.decoder.calibration.items()
+        }
         return (
             scores | validation_retrieval(embeddings, self.data) | {"select": -scores["val_loss"]}
         )
 
+    def _calibrate(
+        self, condition: torch.Tensor, targets: dict[str, torch.Tensor]
+    ) -> dict[str, dict[str, float]]:
+        """What ``--fusion_weights`` needs to know, saved with the model."""
+        bank = self.decoder.bank
+        samples = fusion.repeated_samples(bank, condition, range(len(condition)), self.data.seed)
+        truth = {name: bank.standardise(name, rows).cpu() for name, rows in targets.items()}
+        return fusion.calibrate(samples, truth)
+
 
 def new_decoder(
-    data: TrainingData, seed: int, condition_dropout: float, init_from: Path | None
+    data: TrainingData,
+    seed: int,
+    condition_dropout: float,
+    loss_weights: str,
+    init_from: Path | None,
 ) -> Decoder:
     """A fresh decoder, its bank standardised on the training rows.
 
@@ -98,7 +114,12 @@ def new_decoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(util.seed_for(seed, "priors"))
         width = data.targets["image"].shape[1]
-        bank = PriorBank(width, encoder.embed_dim, condition_dropout=condition_dropout)
+        bank = PriorBank(
+            width,
+            encoder.embed_dim,
+            condition_dropout=condition_dropout,
+            learned_weights=loss_weights == "uncertainty",
+        )
     bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
     return Decoder(encoder, bank, data.signal, data.clip)
 
@@ -120,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.seed,
         values.cache_dir,
     )
-    decoder = new_decoder(data, values.seed, values.condition_dropout, values.init_from)
+    decoder = new_decoder(
+        data, values.seed, values.condition_dropout, values.loss_weights, values.init_from
+    )
     masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
     parameters = engine.describe_parameters(decoder)
     plan = [*data.describe(), f"train {parameters} on {device} for {values.epochs} epochs"]

@@ -143,11 +143,12 @@ class DiffusionPriorUNet(nn.Module):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How priors are sampled: denoising ``steps``, ``guidance`` (1 = off), ``sampler``."""
+    """How priors are sampled: ``steps``, ``guidance`` (1 = off), ``sampler``, mean of ``draws``."""
 
     steps: int
     guidance: float
     sampler: str
+    draws: int = 1
 
 
 def sampler_named(name: str) -> SchedulerMixin:
@@ -177,14 +178,21 @@ class PriorBank(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int, cond_dim: int, dropout: float = 0.1, condition_dropout: float = 0.1
+        self,
+        embed_dim: int,
+        cond_dim: int,
+        dropout: float = 0.1,
+        condition_dropout: float = 0.1,
+        learned_weights: bool = False,
     ) -> None:
+        """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed."""
         super().__init__()
         self.embed_dim, self.cond_dim = embed_dim, cond_dim
         self.dropout, self.condition_dropout = dropout, condition_dropout
         self.priors = nn.ModuleDict(
             {name: DiffusionPriorUNet(embed_dim, cond_dim, dropout=dropout) for name in NAMES}
         )
+        self.log_variance = nn.Parameter(torch.zeros(len(NAMES))) if learned_weights else None
         for name in NAMES:
             self.register_buffer(f"{name}_mean", torch.zeros(embed_dim))
             self.register_buffer(f"{name}_std", torch.ones(embed_dim))
@@ -194,13 +202,14 @@ class PriorBank(nn.Module):
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
 
     @property
-    def config(self) -> dict[str, float]:
+    def config(self) -> dict[str, float | bool]:
         """What rebuilds an empty bank of this shape."""
         return {
             "embed_dim": self.embed_dim,
             "cond_dim": self.cond_dim,
             "dropout": self.dropout,
             "condition_dropout": self.condition_dropout,
+            "learned_weights": self.log_variance is not None,
         }
 
     def fit_targets(self, features: Mapping[str, torch.Tensor]) -> None:
@@ -275,30 +284,33 @@ class PriorBank(nn.Module):
         guidance: float,
         seeds: Sequence[int],
         sampler: str = "dpm",
+        draws: int = 1,
     ) -> dict[str, torch.Tensor]:
         """One embedding per modality and row: cond [B, C] -> {modality: [B, D]}, un-normalised.
 
         ``seeds``: one int per row, so that a row's sample depends on nothing but its own condition
-        and seed. ``guidance``: uncond + g (cond - uncond); 1 = off. Call in eval mode.
+        and seed. ``guidance``: uncond + g (cond - uncond); 1 = off. ``draws``: the mean of so many
+        samples, which is nearer to the truth than any one of them. Call in eval mode.
         """
         if cond.ndim != 2 or len(seeds) != len(cond):
             raise ValueError(
                 f"cond {tuple(cond.shape)} and {len(seeds)} seeds, expected [B, C] and B seeds"
             )
         samples = {}
+        cond = cond.repeat_interleave(draws, dim=0)
         for name, prior in self.priors.items():
             scheduler = sampler_named(sampler)
             scheduler.set_timesteps(steps)
-            x = torch.stack(
+            x = torch.cat(
                 [
-                    torch.randn(self.embed_dim, generator=generator_for(seed, "prior", name))
+                    torch.randn(draws, self.embed_dim, generator=generator_for(seed, "prior", name))
                     for seed in seeds
                 ]
             ).to(cond)
             for t in scheduler.timesteps:
                 velocity = guided(prior, x, t.expand(len(x)).to(x.device), cond, guidance)
                 x = scheduler.step(velocity, t, x).prev_sample
-            samples[name] = self.restore(name, x)
+            samples[name] = self.restore(name, x).unflatten(0, (-1, draws)).mean(dim=1)
         return samples
 
 

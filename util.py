@@ -439,7 +439,7 @@ def environment() -> dict[str, Any]:
         "versions": {
             name: importlib.metadata.version(name) for name in packages if _installed(name)
         },
-        "commit": _commit(),
+        "commit": commit(),
         "host": platform.node(),
         "command": sys.argv,
         "slurm": {
@@ -459,7 +459,7 @@ def _installed(package: str) -> bool:
 
 
 @functools.cache
-def _commit() -> str:
+def commit() -> str:
     """HEAD of this checkout, ``+dirty`` with uncommitted changes, ``unknown`` outside git."""
     if shutil.which("git") is None:
         return "unknown"

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = (
         f"draw {n_pictures} pictures into {root / 'data'}",
         f"simulate the EEG of {values.subjects} people at SNR {snr}",
-        f"put miniature CLIP, SDXL and IP-Adapter into {root / 'models'}",
+        f"put {values.weights} miniature CLIP, SDXL and IP-Adapter into {root / 'models'}",
     )
     run = util.open_run(options, root, {}, plan)
     if run.finished:
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.images_per_concept,
         values.test_concepts,
         values.seed,
+        values.test_split,
     )
     repetitions = {"training": values.training_repetitions, "test": values.test_repetitions}
     for number in range(1, values.subjects + 1):
@@ -55,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             snr,
             values.seed,
         )
-    models.write_models(root / "models", values.seed)
+    if values.weights == "trained":
+        models.trained_models(root / "models")
+    else:
+        models.random_models(root / "models", values.seed)
     run.finish({"simulated": True, "snr": snr})
     print(f"embedded world (SIMULATED EEG): {root}")
     return 0

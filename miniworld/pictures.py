@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,7 +39,8 @@ PATTERNS = ("plain", "stripes", "checks", "dots", "rings", "waves")
 
 MAX_ROTATION_RAD = 0.45  # small enough that a turned square is still no diamond
 SIZE_RANGE = (0.40, 0.62)  # diameter of the shape's bounding circle / picture width
-FOLDS, TEST_FOLD = 8, 1  # an eighth of all concepts is kept for tests, in every world
+FOLDS = 8
+SPLITS = {"test": 1, "validation": 0}  # folds of concepts that no world ever trains on
 SUPERSAMPLING = 3  # each output pixel averages 3 x 3 samples, which is the antialiasing
 
 
@@ -153,6 +155,14 @@ SHAPES: dict[str, Callable[[], list[np.ndarray]]] = {
     "hourglass": lambda: [_hourglass()],
     "chevron": lambda: [_chevron()],
 }
+ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {  # attribute of a Concept -> its values
+        "shape": tuple(SHAPES),
+        "colour": tuple(COLOURS),
+        "background": tuple(COLOURS),
+        "pattern": PATTERNS,
+    }
+)
 SHAPE_WORDS = {"half_disc": "half disc", "lightning": "lightning bolt"}  # others: own name
 
 
@@ -274,24 +284,32 @@ def _draw(n: int, folds: Collection[int], rng: np.random.Generator) -> list[Conc
     return list(concepts)
 
 
-def sample_concepts(n_training: int, n_test: int, seed: int) -> tuple[list, list]:
+def split_of(concept: Concept) -> str:
+    """``training``, ``validation`` (for choosing settings) or ``test``."""
+    return next((name for name, fold in SPLITS.items() if fold_of(concept) == fold), "training")
+
+
+def sample_concepts(
+    n_training: int, n_test: int, seed: int, split: str = "test"
+) -> tuple[list, list]:
     """Draws disjoint lists of concepts; every single attribute value occurs in training.
 
-    Test concepts come from TEST_FOLD and training concepts from the other folds, whatever the seed
-    and the numbers: what was trained on training concepts has never seen any world's test concept.
+    The second list comes from the fold of ``split`` and the first from folds that are no split's,
+    whatever the seed and the numbers: what was trained on training concepts has never seen any
+    world's test concept.
     """
     if n_training < len(SHAPES):
         raise ValueError(f"n_training is {n_training}, needs >= {len(SHAPES)} to show all shapes")
     n_possible = len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1) * len(PATTERNS)
     most = n_possible // FOLDS // 2
-    if n_test > most or n_training > most * (FOLDS - 1):
+    others = [fold for fold in range(FOLDS) if fold not in SPLITS.values()]
+    if n_test > most or n_training > most * len(others):
         raise ValueError(
             f"asked for {n_training} training and {n_test} test concepts, "
-            f"at most {most * (FOLDS - 1)} and {most}"
+            f"at most {most * len(others)} and {most}"
         )
-    others = [fold for fold in range(FOLDS) if fold != TEST_FOLD]
     training = _draw(n_training, others, np.random.default_rng([seed, 0]))
-    return training, _draw(n_test, [TEST_FOLD], np.random.default_rng([seed, 0, 1]))
+    return training, _draw(n_test, [SPLITS[split]], np.random.default_rng([seed, 0, 1]))
 
 
 def sample_scene(concept: Concept, rng: np.random.Generator) -> Scene:
@@ -309,7 +327,11 @@ def sample_scene(concept: Concept, rng: np.random.Generator) -> Scene:
 
 
 def plan_scenes(
-    n_training_concepts: int, images_per_concept: int, n_test_concepts: int, seed: int
+    n_training_concepts: int,
+    images_per_concept: int,
+    n_test_concepts: int,
+    seed: int,
+    split: str = "test",
 ) -> dict[str, dict[str, Scene]]:
     """{"training" | "test": {path relative to the stimulus root: scene}}, in sorted path order.
 
@@ -317,7 +339,7 @@ def plan_scenes(
     """
     if not 1 <= images_per_concept <= 99:
         raise ValueError(f"images_per_concept is {images_per_concept}, must be 1..99 (file names)")
-    training, test = sample_concepts(n_training_concepts, n_test_concepts, seed)
+    training, test = sample_concepts(n_training_concepts, n_test_concepts, seed, split)
     jobs = {"training": (training, images_per_concept), "test": (test, 1)}
     plan: dict[str, dict[str, Scene]] = {}
     for code, (partition, (concepts, n_images)) in enumerate(jobs.items(), 1):
@@ -347,10 +369,11 @@ def write_stimuli(
     images_per_concept: int,
     n_test_concepts: int,
     seed: int,
+    split: str = "test",
 ) -> dict[str, list[Scene]]:
     """Writes 256 px PNG files, captions.json and scenes.json; returns scenes in sorted order."""
     root = Path(root)
-    plan = plan_scenes(n_training_concepts, images_per_concept, n_test_concepts, seed)
+    plan = plan_scenes(n_training_concepts, images_per_concept, n_test_concepts, seed, split)
     scenes = {path: scene for part in plan.values() for path, scene in part.items()}
     _check_no_strangers(root, set(scenes))
     for path, scene in scenes.items():

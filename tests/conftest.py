@@ -120,6 +120,8 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Chain:
                 "2",
                 "--test_repetitions",
                 "3",
+                "--weights",
+                "random",
             ]
         )
         == 0

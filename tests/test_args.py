@@ -24,6 +24,7 @@ MINIMAL = {
     "generate": GENERATE,
     "evaluate": EVALUATE,
     "world": ["--output_path", "W"],
+    "pretrain": ["--output_path", "P"],
     "demo": [],
 }
 

@@ -38,6 +38,7 @@ def run_of_pictures(folder: Path, chain: Chain, shift: int = 0, source: str = "n
                 "recipe": "fused",
                 "file": file,
                 "prompt_source": source,
+                "control": None,
             },
         )
     return folder

@@ -14,7 +14,7 @@ import clip_feature_extractor as stage
 import superpixel
 import util
 from dataset import stimulus_id
-from miniworld.models import CLIP_DIM, CLIP_NAME, write_clip
+from miniworld.models import CLIP_DIM, CLIP_NAME, random_models
 from modalities import MODALITIES, NAMES
 
 TRAINING = ("00001_aardvark", "00002_banana_split", "00003_car")
@@ -39,19 +39,14 @@ def _write_pictures(data) -> None:
                 picture.save(folder / f"{concept[6:]}_{index}.{('png', 'jpg')[index]}")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_slic():
-    """SLIC at 100 px, for time; one test below is at the real size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(superpixel, "SIZE_PX", 100)
-        yield
+SLIC_PX = 100  # for time; one test below is at the default size
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """DATA and the miniature CLIP."""
     folder = tmp_path_factory.mktemp("stage1")
-    write_clip(folder, seed=0)
+    random_models(folder / "models", seed=0)
     _write_pictures(folder / "data")
     return folder
 
@@ -66,11 +61,12 @@ def _run(world, output, *more, data=None) -> int:
     flags = {
         "--data_path": data or world / "data",
         "--output_path": output,
-        "--clip_model": world / f"{CLIP_NAME}.json",
-        "--clip_pretrained": world / f"{CLIP_NAME}.safetensors",
+        "--clip_model": world / "models" / f"{CLIP_NAME}.json",
+        "--clip_pretrained": world / "models" / f"{CLIP_NAME}.safetensors",
         "--shard_size": 2,
         "--batch_size": 2,
         "--num_workers": 0,
+        "--superpixel_size": SLIC_PX,
         "--device": "cpu",
     }
     given = dict(zip(more[::2], more[1::2], strict=False)) if len(more) % 2 == 0 else {}
@@ -110,7 +106,7 @@ def _keys(concepts, partition: str) -> list[str]:
 def clip(world):
     """open_clip itself: (model, validation transform, tokenizer)."""
     model, _, transform = open_clip.create_model_and_transforms(
-        CLIP_NAME, pretrained=str(world / f"{CLIP_NAME}.safetensors")
+        CLIP_NAME, pretrained=str(world / "models" / f"{CLIP_NAME}.safetensors")
     )
     return model.eval(), transform, open_clip.get_tokenizer(CLIP_NAME)
 
@@ -135,7 +131,7 @@ def test_image_features_are_open_clip_s(world, bank, clip, partition, concepts):
 def test_superpixel_features_are_open_clip_s(world, bank, clip, modality):
     images = []
     for key in _keys(TEST, "test"):
-        rgb = superpixel.at_slic_size(_read(world, key))
+        rgb = superpixel.at_slic_size(_read(world, key), SLIC_PX)
         labels = superpixel.segment(superpixel.smooth_lab(rgb), modality.slic)
         gain = modality.slic.texture_gain
         images.append(Image.fromarray(superpixel.fill(rgb, labels, superpixel.texture(rgb), gain)))
@@ -193,7 +189,7 @@ def test_manifest_describes_the_bank(bank):
     assert manifest["normalised"] is False
     assert manifest["clip"]["model"] == CLIP_NAME and len(manifest["clip"]["weights"]) == 64
     assert "Crop" in manifest["transform"] and "Random" not in manifest["transform"]
-    assert manifest["superpixel"] == superpixel.describe()
+    assert manifest["superpixel"] == superpixel.describe(SLIC_PX)
     assert list(manifest["features"]) == list(NAMES)
     tensors = _tensors(bank, "training")
     for name, described in manifest["features"].items():
@@ -235,15 +231,15 @@ def test_features_do_not_depend_on_how_the_work_is_cut(world, bank, tmp_path, ch
             torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance)
 
 
-def test_superpixel_pngs_are_written_on_request(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(superpixel, "SIZE_PX", 500)
+def test_superpixel_pngs_are_written_on_request(world, tmp_path):
     for partition, concept in (("training", TRAINING[0]), ("test", TEST[0])):
         folder = f"{partition}_images/{concept}"
         shutil.copytree(world / "data" / folder, tmp_path / "data" / folder)
-    assert _run(world, tmp_path / "bank", "--save_superpixels", data=tmp_path / "data") == 0
+    size = ("--superpixel_size", "500", "--save_superpixels")
+    assert _run(world, tmp_path / "bank", *size, data=tmp_path / "data") == 0
     for key in _keys(TEST[:1], "test"):
         folder = (tmp_path / "bank" / "superpixels" / key).with_suffix("")
-        levels = superpixel.superpixels(superpixel.at_slic_size(_read(world, key)))
+        levels = superpixel.superpixels(superpixel.at_slic_size(_read(world, key), 500))
         assert {path.stem for path in folder.iterdir()} == set(levels)
         for name, rgb in levels.items():
             png = Image.open(folder / f"{name}.png")
@@ -308,7 +304,7 @@ def test_a_finished_run_does_nothing(world, bank, monkeypatch):
 
 
 def test_other_weights_are_refused(world, bank, tmp_path, capsys):
-    _, weights = write_clip(tmp_path, seed=1)
+    weights = random_models(tmp_path / "models", seed=1).clip_checkpoint
     assert _run(world, bank, "--clip_pretrained", weights) == 2
     assert "clip_weights" in capsys.readouterr().err
 

@@ -68,7 +68,7 @@ def test_segments_equal_scikit_image_on_low_contrast():
 
 def test_levels_grow_from_coarse_to_fine():
     assert [level.n_segments for level in LEVELS.values()] == [100, 500, 2500]
-    lab = superpixel.smooth_lab(_picture("waves", superpixel.SIZE_PX))
+    lab = superpixel.smooth_lab(_picture("waves", 500))
     for level in LEVELS.values():
         labels = superpixel.segment(lab, level)
         count = len(np.unique(labels))
@@ -142,7 +142,7 @@ def test_fill_takes_labels_with_gaps():
 
 
 def test_levels_of_a_picture_come_closer_to_it():
-    rgb = _picture("photo", superpixel.SIZE_PX)
+    rgb = _picture("photo", 500)
     levels = superpixel.superpixels(rgb)
     assert list(levels) == list(LEVELS)
     for filled in levels.values():
@@ -169,12 +169,13 @@ def test_superpixels_are_deterministic():
 
 
 def test_description_holds_everything_that_determines_the_result(monkeypatch):
-    before = superpixel.describe()
+    before = superpixel.describe(500)
     assert before["levels"]["superpixel_large"] == [2500, 10.0, 0.5]
-    for name in ("SIZE_PX", "SIGMA_PX", "MIN_SIZE_FACTOR", "MAX_SIZE_FACTOR"):
+    for name in ("SIGMA_PX", "MIN_SIZE_FACTOR", "MAX_SIZE_FACTOR"):
         monkeypatch.setattr(superpixel, name, 7)
-        assert superpixel.describe() != before
+        assert superpixel.describe(500) != before
         monkeypatch.undo()
+    assert superpixel.describe(256) != before
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_description_holds_everything_that_determines_the_result(monkeypatch):
 @pytest.mark.parametrize("size", [(500, 500), (800, 600), (64, 64), (1, 1)])
 def test_pictures_are_brought_to_500_px(size):
     image = Image.fromarray(_picture("photo", 128)).resize(size)
-    found = superpixel.at_slic_size(image)
+    found = superpixel.at_slic_size(image, 500)
     assert (found.shape, found.dtype) == ((500, 500, 3), np.uint8)
     expected = image if size == (500, 500) else image.resize((500, 500), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(found, np.asarray(expected))

@@ -277,6 +277,20 @@ def test_a_sample_belongs_to_its_condition_and_seed(sampler, guidance):
         torch.testing.assert_close(whole[name].flip(0), turned[name], rtol=1e-4, atol=1e-4)
 
 
+def test_several_draws_are_averaged():
+    """Their mean moves less with the seed than one draw, and belongs to its row alone."""
+    bank, seeds = _bank().eval(), list(range(16))
+    cond = _normal(1, C).repeat(len(seeds), 1)
+    spread = {}
+    for draws in (1, 16):
+        made = bank.sample(cond, 4, 1.0, seeds, "ddim", draws)["image"]
+        assert made.shape == (len(seeds), D)
+        spread[draws] = float(made.std(dim=0).mean())
+        alone = bank.sample(cond[:1], 4, 1.0, [5], "ddim", draws)["image"]
+        torch.testing.assert_close(alone[0], made[5], rtol=1e-4, atol=1e-4)
+    assert 0 < spread[16] < 0.5 * spread[1]
+
+
 def test_one_row_s_condition_moves_its_own_sample_only():
     bank, cond = _bank().eval(), _normal(4, C)
     before = bank.sample(cond, 4, 1.0, [1, 2, 3, 4])

@@ -1,0 +1,107 @@
+"""Fusion weights: how much each modality counts where several meet, fixed or by its skill.
+
+A modality's skill on a stimulus is the cosine of its predicted and its true embedding, both
+standardised by the training targets: 0 for a prediction that knows nothing but the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+import util
+from modalities import NAMES
+from unet import PriorBank, Sampling
+
+SAMPLES = 8  # prior samples whose agreement is the confidence
+SAMPLING = Sampling(steps=5, guidance=1.0, sampler="ddim")  # cheap: done at each validation
+LEAST_GAIN = 0.01  # no modality is silenced altogether
+
+
+def repeated_samples(
+    bank: PriorBank, condition: torch.Tensor, stimuli: Sequence[int], seed: int
+) -> dict[str, torch.Tensor]:
+    """Standardised samples {modality: [SAMPLES, n, D]} of conditions [n, C]."""
+    seeds = [util.seed_for(seed, "agreement", k, item) for k in range(SAMPLES) for item in stimuli]
+    drawn = bank.sample(
+        condition.repeat(SAMPLES, 1), SAMPLING.steps, SAMPLING.guidance, seeds, SAMPLING.sampler
+    )
+    return {
+        name: bank.standardise(name, rows).unflatten(0, (SAMPLES, -1)).cpu()
+        for name, rows in drawn.items()
+    }
+
+
+def agreement(samples: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of all pairs of samples [K, n, D]: [n], 1 where the prior is certain."""
+    unit = F.normalize(samples, dim=-1)
+    count = len(samples)
+    return (unit.sum(dim=0).square().sum(dim=-1) - count) / (count * (count - 1))
+
+
+def calibrate(
+    samples: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, float]]:
+    """Per modality, from held-out stimuli: mean ``skill``, and the line from agreement to skill.
+
+    ``samples`` {modality: [K, n, D]} and ``truth`` {modality: [n, D]}, standardised. The line is
+    least squares; where more agreement does not go with more skill it is flat.
+    """
+    found = {}
+    for name, drawn in samples.items():
+        skill = F.cosine_similarity(drawn.mean(dim=0), truth[name], dim=-1)
+        x = agreement(drawn)
+        spread = (x - x.mean()).square().sum()
+        slope = float(((x - x.mean()) * (skill - skill.mean())).sum() / spread.clamp(min=1e-6))
+        slope = max(slope, 0.0)
+        found[name] = {
+            "skill": float(skill.mean()),
+            "slope": slope,
+            "intercept": float(skill.mean()) - slope * float(x.mean()),
+        }
+    return found
+
+
+def validated_gains(calibration: Mapping[str, Mapping[str, float]]) -> torch.Tensor:
+    """Gains [M] in registry order: each modality's skill on held-out training concepts."""
+    return torch.tensor([calibration[name]["skill"] for name in NAMES]).clamp(min=LEAST_GAIN)
+
+
+def confident_gains(
+    calibration: Mapping[str, Mapping[str, float]], samples: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Gains [n, M]: the skill that each stimulus' agreement of samples [K, n, D] promises."""
+    columns = [
+        calibration[name]["intercept"] + calibration[name]["slope"] * agreement(samples[name])
+        for name in NAMES
+    ]
+    return torch.stack(columns, dim=1).clamp(min=LEAST_GAIN)
+
+
+def gains_for(
+    kind: str,
+    calibration: Mapping[str, Mapping[str, float]] | None,
+    bank: PriorBank,
+    condition: torch.Tensor,
+    stimuli: Sequence[int],
+    seed: int,
+) -> torch.Tensor | None:
+    """Gains [n, M] of ``fixed`` (None: the registered ones), ``validated`` or ``confidence``.
+
+    ``condition`` [n, C]: the EEG's embeddings of these stimuli. Raises UserError for a model that
+    was trained without held-out concepts.
+    """
+    if kind == "fixed":
+        return None
+    if calibration is None:
+        raise util.UserError(
+            f"--fusion_weights {kind}",
+            "a model that was trained without held-out concepts",
+            "a calibration in the checkpoint",
+            "train with --val_fraction > 0, or use --fusion_weights fixed",
+        )
+    if kind == "validated":
+        return validated_gains(calibration).expand(len(stimuli), -1)
+    return confident_gains(calibration, repeated_samples(bank, condition, stimuli, seed))

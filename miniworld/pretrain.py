@@ -1,0 +1,541 @@
+"""Train the miniatures: VAE, CLIP, judge, then SDXL's U-Net and the IP-Adapter together.
+
+Every part resumes where it was saved; no random state is stored, each step's draws are recomputed
+from (seed, part, step). What is trained is exported to ``RUN/weights`` by the same command.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import args
+
+if __name__ == "__main__":
+    args.answer_quick_questions("pretrain")
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import engine
+import injection
+import util
+from clip_feature_extractor import load_clip
+from miniworld import judge, models, pictures, renders
+
+SAVE_EVERY_S = 30
+WARMUP_STEPS = 100
+COOLDOWN = 0.3  # share of the steps over which the learning rate falls to nothing
+L1_WEIGHT = 0.125  # beside the squared error: edges a little sharper
+NEAR_MISSES = 6  # wrong captions for each picture of a CLIP batch
+STATISTICS_OF = 512  # pictures that give the latents' mean and standard deviation
+TIME_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)  # original size, crop, target size
+NEUTRAL = ("", "best quality, high quality",
+           "monochrome, lowres, bad anatomy, worst quality, low quality")  # fmt: skip
+
+
+class Part(Protocol):
+    """Something to train: ``model`` holds all trained parameters."""
+
+    name: str
+    model: nn.Module
+    learning_rate: float
+    ema_decay: float
+
+    def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Losses of a batch, the total under ``loss``; torch's global generator is seeded."""
+        ...
+
+    def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
+        """Write the model, trained, where its users expect it."""
+        ...
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the learning rate: linear warm-up, constant, linear cool-down."""
+    left = (steps - step) / max(1, round(COOLDOWN * steps))
+    return min(1.0, (step + 1) / WARMUP_STEPS, left)
+
+
+class Training:
+    """Optimiser, averaged weights and step of a part, saved as one file."""
+
+    def __init__(self, part: Part, path: Path) -> None:
+        self.part, self.path, self.step = part, path, 0
+        self.optimizer = torch.optim.AdamW(
+            part.model.parameters(),
+            part.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            fused=True,
+        )
+        self.average = engine.Average(part.model, part.ema_decay)
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            part.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average.state = state["average"]
+            self.step = state["step"]
+
+    def save(self) -> None:
+        state = {
+            "model": self.part.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state,
+            "step": self.step,
+        }
+        with util.atomic_write(self.path, "wb") as file:
+            torch.save(state, file)
+
+    def update(self, steps: int, seed: int) -> dict[str, torch.Tensor]:
+        """One optimiser step; returns its losses."""
+        torch.manual_seed(util.seed_for(seed, self.part.name, self.step))
+        random = util.numpy_generator_for(seed, self.part.name, "batch", self.step)
+        losses = self.part.losses(self.step, random)
+        if not torch.isfinite(losses["loss"]):
+            raise util.DataError(
+                f"{self.part.name}, step {self.step}",
+                "a loss that is not finite",
+                "finite numbers",
+                f"the last checkpoint is kept in {self.path}; lower the learning rate",
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.part.learning_rate * rate(self.step, steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(self.part.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.average.update(self.part.model, self.step)
+        return losses
+
+
+def fit(part: Part, steps: int, folder: Path, seed: int, stops: Sequence[str]) -> None:
+    """Train to ``steps``, resuming; leaves the averaged weights in ``part.model``.
+
+    ``stops``: signals received; Preempted is raised after saving. Raises DataError, too.
+    """
+    from tqdm import tqdm
+
+    training = Training(part, folder / part.name / "state.pt")
+    saved, sums, first = time.monotonic(), {}, training.step
+    part.model.train()
+    with tqdm(total=steps, initial=first, desc=part.name, unit="step") as bar:
+        while training.step < steps:
+            for name, value in training.update(steps, seed).items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            bar.update()
+            late = time.monotonic() - saved > SAVE_EVERY_S
+            if late or stops or training.step == steps:
+                training.save()
+                means = {name: value / (training.step - first) for name, value in sums.items()}
+                record = {"part": part.name, "step": training.step, **means}
+                util.append_jsonl(folder / "metrics.jsonl", record)
+                bar.set_postfix(loss=f"{means['loss']:.4f}")
+                saved, sums, first = time.monotonic(), {}, training.step
+            if stops and training.step < steps:
+                raise util.Preempted(
+                    f"{part.name}: saved at step {training.step} of {steps}; "
+                    "the same command goes on"
+                )
+    part.model.load_state_dict(training.average.state)
+    part.model.eval()
+
+
+def halved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As shipped: float16, which halves the files; whole numbers stay."""
+    return {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def as_pixels(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in -1..1."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------- VAE
+
+
+class VaePart:
+    """Autoencoder: MSE, a little L1, very little KL; on crops at first, at last on whole ones."""
+
+    name, learning_rate, ema_decay = "vae", 1.5e-3, 0.998
+    batch_size, crop_px, crops_until = 8, 64, 0.88
+    kl_weight = 1e-4
+
+    def __init__(self, data: renders.Renders, steps: int, batch_size: int | None) -> None:
+        self.data, self.steps = data, steps
+        self.batch_size = batch_size or self.batch_size
+        self.model = models.build_vae(models.TRAINED)
+
+    def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
+        crops = step < self.crops_until * self.steps
+        size = self.batch_size if crops else max(1, self.batch_size // 2)
+        shown = self.data.whole[np.sort(random.integers(len(self.data), size=size))]
+        if crops:
+            # multiples of 8 px: patterns are fixed in the picture, and so are they in the latents
+            top, left = 8 * random.integers((models.SIZE_PX - self.crop_px) // 8 + 1, size=2)
+            shown = shown[:, top : top + self.crop_px, left : left + self.crop_px]
+        pixels = as_pixels(shown)
+        posterior = self.model.encode(pixels).latent_dist
+        made = self.model.decode(posterior.sample()).sample
+        l1, mse = F.l1_loss(made, pixels), F.mse_loss(made, pixels)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return {"loss": L1_WEIGHT * l1 + mse + self.kl_weight * kl, "l1": l1, "mse": mse, "kl": kl}
+
+    def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
+        """Write the whole pipeline; its U-Net is not trained yet."""
+        set_latent_statistics(self.model, self.data.whole[:STATISTICS_OF])
+        torch.manual_seed(util.seed_for(0, "text encoders"))
+        pipe = models.assemble(
+            models.TRAINED,
+            models.build_unet(models.TRAINED),
+            self.model,
+            models.trained_scheduler(),
+        )
+        pipe.to(torch.float16).save_pretrained(weights.sdxl, safe_serialization=True)
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, pictures: np.ndarray) -> torch.Tensor:
+    """Posterior means float32 [n, 4, 16, 16] of uint8 [n, 128, 128, 3]."""
+    from tqdm import tqdm
+
+    starts = tqdm(range(0, len(pictures), 32), desc="latents", unit="batch")
+    parts = [vae.encode(as_pixels(pictures[i : i + 32])).latent_dist.mean for i in starts]
+    return torch.cat(parts)
+
+
+def set_latent_statistics(vae: Any, pictures: np.ndarray) -> None:
+    """Measure what diffusers divides latents by: mean and std of each channel."""
+    latents = encode_latents(vae, pictures)
+    vae.register_to_config(
+        scaling_factor=1.0,
+        latents_mean=latents.mean(dim=(0, 2, 3)).tolist(),
+        latents_std=latents.std(dim=(0, 2, 3)).tolist(),
+    )
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+def grouped_contrast(
+    first: torch.Tensor, second: torch.Tensor, group: int, scale: torch.Tensor
+) -> torch.Tensor:
+    """CLIP's loss. ``first`` [group * c, D]: ``group`` rows each for the first c of ``second``.
+
+    ``second`` [>= c, D]: what follows the first c is wrong for every row.
+    """
+    logits = scale * F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
+    mine = torch.arange(len(first)) // group
+    back = logits.T.log_softmax(dim=1)[mine, torch.arange(len(first))].mean()
+    return (F.cross_entropy(logits, mine) - back) / 2
+
+
+def spread(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Penalties [] of rows [n, D]: columns off mean 0 and variance 1, and correlated columns.
+
+    Without the second (VICReg's, arXiv:2105.04906) colours take most of it and shapes drown.
+    """
+    centred = rows - rows.mean(dim=0)
+    covariance = centred.T @ centred / (len(rows) - 1)
+    columns = covariance.diagonal()
+    off = covariance.square().sum() - columns.square().sum()
+    moments = (
+        rows.mean(dim=0).square().mean() + (columns.clamp(min=1e-6).sqrt() - 1).square().mean()
+    )
+    return {"moments": moments, "overlap": off / rows.shape[1]}
+
+
+class ClipPart:
+    """Picture ~ caption; superpixels (or a noisy picture) ~ caption; superpixels ~ own picture.
+
+    The last one has the same concept at another place in the batch: it keeps places in the
+    embedding. Captions that differ from a shown one in a single word are wrong answers, too: they
+    keep every attribute. ``gap`` pulls un-normalised pictures to their captions, since one adapter
+    has to read both; ``spread`` fills the vector evenly.
+    """
+
+    name, learning_rate, ema_decay = "clip", 1e-3, 0.998
+    batch_size = 64
+    weights: Mapping[str, float] = MappingProxyType(
+        {"picture": 1.0, "view": 0.5, "own": 0.5, "gap": 0.5, "moments": 1.0, "overlap": 0.05}
+    )
+
+    def __init__(self, data: renders.Renders, batch_size: int | None) -> None:
+        import open_clip
+
+        self.data, self.batch_size = data, batch_size or self.batch_size
+        self.model = models.build_clip(models.TRAINED)
+        self.tokenizer = open_clip.get_tokenizer(models.CLIP_NAME)
+        self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
+        self.std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
+
+    def pixels(self, pictures: np.ndarray) -> torch.Tensor:
+        """uint8 [B, 64, 64, 3] -> as open_clip's transform makes them."""
+        return ((as_pixels(pictures) + 1) / 2 - self.mean) / self.std
+
+    def views(self, rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Another version of each picture: a superpixel level where there is one, else noisy."""
+        made = np.empty((len(rows), models.CLIP_PX, models.CLIP_PX, 3), np.uint8)
+        for place, row in enumerate(rows):
+            if row < len(self.data.superpixels):
+                made[place] = self.data.superpixels[row, random.integers(3)]
+            else:
+                noise = random.normal(0, random.uniform(4, 24), made[place].shape)
+                made[place] = np.clip(self.data.small[row] + noise, 0, 255)
+        return made
+
+    def texts(self, shown: Sequence[pictures.Concept], random: np.random.Generator) -> torch.Tensor:
+        """Embedded captions [>= c, D] of the shown concepts, then of their near misses."""
+        missed = [
+            renders.near_miss(concept, random) for concept in shown for _ in range(NEAR_MISSES)
+        ]
+        return self.model.encode_text(
+            self.tokenizer([pictures.caption(concept) for concept in [*shown, *missed]])
+        )
+
+    def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
+        half = max(1, self.batch_size // renders.SCENES // 2)  # with superpixels, and others
+        known = len(self.data.superpixels) // renders.SCENES
+        others = known + random.permutation(len(self.data) // renders.SCENES - known)[:half]
+        chosen = np.concatenate([random.permutation(known)[:half], others])
+        rows = (chosen[:, None] * renders.SCENES + np.arange(renders.SCENES)).ravel()
+        both = np.concatenate([self.data.small[rows], self.views(rows, random)])
+        picture, view = self.model.encode_image(self.pixels(both)).chunk(2)
+        text = self.texts([self.data.scenes[row] for row in rows[:: renders.SCENES]], random)
+        scale = self.model.logit_scale.exp().clamp(max=100)
+        average = picture.unflatten(0, (-1, renders.SCENES)).mean(dim=1)
+        parts = {
+            "picture": grouped_contrast(picture, text, renders.SCENES, scale),
+            "view": grouped_contrast(view, text, renders.SCENES, scale),
+            "own": grouped_contrast(view, picture, 1, scale),
+            "gap": F.mse_loss(average, text[: len(average)]),
+            **spread(text),
+        }
+        return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}
+
+    def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
+        util.write_json(weights.clip_config, dict(models.TRAINED.clip))
+        util.save_tensors(weights.clip_checkpoint, halved(self.model.state_dict()), about)
+
+
+# ---------------------------------------------------------------- judge
+
+
+class JudgePart:
+    """Attributes of renders, with noise, blur and tints so that drawn pictures are in reach."""
+
+    name, learning_rate, ema_decay = "judge", 1.5e-3, 0.998
+    batch_size = 64
+
+    def __init__(self, data: renders.Renders, batch_size: int | None) -> None:
+        self.data, self.batch_size = data, batch_size or self.batch_size
+        self.model = judge.Judge()
+        self.labels = judge.labels(data.scenes)
+
+    def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
+        rows = random.integers(len(self.data), size=self.batch_size)
+        pixels = as_pixels(self.data.small[np.sort(rows)])
+        if random.random() < 0.5:
+            pixels = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
+        pixels = pixels + 0.1 * torch.rand(len(pixels), 1, 1, 1) * torch.randn_like(pixels)
+        pixels = pixels + 0.03 * torch.randn(len(pixels), 3, 1, 1)
+        answers = self.model(pixels)
+        parts = {
+            name: F.cross_entropy(logits, self.labels[name][np.sort(rows)])
+            for name, logits in answers.items()
+        }
+        return {"loss": sum(parts.values()), **parts}
+
+    def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
+        util.save_tensors(weights.judge, halved(self.model.state_dict()), about)
+
+
+# ---------------------------------------------------------------- SDXL's U-Net and the IP-Adapter
+
+
+def set_adapter(unet: Any, clip_dim: int) -> injection.Injector:
+    """The very modules that draw, made trainable; starts with little effect."""
+    tensors = models.adapter_tensors(unet, clip_dim, seed=0, value_gain=0.5)
+    weights = injection.IPAdapterWeights.from_tensors(Path("in training"), tensors)
+    injector = injection.Injector.install(unet, weights)
+    for module in (injector.projection, *injector.processors):
+        module.requires_grad_(True)
+    return injector
+
+
+class GeneratorPart:
+    """v-prediction with zero terminal SNR; the adapter at scale 1 in all layers, as the real one.
+
+    Most rows have a neutral prompt and the picture's own un-normalised CLIP embedding.
+    """
+
+    name, learning_rate, ema_decay = "generator", 1e-3, 0.999
+    batch_size = 16
+    caption_share, embedding_dropout = 0.2, 0.08
+    snr_limit = 5.0  # of SNR + 1: what is nearly clean counts less
+
+    def __init__(
+        self, data: renders.Renders, weights: models.Models, batch_size: int | None
+    ) -> None:
+        self.batch_size = batch_size or self.batch_size
+        # 3 x 3 convolutions of few channels are faster on CPU with channels last
+        self.unet = models.build_unet(models.TRAINED).to(memory_format=torch.channels_last)
+        self.injector = set_adapter(self.unet, models.TRAINED.clip["embed_dim"])
+        self.model = nn.ModuleDict({"unet": self.unet, "projection": self.injector.projection})
+        self.scheduler = models.trained_scheduler()
+        pipe = injection.load_sdxl(weights.sdxl, torch.float32, "cpu")
+        self.latents = kept(
+            data.folder, "latents", weights.sdxl / "vae" / models.WEIGHTS_FILE,
+            lambda: whitened_latents(pipe.vae, data.whole),
+        )  # fmt: skip
+        self.embeddings = kept(
+            data.folder, "embeddings", weights.clip_checkpoint,
+            lambda: encode_pictures(weights, data.small),
+        )  # fmt: skip
+        unique = sorted(set(data.captions))
+        self.caption_of = torch.tensor([unique.index(text) for text in data.captions])
+        self.captions, self.neutral = encode_texts(pipe, unique), encode_texts(pipe, NEUTRAL)
+
+    def texts(self, rows: torch.Tensor, random: np.random.Generator) -> tuple[torch.Tensor, ...]:
+        """Hidden states [B, 77, W] and pooled [B, E]: a caption, or one of the neutral prompts."""
+        plain = torch.from_numpy(random.integers(len(NEUTRAL), size=len(rows)))
+        told = torch.from_numpy(random.random(len(rows)) < self.caption_share)
+        return tuple(
+            torch.where(
+                told.view(-1, *[1] * (part.ndim - 1)), part[self.caption_of[rows]], other[plain]
+            ).float()
+            for part, other in zip(self.captions, self.neutral, strict=True)
+        )
+
+    def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
+        size = self.batch_size
+        rows = torch.from_numpy(random.integers(len(self.latents), size=size))
+        text, pooled = self.texts(rows, random)
+        kept = torch.from_numpy(random.random(size) >= self.embedding_dropout)
+        embeddings = self.embeddings[rows] * kept[:, None]
+        self.injector.set(
+            embeddings[:, None], torch.ones(size, 1, len(self.injector.layers)), guidance=False
+        )
+        # spread over all times within a batch: less variance than independent draws
+        times = torch.from_numpy((np.arange(size) + random.random()) / size * 1000).long()
+        clean = self.latents[rows]
+        noise = torch.randn_like(clean)
+        found = self.unet(
+            self.scheduler.add_noise(clean, noise, times),
+            times,
+            encoder_hidden_states=text,
+            added_cond_kwargs={
+                "text_embeds": pooled,
+                "time_ids": torch.tensor(TIME_IDS).expand(size, -1),
+            },
+        ).sample
+        wanted = self.scheduler.get_velocity(clean, noise, times)
+        error = (found - wanted).square().mean(dim=(1, 2, 3))
+        signal = 1 / (1 - self.scheduler.alphas_cumprod[times])  # SNR + 1
+        weight = signal.clamp(max=self.snr_limit) / signal
+        self.injector.clear()
+        return {"loss": (weight * error).mean(), "error": error.mean()}
+
+    def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
+        plain = self.unet.half().to(memory_format=torch.contiguous_format)
+        plain.save_pretrained(weights.sdxl / "unet", safe_serialization=True)
+        util.save_tensors(weights.ip_adapter, halved(self.injector.state()), about)
+
+
+def kept(folder: Path, what: str, encoder: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """``make()``, or what it gave before with the same weights in ``encoder``."""
+    path = folder / f"{what}-{util.file_hash(encoder)[:12]}.safetensors"
+    if not path.exists():
+        util.save_tensors(path, {what: make()}, {})
+    return util.load_tensors(path)[0][what]
+
+
+@torch.no_grad()
+def whitened_latents(vae: Any, whole: np.ndarray) -> torch.Tensor:
+    """What the U-Net sees of uint8 [n, 128, 128, 3]: float32 [n, 4, 16, 16]."""
+    mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (encode_latents(vae, whole) - mean) / std
+
+
+@torch.no_grad()
+def encode_pictures(weights: models.Models, small: np.ndarray) -> torch.Tensor:
+    """Un-normalised CLIP embeddings float32 [n, D] of uint8 [n, 64, 64, 3]."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    clip = load_clip(str(weights.clip_config), str(weights.clip_checkpoint), torch.device("cpu"))
+    parts = []
+    for start in tqdm(range(0, len(small), 128), desc="embeddings", unit="batch"):
+        crops = [clip.transform(Image.fromarray(row)) for row in small[start : start + 128]]
+        parts.append(clip.encode_pictures(torch.stack(crops)))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def encode_texts(pipe: Any, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What SDXL reads of each text: float16 [n, 77, W] and [n, E]."""
+    parts = [
+        injection.encode_prompt(pipe, list(texts[start : start + 256]))
+        for start in range(0, len(texts), 256)
+    ]
+    return tuple(
+        torch.cat([getattr(part, name).half() for part in parts]) for name in ("text", "pooled")
+    )
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def make_part(name: str, data: renders.Renders, weights: models.Models, values: Any) -> Part:
+    """A part with its data; the generator reads the exported VAE and CLIP."""
+    if name == "vae":
+        return VaePart(data, values.vae_steps, values.batch_size)
+    if name == "generator":
+        return GeneratorPart(data, weights, values.batch_size)
+    return {"clip": ClipPart, "judge": JudgePart}[name](data, values.batch_size)
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is missing, in turn, and export each part as soon as it is trained."""
+    options = args.resolve("pretrain", argv)
+    values = options.values
+    names = args.PRETRAIN_STEPS if values.part == "all" else (values.part,)
+    plan = [f"train {name} to step {getattr(values, f'{name}_steps')}" for name in names]
+    run = util.open_run(options, values.output_path, {}, plan)
+    data = renders.Renders(run.path / "cache", values.pictures, values.seed)
+    weights = models.Models(run.path / "weights")
+    with engine.stop_requests() as stops:
+        for name in names:
+            steps = getattr(values, f"{name}_steps")
+            trained = run.path / name / "trained.json"
+            if trained.exists() and util.read_json(trained)["steps"] == steps:
+                util.LOG.info("%s: already trained to step %d", name, steps)
+                continue
+            torch.manual_seed(util.seed_for(values.seed, name, "weights"))
+            part = make_part(name, data, weights, values)
+            fit(part, steps, run.path, values.seed, stops)
+            about = {"steps": steps, "seed": values.seed, "pictures": len(data)}
+            part.export(weights, about | {"commit": util.commit()})
+            util.write_json(trained, about)
+    print(f"weights: {weights.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

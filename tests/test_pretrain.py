@@ -1,0 +1,137 @@
+"""Pre-training of the miniatures: never a test concept, resumable, exported in the real layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import injection
+import util
+from clip_feature_extractor import load_clip
+from miniworld import judge, models, pictures, pretrain, renders
+
+TINY = ("--pictures", "24", "--batch_size", "8")
+STEPS = {"vae": 2, "clip": 2, "judge": 2, "generator": 2}
+
+
+def run(out: Path, *more: object, **steps: int) -> int:
+    counts = [f"--{name}_steps={value}" for name, value in (STEPS | steps).items()]
+    return pretrain.main([str(word) for word in ("--output_path", out, *TINY, *counts, *more)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pretrain") / "run"
+    assert run(out) == 0
+    return out
+
+
+def test_no_split_s_concept_is_ever_trained_on() -> None:
+    shown = {pictures.split_of(concept) for concept in renders.training_concepts()}
+    assert shown == {"training"}
+    scenes = renders.training_scenes(60, seed=0)
+    random = np.random.default_rng(0)
+    missed = [renders.near_miss(scene, random) for scene in scenes]
+    assert {pictures.split_of(concept) for concept in [*scenes, *missed]} == {"training"}
+    for scene, miss in zip(scenes, missed, strict=True):
+        names = pictures.ATTRIBUTES
+        assert sum(getattr(scene, name) != getattr(miss, name) for name in names) == 1
+
+
+@pytest.mark.parametrize("split", list(pictures.SPLITS))
+def test_unseen_scenes_are_of_their_split(split: str) -> None:
+    scenes = renders.unseen_scenes(split, 40, seed=0)
+    assert {pictures.split_of(scene) for scene in scenes} == {split}
+    assert len({pictures.concept_name(scene) for scene in scenes}) == 40
+
+
+def test_cached_pictures_belong_to_their_scenes(tmp_path: Path) -> None:
+    """Other scenes in the same folder must not find the first ones' pictures."""
+    for seed in (0, 1):
+        data = renders.Renders(tmp_path, 4, seed)
+        for scene, picture in zip(data.scenes, data.whole, strict=True):
+            np.testing.assert_array_equal(picture, pictures.render(scene, models.SIZE_PX))
+
+
+def test_all_parts_load_where_the_real_ones_do(trained: Path) -> None:
+    weights = models.Models(trained / "weights")
+    pipe = injection.load_sdxl(weights.sdxl, torch.float32, "cpu")
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.scheduler.config.rescale_betas_zero_snr
+    assert pipe.vae.config.latents_mean and pipe.vae.config.latents_std
+    adapter = injection.read_ip_adapter(weights.ip_adapter, models.TRAINED.clip["embed_dim"])
+    injection.Injector.install(pipe.unet, adapter)
+    clip = load_clip(str(weights.clip_config), str(weights.clip_checkpoint), torch.device("cpu"))
+    assert clip.encode_texts(["a red star"]).shape == (1, models.TRAINED.clip["embed_dim"])
+    judge.load(weights.judge)
+    files = list(weights.folder.rglob("*.safetensors"))
+    assert len(files) == 7 and sum(file.stat().st_size for file in files) < 40e6
+
+
+def test_latents_come_out_with_mean_0_and_variance_1(trained: Path) -> None:
+    vae = injection.load_sdxl(trained / "weights" / "sdxl", torch.float32, "cpu").vae
+    data = renders.Renders(trained / "cache", 24, 0)
+    latents = pretrain.whitened_latents(vae, data.whole)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.05
+    assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
+
+
+def test_the_generator_learns_every_part_of_the_adapter(trained: Path) -> None:
+    state = torch.load(trained / "generator" / "state.pt", weights_only=True)["model"]
+    start = models.build_unet(models.TRAINED)
+    fresh = pretrain.set_adapter(start, models.TRAINED.clip["embed_dim"])
+    names = [name for name in state if "_ip." in name or name.startswith("projection.proj")]
+    assert len(names) == 2 * len(fresh.layers) + 2
+    before = torch.nn.ModuleDict({"unet": start, "projection": fresh.projection}).state_dict()
+    assert all(not torch.equal(state[name], before[name]) for name in names)
+
+
+def test_a_finished_run_trains_nothing(trained: Path) -> None:
+    before = {
+        path: path.stat().st_mtime_ns for path in (trained / "weights").rglob("*.safetensors")
+    }
+    assert run(trained) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_stopped_part_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Bit for bit: draws depend on the step alone."""
+    data = renders.Renders(tmp_path / "cache", 24, 0)
+    finals = []
+    for name, stops in (("whole", []), ("cut", ["SIGTERM"])):
+        folder, torch_seed = tmp_path / name, 5
+        torch.manual_seed(torch_seed)
+        if stops:
+            with pytest.raises(util.Preempted):
+                pretrain.fit(pretrain.JudgePart(data, 8), 3, folder, 0, stops)
+            assert torch.load(folder / "judge" / "state.pt", weights_only=True)["step"] == 1
+            torch.manual_seed(99)  # other initial weights, replaced by the saved ones
+        part = pretrain.JudgePart(data, 8)
+        pretrain.fit(part, 3, folder, 0, [])
+        finals.append(part.model.state_dict())
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+
+
+def test_grouped_contrast_is_clip_s_loss_without_groups() -> None:
+    import loss
+
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(6, 8, generator=random), torch.randn(6, 8, generator=random)
+    scale = torch.tensor(10.0)
+    torch.testing.assert_close(
+        pretrain.grouped_contrast(a, b, 1, scale), loss.clip_loss(a, b, scale)
+    )
+
+
+def test_wrong_captions_raise_the_loss_and_swapped_groups_too() -> None:
+    random = torch.Generator().manual_seed(0)
+    text = torch.randn(3, 8, generator=random)
+    shown = text.repeat_interleave(2, dim=0)
+    scale = torch.tensor(20.0)
+    right = pretrain.grouped_contrast(shown, text, 2, scale)
+    near = torch.cat([text, text[:1] + 0.1])
+    assert pretrain.grouped_contrast(shown, near, 2, scale) > right
+    assert pretrain.grouped_contrast(shown.roll(2, dims=0), text, 2, scale) > right + 1
