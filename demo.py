@@ -24,6 +24,7 @@ from miniworld import judge, models, quality
 
 HERE = Path(__file__).resolve().parent
 SUBJECT = "sub-01"
+PRIOR_STEPS = 10  # half of the default, for time
 SUPERPIXEL_PX = 256  # the pictures' own size
 
 
@@ -39,7 +40,7 @@ class Scale:
     drawn: int  # stimuli
 
 
-FULL = Scale(2, 180, 3, 200, 16, 12)
+FULL = Scale(2, 170, 3, 200, 12, 12)
 QUICK = Scale(1, 40, 2, 40, 20, 4)
 
 
@@ -114,6 +115,7 @@ def drawing(
         size=models.SIZE_PX,
         superpixel_size=SUPERPIXEL_PX,
         max_stimuli=drawn,
+        prior_steps=PRIOR_STEPS,
         seed=seed,
         device="cpu",
     )
@@ -128,6 +130,7 @@ def scoring(out: Path, seed: int, images: str, name: str) -> tuple[str, list[str
         data_path=out / "world" / "data",
         clip_feature_path=out / "clip_features",
         images=out / images,
+        prior_steps=PRIOR_STEPS,
         output_dir=out / name,
         seed=seed,
         device="cpu",

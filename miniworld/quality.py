@@ -16,6 +16,7 @@ import util
 from clip_feature_extractor import load_clip
 from evaluate import read_run
 from miniworld import judge, models, pictures
+from modalities import recipes
 
 PLACE_TOLERANCE = 0.1  # picture widths: a fifth of an object
 
@@ -69,7 +70,8 @@ def judged_run(
     truth = util.read_json(data_path / "scenes.json")["scenes"]
     of_folder = {Path(key).parent.name: pictures.Scene(**scene) for key, scene in truth.items()}
     found = {}
-    for recipe in dict.fromkeys(record["recipe"] for record in records):
+    drawn_recipes = {record["recipe"] for record in records}
+    for recipe in (item.name for item in recipes("all") if item.name in drawn_recipes):
         chosen = [record for record in records if record["recipe"] == recipe]
         drawn = np.stack(
             [np.asarray(superpixel.read_picture(images / record["file"])) for record in chosen]

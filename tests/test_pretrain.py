@@ -67,6 +67,8 @@ def test_all_parts_load_where_the_real_ones_do(trained: Path) -> None:
     clip = load_clip(str(weights.clip_config), str(weights.clip_checkpoint), torch.device("cpu"))
     assert clip.encode_texts(["a red star"]).shape == (1, models.TRAINED.clip["embed_dim"])
     judge.load(weights.judge)
+    unet, _ = util.load_tensors(weights.sdxl / "unet" / models.WEIGHTS_FILE)
+    assert set(unet) == set(models.build_unet(models.TRAINED).state_dict())
     files = list(weights.folder.rglob("*.safetensors"))
     assert len(files) == 7 and sum(file.stat().st_size for file in files) < 40e6
 
