@@ -27,7 +27,8 @@ LAYERS: dict[str, float] = {
     "controls": 3.5,
     **dict.fromkeys(("preprocess", "clip_feature_extractor", "train"), 4),
     **dict.fromkeys(("generate", "evaluate", "report"), 4),
-    **dict.fromkeys(("miniworld", "demo"), 5),
+    "miniworld": 5,
+    "demo": 6,
 }
 PACKAGES = ("subject_layers", "miniworld")
 PROGRAMS = {stage: stage_parser().prog for stage, stage_parser in args.STAGES.items()}
