@@ -449,8 +449,10 @@ class GeneratorPart:
         return {"loss": (weight * error).mean(), "error": error.mean()}
 
     def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
         util.save_tensors(weights.ip_adapter, halved(self.injector.state()), about)
-        self.unet.set_default_attn_processor()  # the adapter has a file of its own
+        self.unet.set_attn_processor(AttnProcessor2_0())  # the adapter has a file of its own
         plain = self.unet.half().to(memory_format=torch.contiguous_format)
         plain.save_pretrained(weights.sdxl / "unet", safe_serialization=True)
 

@@ -156,6 +156,7 @@ def test_pictures_of_other_stimuli_are_refused(
             "recipe": "fused",
             "file": "x.png",
             "prompt_source": "neutral",
+            "control": None,
         },
     )
     (images / "x.png").write_bytes(b"")
