@@ -41,7 +41,7 @@ class Scale:
 
 
 FULL = Scale(2, 170, 3, 200, 12, 12)
-QUICK = Scale(1, 40, 2, 40, 20, 4)
+QUICK = Scale(1, 40, 2, 40, 14, 4)
 
 
 def flags(**values: object) -> list[str]:
