@@ -43,6 +43,7 @@ CONTROLS = {  # of --control, with the mark that everything drawn or scored unde
     "mean_embedding": "CONTROL: mean training embedding, no EEG",
     "true_embedding": "CEILING: the stimulus' own embeddings, no EEG",
 }
+WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
 STEERING = ("config", "dry_run", "print_config")
 
 
@@ -689,7 +690,7 @@ def _validate(parser: Parser, values: argparse.Namespace) -> None:
             "texts would be equal, and no other braces"
         )
     control = getattr(values, "control", None)
-    if control in ("mean_embedding", "true_embedding") and not values.clip_feature_path:
+    if control in WITHOUT_EEG and not values.clip_feature_path:
         parser.error(f"--control {control} needs --clip_feature_path, where the embeddings are")
     if parser.stage == "evaluate" and not (values.model_path or values.images):
         parser.error("nothing to score: give --model_path (retrieval), --images (pictures) or both")

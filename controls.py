@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import args
 import util
 from ATMS_retrieval import Decoder
 from dataset import Stimulus, TestEEG, check_clip, open_bank
@@ -56,7 +57,7 @@ def predict(
     features: Path | None,
 ) -> dict[str, torch.Tensor]:
     """``Decoder.predict``, or what a control puts in its place."""
-    if control in ("true_embedding", "mean_embedding"):
+    if control in args.WITHOUT_EEG:
         if test.stimuli is None:
             raise util.UserError(
                 f"--control {control}",

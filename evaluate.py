@@ -102,7 +102,7 @@ def subject_rows(
     truth = torch.arange(len(test.stimuli))
     everything = range(len(test.eeg))
     queries = []
-    if control not in ("true_embedding", "mean_embedding"):
+    if control not in args.WITHOUT_EEG:
         read = controls.controlled_eeg(test, control, seed)
         queries += [("encoder -> image", decoder.condition(read, everything), gallery["image"])]
     if decoder.bank is not None:

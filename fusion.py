@@ -87,14 +87,12 @@ def gains_for(
     condition: torch.Tensor,
     stimuli: Sequence[int],
     seed: int,
-) -> torch.Tensor | None:
-    """Gains [n, M] of ``fixed`` (None: the registered ones), ``validated`` or ``confidence``.
+) -> torch.Tensor:
+    """Gains [n, M] of ``validated`` or ``confidence``.
 
     ``condition`` [n, C]: the EEG's embeddings of these stimuli. Raises UserError for a model that
     was trained without held-out concepts.
     """
-    if kind == "fixed":
-        return None
     if calibration is None:
         raise util.UserError(
             f"--fusion_weights {kind}",

@@ -436,15 +436,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.control,
         values.clip_feature_path,
     )
-    read = controls.controlled_eeg(test, values.control, values.seed)
-    gains = fusion.gains_for(
-        values.fusion_weights,
-        decoder.calibration,
-        decoder.bank,
-        decoder.condition(read, rows).to(device),
-        [test.ids[row] for row in rows],
-        values.seed,
-    )
+    gains = None
+    if values.fusion_weights != "fixed":
+        read = controls.controlled_eeg(test, values.control, values.seed)
+        gains = fusion.gains_for(
+            values.fusion_weights,
+            decoder.calibration,
+            decoder.bank,
+            decoder.condition(read, rows).to(device),
+            [test.ids[row] for row in rows],
+            values.seed,
+        )
     util.save_tensors(
         run.path / f"embeddings{part}.safetensors",
         embeddings | {"stimulus": torch.tensor([test.ids[row] for row in rows])},

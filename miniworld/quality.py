@@ -85,10 +85,8 @@ def judged_run(
 def place_errors(drawn: np.ndarray, scenes: Sequence[pictures.Scene]) -> np.ndarray:
     """How far the object's centroid is from where it was, in picture widths: [n].
 
-    ``drawn``: uint8 [n, W, W, 3].
-
-    The object is where pixels are nearer to its colour than to either tone of the background; NaN
-    where nothing is.
+    ``drawn``: uint8 [n, W, W, 3]. The object is where pixels are nearer to its colour than to
+    either tone of the background; NaN where nothing is.
     """
     found = np.full(len(scenes), np.nan)
     for row, (picture, scene) in enumerate(zip(drawn.astype(float), scenes, strict=True)):
