@@ -322,6 +322,12 @@ def train() -> Parser:
     group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
         help="weight of the CLIP contrastive loss beside the priors' loss")
     _contrast(group)
+    group.add("--prior_loss", choices=("velocity", "noise"), default="velocity",
+        help="what 0.7 MSE + 0.3 (1 - cos) compares: the priors' own output, which trains them "
+        "several times faster, or the noise that follows from it, as published")
+    group.add("--noise_draws", type=positive_int, default=4, metavar="N",
+        help="timesteps and noises at which the priors see each sample of a batch: cheap beside "
+        "the encoder, and they learn faster")
     group.add("--loss_weights", choices=("fixed", "uncertainty"), default="fixed",
         help="of the five priors: the registry's, or learned log-variances")
     group.add("--condition_dropout", type=share, default=0.1, metavar="P",

@@ -25,7 +25,9 @@ from miniworld import judge, models, quality
 HERE = Path(__file__).resolve().parent
 SUBJECT = "sub-01"
 PRIOR_STEPS = 10  # half of the default, for time
-SUPERPIXEL_PX = 256  # the pictures' own size
+TRAINING_REPETITIONS = 2  # with as many trials, more pictures teach more
+TIME_WINDOW_S = (0.0, 0.6)  # after it, the simulated brain is silent
+SUPERPIXEL_PX = 128  # half the pictures' own size: a quarter of the time, and CLIP sees 64
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,16 @@ class Scale:
     drawn: int  # stimuli
 
 
-FULL = Scale(2, 170, 3, 200, 12, 12)
-QUICK = Scale(1, 40, 2, 40, 14, 4)
+FULL = Scale(2, 500, 2, 200, 8, 12)
+QUICK = Scale(1, 100, 2, 40, 8, 4)
 
 
 def flags(**values: object) -> list[str]:
-    """``--name value`` of each; True is a switch."""
+    """``--name value`` of each, ``--name a b`` of tuples; True is a switch."""
     words = []
     for name, value in values.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        several = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name}", *(str(one) for one in several if one is not True)]
     return words
 
 
@@ -63,6 +66,7 @@ def commands(
         training_concepts=scale.training_concepts,
         images_per_concept=scale.images_per_concept,
         test_concepts=scale.test_concepts,
+        training_repetitions=TRAINING_REPETITIONS,
         test_split=split,
         seed=seed,
     )
@@ -82,9 +86,11 @@ def commands(
         data_path=data,
         clip_feature_path=out / "clip_features",
         output_dir=out / "model",
+        time_window=TIME_WINDOW_S,
         epochs=scale.epochs,
         batch_size=64,
         learning_rate=1e-3,
+        text_contrast=0.5,
         ema_decay=0.99,
         seed=seed,
         device="cpu",

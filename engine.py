@@ -187,7 +187,10 @@ class _Training:
         self.model, self.schedule = model, schedule
         self.checkpoints = Checkpoints(run.path / "checkpoints")
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay
+            model.parameters(),
+            schedule.learning_rate,
+            weight_decay=schedule.weight_decay,
+            fused=True,
         )
         self.average = Average(model, schedule.ema_decay) if schedule.ema_decay else None
         self.step, self.best = 0, float("-inf")

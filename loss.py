@@ -1,4 +1,4 @@
-"""Losses: noise prediction (MSE + cosine), CLIP contrast, and their weighted totals."""
+"""Losses: of the priors (MSE + cosine), CLIP contrast, and their weighted totals."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def check_pair(predicted: torch.Tensor, target: torch.Tensor) -> None:
         )
 
 
-def noise_loss(predicted: torch.Tensor, noise: torch.Tensor) -> LossTerms:
-    """Loss of a predicted noise [B, D] against the noise [B, D] that was added."""
-    check_pair(predicted, noise)
-    mse = F.mse_loss(predicted, noise)
-    cosine = F.cosine_similarity(predicted, noise, dim=1).mean()
+def prior_loss(predicted: torch.Tensor, target: torch.Tensor) -> LossTerms:
+    """Loss of a predicted velocity or noise [B, D] against the true one [B, D]."""
+    check_pair(predicted, target)
+    mse = F.mse_loss(predicted, target)
+    cosine = F.cosine_similarity(predicted, target, dim=1).mean()
     return LossTerms(MSE_SHARE * mse + COSINE_SHARE * (1 - cosine), mse, cosine)
 
 

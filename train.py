@@ -22,29 +22,40 @@ from masking import Masking
 from modalities import NAMES
 from unet import PriorBank
 
-VALIDATION_DRAWS = 4  # timesteps and noises per held-out stimulus, the same at every validation
+VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
 
 
 class JointObjective:
     """Sum of registry weight x prior loss, plus ``contrast_weight`` x CLIP loss.
 
-    Gradients reach the encoder from all of them.
+    Gradients reach the encoder from all of them. ``noise_draws``: timesteps and noises at which
+    the priors see each sample of a batch.
     """
 
     def __init__(
-        self, decoder: Decoder, data: TrainingData, contrast_weight: float, text_share: float
+        self,
+        decoder: Decoder,
+        data: TrainingData,
+        contrast_weight: float,
+        text_share: float,
+        noise_draws: int,
     ) -> None:
         self.decoder, self.data = decoder, data
         self.contrast_weight, self.text_share = contrast_weight, text_share
+        self.noise_draws = noise_draws
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         embedding = self.decoder.encoder(batch.eeg, batch.subject)
-        return self._losses(embedding, batch.targets, generator)
+        return self._losses(embedding, batch.targets, generator, self.noise_draws)
 
     def _losses(
-        self, embedding: torch.Tensor, targets: dict[str, torch.Tensor], generator: torch.Generator
+        self,
+        embedding: torch.Tensor,
+        targets: dict[str, torch.Tensor],
+        generator: torch.Generator,
+        noise_draws: int,
     ) -> dict[str, torch.Tensor]:
-        terms = self.decoder.bank.losses(targets, embedding, generator)
+        terms = self.decoder.bank.losses(targets, embedding, generator, noise_draws)
         contrast = contrastive_total(
             embedding, targets, self.decoder.encoder.similarity_scale, self.text_share
         )
@@ -64,13 +75,8 @@ class JointObjective:
         rows = self.data.val_rows.repeat(len(self.data.signal["subjects"]))
         targets = {name: features[rows].to(device) for name, features in self.data.targets.items()}
         generator = util.generator_for(self.data.seed, "validation noise")
-        draws = [
-            self._losses(embeddings.to(device), targets, generator) for _ in range(VALIDATION_DRAWS)
-        ]
-        scores = {
-            f"val_{name}": float(torch.stack([draw[name] for draw in draws]).mean())
-            for name in draws[0]
-        }
+        losses = self._losses(embeddings.to(device), targets, generator, VALIDATION_DRAWS)
+        scores = {f"val_{name}": float(value) for name, value in losses.items()}
         self.decoder.calibration = self._calibrate(embeddings.to(device), targets)
         scores |= {
             f"val_{name}_skill": of["skill"] for name, of in self.decoder.calibration.items()
@@ -94,6 +100,7 @@ def new_decoder(
     seed: int,
     condition_dropout: float,
     loss_weights: str,
+    prior_loss: str,
     init_from: Path | None,
 ) -> Decoder:
     """A fresh decoder, its bank standardised on the training rows.
@@ -119,6 +126,7 @@ def new_decoder(
             encoder.embed_dim,
             condition_dropout=condition_dropout,
             learned_weights=loss_weights == "uncertainty",
+            loss_on=prior_loss,
         )
     bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
     return Decoder(encoder, bank, data.signal, data.clip)
@@ -142,13 +150,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.cache_dir,
     )
     decoder = new_decoder(
-        data, values.seed, values.condition_dropout, values.loss_weights, values.init_from
+        data,
+        values.seed,
+        values.condition_dropout,
+        values.loss_weights,
+        values.prior_loss,
+        values.init_from,
     )
     masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
     parameters = engine.describe_parameters(decoder)
     plan = [*data.describe(), f"train {parameters} on {device} for {values.epochs} epochs"]
     run = util.open_run(options, values.output_dir, data.hashes, plan)
-    objective = JointObjective(decoder, data, values.contrast_weight, values.text_contrast)
+    objective = JointObjective(
+        decoder, data, values.contrast_weight, values.text_contrast, values.noise_draws
+    )
     engine.fit(run, decoder, objective, data, masking, engine.schedule_from(values), device)
     print(f"model: {values.output_dir / 'checkpoints' / 'best' / 'model.safetensors'}")
     return 0

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loss import LossTerms, noise_loss
+from loss import LossTerms, prior_loss
 from modalities import NAMES
 from util import generator_for
 
@@ -184,11 +184,16 @@ class PriorBank(nn.Module):
         dropout: float = 0.1,
         condition_dropout: float = 0.1,
         learned_weights: bool = False,
+        loss_on: str = "velocity",
     ) -> None:
-        """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed."""
+        """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed.
+
+        ``loss_on``: what the losses compare, ``velocity`` or ``noise``.
+        """
         super().__init__()
         self.embed_dim, self.cond_dim = embed_dim, cond_dim
         self.dropout, self.condition_dropout = dropout, condition_dropout
+        self.loss_on = loss_on
         self.priors = nn.ModuleDict(
             {name: DiffusionPriorUNet(embed_dim, cond_dim, dropout=dropout) for name in NAMES}
         )
@@ -202,7 +207,7 @@ class PriorBank(nn.Module):
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
 
     @property
-    def config(self) -> dict[str, float | bool]:
+    def config(self) -> dict[str, float | bool | str]:
         """What rebuilds an empty bank of this shape."""
         return {
             "embed_dim": self.embed_dim,
@@ -210,6 +215,7 @@ class PriorBank(nn.Module):
             "dropout": self.dropout,
             "condition_dropout": self.condition_dropout,
             "learned_weights": self.log_variance is not None,
+            "loss_on": self.loss_on,
         }
 
     def fit_targets(self, features: Mapping[str, torch.Tensor]) -> None:
@@ -237,13 +243,20 @@ class PriorBank(nn.Module):
         return sample * getattr(self, f"{name}_std") + getattr(self, f"{name}_mean")
 
     def losses(
-        self, targets: Mapping[str, torch.Tensor], cond: torch.Tensor, generator: torch.Generator
+        self,
+        targets: Mapping[str, torch.Tensor],
+        cond: torch.Tensor,
+        generator: torch.Generator,
+        draws: int = 1,
     ) -> dict[str, LossTerms]:
-        """Noise losses of targets {modality: [B, D]} given cond [B, C]; gradients reach ``cond``.
+        """Losses of targets {modality: [B, D]} given cond [B, C]; gradients reach ``cond``.
 
-        Timesteps, noise and the dropped conditions are drawn per sample from ``generator`` (CPU).
+        Timesteps, noise and the dropped conditions are drawn from ``generator`` (CPU), ``draws``
+        times per sample. Compared on noise, a row's squared error counts a_t times what it counts
+        on velocity: next to nothing at high t, where only the condition knows the embedding.
         """
         losses = {}
+        conditions = cond.repeat_interleave(draws, dim=0)
         for name, prior in self.priors.items():
             clean = self.standardise(name, targets[name])
             if clean.ndim != 2 or len(clean) != len(cond):
@@ -251,19 +264,29 @@ class PriorBank(nn.Module):
                     f"{name}: target {tuple(clean.shape)} for cond {tuple(cond.shape)}, "
                     "expected [B, D]"
                 )
+            clean = clean.repeat_interleave(draws, dim=0)
             rows = len(clean)
             t = torch.randint(TRAIN_STEPS, (rows,), generator=generator).to(cond.device)
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             keep = (torch.rand(rows, generator=generator) >= self.condition_dropout).to(cond.device)
             noisy = self.add_noise(clean, noise, t)
-            velocity = prior(noisy, t, cond, keep)
-            losses[name] = noise_loss(self.noise_from(velocity, noisy, t), noise)
+            velocity = prior(noisy, t, conditions, keep)
+            if self.loss_on == "noise":
+                losses[name] = prior_loss(self.noise_from(velocity, noisy, t), noise)
+            else:
+                losses[name] = prior_loss(velocity, self.velocity_of(clean, noise, t))
         return losses
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """DDPM forward process: sqrt(a_t) clean + sqrt(1 - a_t) noise, per row."""
         kept = self.alphas_cumprod[t][:, None].to(clean.dtype)
         return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+
+    def velocity_of(
+        self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """Velocity, which the networks learn: sqrt(a_t) noise - sqrt(1 - a_t) clean, per row."""
+        return self.add_noise(noise, -clean, t)
 
     def noise_from(
         self, velocity: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor

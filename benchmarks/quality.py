@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --output_path OUT --json quality.json     # the shipped weights
     python benchmarks/quality.py --output_path OUT_CHOICE --ablation       # on validation concepts
+    python benchmarks/quality.py --output_path OUT_CHOICE --ablation fusion_ steps_  # some knobs
 
 The EEG is SIMULATED. Stages are run by their public command lines and resume where they stopped.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ KNOBS: Mapping[str, Mapping[str, object]] = {
     **{f"guidance_{value}": {"guidance": value} for value in (1.0, 3.0, 5.0)},
     **{f"steps_{value}": {"steps": value} for value in (5, 20)},
     **{f"prior_guidance_{value}": {"prior_guidance": value} for value in (1.0, 4.0)},
+    "prior_draws_1": {"prior_draws": 1},
     **{f"injection_{value}": {"injection": value} for value in ("uniform", "published")},
 }
 
@@ -55,9 +57,9 @@ def summary(values: np.ndarray, seed: int) -> dict[str, Any]:
     }
 
 
-def of_miniatures(weights: models.Models, split: str, n: int, seed: int) -> dict[str, Any]:
-    """The models themselves on renders of n unseen concepts."""
-    scenes = renders.unseen_scenes(split, n, seed)
+def of_miniatures(weights: models.Models, n: int, seed: int) -> dict[str, Any]:
+    """The models themselves on renders of n test concepts."""
+    scenes = renders.unseen_scenes("test", n, seed)
     vae = injection.load_sdxl(weights.sdxl, torch.float32, "cpu").vae
     verdicts = quality.judge_accuracy(judge.load(weights.judge), scenes)
     rows = {"vae_psnr": summary(quality.vae_psnr(vae, scenes), seed)}
@@ -94,14 +96,14 @@ def of_retrieval(out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_chain(out: Path, seed: int, scale: demo.Scale, split: str) -> None:
-    """World to scores, all stimuli, with both controls. Exits with the code of a failing stage.
+def run_chain(out: Path, seed: int, scale: demo.Scale) -> None:
+    """World to scores, all stimuli, with both controls.
 
     In the demo's own folder, its world, embeddings and model are found finished.
     """
     modes = {None: "all", "shuffled_eeg": "all", "true_embedding": "fused"}
     plan = [
-        *demo.commands(out, seed, scale, split),
+        *demo.commands(out, seed, scale),
         *(
             demo.drawing(
                 out, seed, scale.test_concepts, folder(control), mode, **control_of(control)
@@ -110,6 +112,11 @@ def run_chain(out: Path, seed: int, scale: demo.Scale, split: str) -> None:
         ),
         demo.scoring(out, seed, folder(None), "quality/scores"),
     ]
+    run(plan)
+
+
+def run(plan: list[tuple[str, list[str]]]) -> None:
+    """Exits with the code of a failing stage."""
     if code := demo.run(plan):
         raise SystemExit(code)
 
@@ -145,26 +152,29 @@ def presets_without_and_moved(where: Path) -> Iterator[tuple[str, dict[str, obje
         yield label, {"injection": path}
 
 
-def ablation(out: Path, seed: int, drawn: int) -> str:
-    """Fused pictures under every knob, each beside the demo's own settings."""
-    settings = {
-        "as_is": {},
-        **KNOBS,
-        **dict(presets_without_and_moved(out / "quality" / "presets")),
+def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
+    """Fused pictures of validation concepts under every knob whose name starts as ``wanted``."""
+    moved = dict(presets_without_and_moved(out / "quality" / "presets"))
+    chosen = {
+        name: more
+        for name, more in {**KNOBS, **moved}.items()
+        if not wanted or name.startswith(tuple(wanted))
     }
-    plan = [
+    settings = {"as_is": {}, **chosen}
+    scale = replace(demo.FULL, test_concepts=drawn)
+    draw = [
         demo.drawing(out, seed, drawn, f"quality/ablation/{name}", "fused", **more)
         for name, more in settings.items()
     ]
-    if code := demo.run(plan):
-        raise SystemExit(code)
+    run([*demo.commands(out, seed, scale, "validation"), *draw])
     model = judge.load(models.Models(out / "world" / "models").judge)
     data = out / "world" / "data"
     found = {
         name: quality.judged_run(model, out / "quality" / "ablation" / name, data)["fused"]
         for name in settings
     }
-    return quality.judge_table(found, seed)
+    above = quality.above_table(found, dict.fromkeys(found, found["as_is"]), seed)
+    return f"{quality.judge_table(found, seed)}\nabove as_is, paired by stimulus\n\n{above}"
 
 
 def as_markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -182,37 +192,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--stimuli", type=int, default=200, help="unseen concepts (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--ablation", action="store_true",
-        help="choose settings: all on VALIDATION concepts, then a table of every knob")  # fmt: skip
-    return parser.parse_args(argv)
+    parser.add_argument("--ablation", nargs="*", metavar="KNOB",
+        help="instead, choose settings: fused pictures of VALIDATION concepts under every knob, or "
+        "those whose names start like this")  # fmt: skip
+    given = parser.parse_args(argv)
+    if given.json and given.ablation is not None:
+        parser.error("--json holds the test concepts' table; --ablation prints another one")
+    return given
 
 
 def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     out, seed, n = given.output_path.resolve(), given.seed, given.stimuli
-    split = "validation" if given.ablation else "test"
-    run_chain(out, seed, replace(demo.FULL, test_concepts=n), split)
+    if given.ablation is not None:
+        print(f"\n{n} validation concepts, SIMULATED EEG of {demo.SUBJECT}, fused\n")
+        print(ablation(out, seed, n, given.ablation))
+        return 0
+    run_chain(out, seed, replace(demo.FULL, test_concepts=n))
     weights, data = models.Models(out / "world" / "models"), out / "world" / "data"
     model = judge.load(weights.judge)
     found = {
         control: quality.judged_run(model, out / folder(control), data)
         for control in (None, "shuffled_eeg", "true_embedding")
     }
-    rows = of_miniatures(weights, split, n, seed)
+    rows = of_miniatures(weights, n, seed)
     rows |= of_pictures(found["true_embedding"]["fused"], "ceiling", "", seed)
     rows |= of_retrieval(out)
     rows |= of_pictures(found[None]["fused"], "eeg", "", seed)
     rows |= of_pictures(found["shuffled_eeg"]["fused"], "eeg", "_shuffled", seed)
     chance = {name: 1 / len(values) for name, values in pictures.ATTRIBUTES.items()}
-    print(f"\n{n} unseen {split} concepts, SIMULATED EEG of {demo.SUBJECT}; chance {chance}\n")
+    print(f"\n{n} unseen test concepts, SIMULATED EEG of {demo.SUBJECT}; chance {chance}\n")
     print(as_markdown(rows))
     for control, verdicts in found.items():
         print(f"\n{control or 'EEG'}\n\n{quality.judge_table(verdicts, seed)}")
-    if given.ablation:
-        print(f"\nablation, fused\n\n{ablation(out, seed, n)}")
+    above = quality.above_table(found[None], found["shuffled_eeg"], seed)
+    print(f"\nEEG above shuffled_eeg, paired by stimulus\n\n{above}")
+    print(f"\nprogressive: what each modality adds\n\n{quality.progress_table(found[None], seed)}")
     if given.json:
-        util.write_json(given.json, {"split": split, "simulated": True, "rows": rows,
-                                     **util.environment()})  # fmt: skip
+        util.write_json(given.json, {"simulated": True, "rows": rows, **util.environment()})
     return 0
 
 

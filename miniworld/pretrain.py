@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import engine
 import injection
+import modalities
 import util
 from clip_feature_extractor import load_clip
 from miniworld import judge, models, pictures, renders
@@ -45,6 +46,7 @@ class Part(Protocol):
     name: str
     model: nn.Module
     learning_rate: float
+    weight_decay: float  # of matrices and kernels; norms and biases have none
     ema_decay: float
 
     def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -70,12 +72,13 @@ class Training:
 
     def __init__(self, part: Part, path: Path) -> None:
         self.part, self.path, self.step = part, path, 0
+        every = list(part.model.parameters())
+        groups = [
+            {"params": [p for p in every if p.ndim > 1], "weight_decay": part.weight_decay},
+            {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            part.model.parameters(),
-            part.learning_rate,
-            betas=(0.9, 0.98),
-            weight_decay=0.01,
-            fused=True,
+            groups, part.learning_rate, betas=(0.9, 0.98), fused=True
         )
         self.average = engine.Average(part.model, part.ema_decay)
         if path.exists():
@@ -169,7 +172,7 @@ def as_pixels(pictures: np.ndarray) -> torch.Tensor:
 class VaePart:
     """Autoencoder: MSE, a little L1, very little KL; on crops at first, at last on whole ones."""
 
-    name, learning_rate, ema_decay = "vae", 1.5e-3, 0.998
+    name, learning_rate, weight_decay, ema_decay = "vae", 1.5e-3, 0.01, 0.998
     batch_size, crop_px, crops_until = 8, 64, 0.88
     kl_weight = 1e-4
 
@@ -266,7 +269,7 @@ class ClipPart:
     has to read both; ``spread`` fills the vector evenly.
     """
 
-    name, learning_rate, ema_decay = "clip", 1e-3, 0.998
+    name, learning_rate, weight_decay, ema_decay = "clip", 1e-3, 0.01, 0.998
     batch_size = 64
     weights: Mapping[str, float] = MappingProxyType(
         {"picture": 1.0, "view": 0.5, "own": 0.5, "gap": 0.5, "moments": 1.0, "overlap": 0.05}
@@ -336,7 +339,7 @@ class ClipPart:
 class JudgePart:
     """Attributes of renders, with noise, blur and tints so that drawn pictures are in reach."""
 
-    name, learning_rate, ema_decay = "judge", 1.5e-3, 0.998
+    name, learning_rate, weight_decay, ema_decay = "judge", 1.5e-3, 0.01, 0.998
     batch_size = 64
 
     def __init__(self, data: renders.Renders, batch_size: int | None) -> None:
@@ -378,12 +381,16 @@ def set_adapter(unet: Any, clip_dim: int) -> injection.Injector:
 class GeneratorPart:
     """v-prediction with zero terminal SNR; the adapter at scale 1 in all layers, as the real one.
 
-    Most rows have a neutral prompt and the picture's own un-normalised CLIP embedding.
+    Most rows have a neutral prompt and the picture's own un-normalised CLIP embedding. Unlike the
+    real adapter's, ``few_sites_share`` of the rows are injected at some sites only: SDXL's sites
+    act alone, too (InstantStyle, arXiv:2404.02733), miniature ones only once they had to.
     """
 
-    name, learning_rate, ema_decay = "generator", 1e-3, 0.999
+    # Strong decay: Adam moves weights whose gradient is mostly noise as far as all others. Without
+    # it kernels quadrupled, and the input drowned what the deep levels add: no shapes.
+    name, learning_rate, weight_decay, ema_decay = "generator", 1e-3, 0.5, 0.999
     batch_size = 16
-    caption_share, embedding_dropout = 0.2, 0.08
+    caption_share, embedding_dropout, few_sites_share = 0.2, 0.08, 0.35
     snr_limit = 5.0  # of SNR + 1: what is nearly clean counts less
 
     def __init__(
@@ -394,6 +401,7 @@ class GeneratorPart:
         self.unet = models.build_unet(models.TRAINED).to(memory_format=torch.channels_last)
         self.injector = set_adapter(self.unet, models.TRAINED.clip["embed_dim"])
         self.model = nn.ModuleDict({"unet": self.unet, "projection": self.injector.projection})
+        self.sites = [list(modalities.SITES).index(layer.site) for layer in self.injector.layers]
         self.scheduler = models.trained_scheduler()
         pipe = injection.load_sdxl(weights.sdxl, torch.float32, "cpu")
         self.latents = kept(
@@ -419,15 +427,24 @@ class GeneratorPart:
             for part, other in zip(self.captions, self.neutral, strict=True)
         )
 
+    def scales(self, random: np.random.Generator) -> torch.Tensor:
+        """Injection scales [B, 1, L]: 1 at all sites, or in some rows at one site and perhaps more.
+
+        Squaring the chance of the others makes a site alone the most frequent case.
+        """
+        rows, sites = self.batch_size, len(modalities.SITES)
+        more = random.random((rows, sites)) < random.random((rows, 1)) ** 2
+        alone = random.integers(sites, size=(rows, 1)) == np.arange(sites)
+        everywhere = random.random((rows, 1)) >= self.few_sites_share
+        return torch.from_numpy(more | alone | everywhere).float()[:, None, self.sites]
+
     def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
         size = self.batch_size
         rows = torch.from_numpy(random.integers(len(self.latents), size=size))
         text, pooled = self.texts(rows, random)
         kept = torch.from_numpy(random.random(size) >= self.embedding_dropout)
         embeddings = self.embeddings[rows] * kept[:, None]
-        self.injector.set(
-            embeddings[:, None], torch.ones(size, 1, len(self.injector.layers)), guidance=False
-        )
+        self.injector.set(embeddings[:, None], self.scales(random), guidance=False)
         # spread over all times within a batch: less variance than independent draws
         times = torch.from_numpy((np.arange(size) + random.random()) / size * 1000).long()
         clean = self.latents[rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from evaluate import read_run
 from miniworld import judge, models, pictures
 from modalities import recipes
 
+Verdicts = Mapping[str, Mapping[str, np.ndarray]]  # {recipe or control: {attribute: bool [n]}}
 PLACE_TOLERANCE = 0.1  # picture widths: a fifth of an object
 
 
@@ -104,21 +105,51 @@ def place_errors(drawn: np.ndarray, scenes: Sequence[pictures.Scene]) -> np.ndar
     return found
 
 
-def rate(hits: np.ndarray, seed: int) -> str:
+def rate(values: np.ndarray, seed: int) -> str:
     """``0.83 [0.75, 0.90]``: mean and 95 % bootstrap interval over stimuli."""
-    low, high = metrics.bootstrap_interval(hits.astype(float), seed)
-    return f"{hits.mean():.2f} [{low:.2f}, {high:.2f}]"
+    low, high = metrics.bootstrap_interval(values.astype(float), seed)
+    return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
 
 
-def judge_table(found: dict[str, dict[str, np.ndarray]], seed: int) -> str:
+def judge_table(found: Verdicts, seed: int) -> str:
     """Markdown: a row per recipe or control, a column per attribute, and chance.
 
     place: the object's centre is within PLACE_TOLERANCE of the stimulus'.
     """
-    names = [*pictures.ATTRIBUTES, "place"]
+    chance = " | ".join(f"{1 / len(values):.2f}" for values in pictures.ATTRIBUTES.values())
+    return _table(found, seed) + f"| chance | | {chance} | - |\n"
+
+
+def above_table(found: Verdicts, control: Verdicts, seed: int) -> str:
+    """Markdown: how much more of each attribute the pictures show than the control's.
+
+    Paired by stimulus: with an interval above 0, the difference is significant.
+    """
+    differences = {
+        recipe: {name: hits - 1.0 * control[recipe][name] for name, hits in verdicts.items()}
+        for recipe, verdicts in found.items()
+    }
+    return _table(differences, seed)
+
+
+def progress_table(found: Verdicts, seed: int) -> str:
+    """Markdown: change of the mean over the attributes with each modality that is added."""
+    means = [
+        np.mean([found[recipe.name][name] for name in pictures.ATTRIBUTES], axis=0)
+        for recipe in recipes("progressive")
+    ]
+    added = [recipe.active[-1] for recipe in recipes("progressive")]
+    changes = {
+        f"+ {name}": {"mean of the attributes": after - before}
+        for name, before, after in zip(added[1:], means[:-1], means[1:], strict=True)
+    }
+    return _table(changes, seed)
+
+
+def _table(found: Verdicts, seed: int) -> str:
+    names = list(next(iter(found.values())))
     lines = ["| recipe | N | " + " | ".join(names) + " |", "|" + "---|" * (2 + len(names))]
     for recipe, verdicts in found.items():
         cells = " | ".join(rate(verdicts[name], seed) for name in names)
         lines.append(f"| {recipe} | {len(verdicts[names[0]])} | {cells} |")
-    chance = " | ".join(f"{1 / len(values):.2f}" for values in pictures.ATTRIBUTES.values())
-    return "\n".join([*lines, f"| chance | | {chance} | - |"]) + "\n"
+    return "\n".join(lines) + "\n"

@@ -19,7 +19,7 @@ from loss import (
     clip_loss,
     contrastive_total,
     first_non_finite,
-    noise_loss,
+    prior_loss,
     prior_total,
 )
 from masking import Masking, keep_mask, mask_eeg
@@ -33,9 +33,9 @@ def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
 # --- losses ------------------------------------------------------------------------------------
 
 
-def test_noise_loss_is_its_formula():
+def test_prior_loss_is_its_formula():
     predicted, noise = _normal(7, 5), _normal(7, 5, seed=1)
-    terms = noise_loss(predicted, noise)
+    terms = prior_loss(predicted, noise)
     a, b = predicted.double().numpy(), noise.double().numpy()
     mse = ((a - b) ** 2).mean()
     cosine = ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).mean()
@@ -44,17 +44,17 @@ def test_noise_loss_is_its_formula():
     assert terms.total.item() == pytest.approx(0.7 * mse + 0.3 * (1 - cosine), rel=1e-5)
 
 
-def test_noise_loss_is_zero_for_the_noise_and_sees_swapped_rows():
+def test_prior_loss_is_zero_for_the_noise_and_sees_swapped_rows():
     noise = _normal(6, 9)
-    assert noise_loss(noise, noise).total.item() == pytest.approx(0, abs=1e-6)
-    assert noise_loss(noise.roll(1, 0), noise).total > 0.5
+    assert prior_loss(noise, noise).total.item() == pytest.approx(0, abs=1e-6)
+    assert prior_loss(noise.roll(1, 0), noise).total > 0.5
 
 
 @pytest.mark.parametrize(
     ("a", "b"), [((4, 3), (4, 1, 3)), ((4, 1, 3), (4, 1, 3)), ((4, 3), (1, 3)), ((4, 3), (3,))]
 )
 def test_shapes_that_would_broadcast_are_refused(a, b):
-    for loss in (noise_loss, check_pair, lambda x, y: clip_loss(x, y, torch.tensor(1.0))):
+    for loss in (prior_loss, check_pair, lambda x, y: clip_loss(x, y, torch.tensor(1.0))):
         with pytest.raises(ValueError, match=r"expected the same \[B, D\]"):
             loss(torch.zeros(a), torch.zeros(b))
 

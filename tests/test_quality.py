@@ -12,6 +12,7 @@ from PIL import Image
 
 import util
 from miniworld import judge, models, pictures, quality, renders
+from modalities import NAMES, recipes
 
 SCENES = renders.unseen_scenes("validation", 12, seed=0)
 PICTURES = np.stack([pictures.render(scene, models.SIZE_PX) for scene in SCENES])
@@ -67,6 +68,26 @@ def test_the_table_says_n_and_interval_beside_every_rate() -> None:
     row = next(line for line in table.splitlines() if line.startswith("| fused"))
     assert row.startswith("| fused | 20 |") and row.count("0.75 [") == 5
     assert "chance" in table and f"{1 / len(pictures.SHAPES):.2f}" in table
+
+
+def test_what_is_above_a_control_is_paired_by_stimulus() -> None:
+    """Of the same two rates, the difference is certain only where the same stimuli improve."""
+    eeg = {"a": np.arange(40) < 30, "b": np.arange(40) < 30}
+    control = {"a": np.arange(40) < 10, "b": np.arange(40) >= 30}
+    row = quality.above_table({"fused": eeg}, {"fused": control}, seed=0).splitlines()[2]
+    paired, crossed = row.split(" | ")[2:]
+    assert paired.startswith("0.50 [0.3") and crossed.startswith("0.50 [0.2")
+
+
+def test_progress_is_the_change_with_each_modality() -> None:
+    """Step k is right about k of 5 fifths of the stimuli, in every attribute."""
+    found = {
+        recipe.name: dict.fromkeys(pictures.ATTRIBUTES, np.arange(50) < 10 * len(recipe.active))
+        for recipe in recipes("progressive")
+    }
+    rows = quality.progress_table(found, seed=0).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| + {name}" for name in NAMES[1:]]
+    assert all(row.split(" | ")[2].startswith("0.20 [") for row in rows)
 
 
 def test_a_saved_judge_is_the_judge(tmp_path: Path) -> None:

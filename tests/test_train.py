@@ -173,9 +173,9 @@ def joint(features: Chain) -> tuple[train.JointObjective, object]:
         features.data, features.features, None, None, None, "average", 0.2, 0, None
     )
     decoder = train.new_decoder(
-        data, 0, condition_dropout=0.0, loss_weights="fixed", init_from=None
+        data, 0, condition_dropout=0.0, loss_weights="fixed", prior_loss="velocity", init_from=None
     )
-    return train.JointObjective(decoder, data, 1.0, 0.01), data
+    return train.JointObjective(decoder, data, 1.0, 0.01, noise_draws=2), data
 
 
 @pytest.mark.parametrize("part", [*(f"prior_{name}" for name in NAMES), "contrast"])

@@ -229,6 +229,35 @@ def test_noise_is_added_by_the_ddpm_schedule():
     assert (noisy[0] - clean[0]).norm() < 0.1 and (noisy[2] - noise[2]).norm() < 0.1
 
 
+def test_losses_compare_the_velocity_or_the_noise_as_published():
+    """On noise a row's squared error is a_t times that on velocity, hence the smaller loss here."""
+    cond, targets = _normal(64, C), _targets(64)
+    found = {
+        kind: _bank(loss_on=kind).losses(targets, cond, _generator())
+        for kind in ("velocity", "noise")
+    }
+    bank, generator = _bank(), _generator()
+    t = torch.randint(1000, (64,), generator=generator)
+    noise = torch.randn(64, D, generator=generator)
+    clean = bank.standardise(NAMES[0], targets[NAMES[0]])
+    noisy = bank.add_noise(clean, noise, t)
+    with torch.no_grad():
+        velocity = bank.priors[NAMES[0]](noisy, t, cond)
+    error = (velocity - sampler_named("ddim").get_velocity(clean, noise, t)).square().mean(1)
+    for kind, weight in (("velocity", torch.ones(64)), ("noise", bank.alphas_cumprod[t])):
+        wanted = (weight * error).mean()
+        torch.testing.assert_close(found[kind][NAMES[0]].mse, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_draws_show_each_sample_at_several_noises():
+    bank, cond, targets = _bank(), _normal(4, C), _targets(4)
+    again = {name: rows.repeat_interleave(3, dim=0) for name, rows in targets.items()}
+    wanted = bank.losses(again, cond.repeat_interleave(3, dim=0), _generator())
+    found = bank.losses(targets, cond, _generator(), draws=3)
+    for name in NAMES:
+        torch.testing.assert_close(found[name].total, wanted[name].total)
+
+
 def test_noise_follows_from_the_velocity_as_samplers_read_it():
     bank, clean, noise = _bank(), _normal(3, D), _normal(3, D, seed=1)
     t = torch.tensor([0, 500, TRAIN_STEPS - 1])
@@ -326,7 +355,7 @@ def test_wrong_requests_are_refused():
 
 # --- a trained bank ----------------------------------------------------------------------------
 
-WIDE, STEPS = 8, 200
+WIDE, STEPS = 8, 500
 
 
 def _linear_targets(cond: torch.Tensor) -> dict[str, torch.Tensor]:
