@@ -13,7 +13,6 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +95,16 @@ def of_retrieval(out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_chain(out: Path, seed: int, scale: demo.Scale) -> None:
-    """World to scores, all stimuli, with both controls.
+def run_chain(out: Path, seed: int, drawn: int) -> None:
+    """World to scores, with both controls of every picture.
 
     In the demo's own folder, its world, embeddings and model are found finished.
     """
     modes = {None: "all", "shuffled_eeg": "all", "true_embedding": "fused"}
     plan = [
-        *demo.commands(out, seed, scale),
+        *demo.commands(out, seed, demo.FULL),
         *(
-            demo.drawing(
-                out, seed, scale.test_concepts, folder(control), mode, **control_of(control)
-            )
+            demo.drawing(out, seed, drawn, folder(control), mode, **control_of(control))
             for control, mode in modes.items()
         ),
         demo.scoring(out, seed, folder(None), "quality/scores"),
@@ -161,12 +158,11 @@ def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
         if not wanted or name.startswith(tuple(wanted))
     }
     settings = {"as_is": {}, **chosen}
-    scale = replace(demo.FULL, test_concepts=drawn)
     draw = [
         demo.drawing(out, seed, drawn, f"quality/ablation/{name}", "fused", **more)
         for name, more in settings.items()
     ]
-    run([*demo.commands(out, seed, scale, "validation"), *draw])
+    run([*demo.commands(out, seed, demo.FULL, "validation"), *draw])
     model = judge.load(models.Models(out / "world" / "models").judge)
     data = out / "world" / "data"
     found = {
@@ -190,7 +186,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output_path", type=Path, required=True, help="where the stages write")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--stimuli", type=int, default=200, help="unseen concepts (default: 200)")
+    parser.add_argument("--stimuli", type=int, default=demo.FULL.test_concepts, metavar="N",
+        help="draw the first N of the unseen concepts (default: all %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--ablation", nargs="*", metavar="KNOB",
         help="instead, choose settings: fused pictures of VALIDATION concepts under every knob, or "
@@ -208,20 +205,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{n} validation concepts, SIMULATED EEG of {demo.SUBJECT}, fused\n")
         print(ablation(out, seed, n, given.ablation))
         return 0
-    run_chain(out, seed, replace(demo.FULL, test_concepts=n))
+    run_chain(out, seed, n)
     weights, data = models.Models(out / "world" / "models"), out / "world" / "data"
     model = judge.load(weights.judge)
     found = {
         control: quality.judged_run(model, out / folder(control), data)
         for control in (None, "shuffled_eeg", "true_embedding")
     }
-    rows = of_miniatures(weights, n, seed)
+    rows = of_miniatures(weights, demo.FULL.test_concepts, seed)
     rows |= of_pictures(found["true_embedding"]["fused"], "ceiling", "", seed)
     rows |= of_retrieval(out)
     rows |= of_pictures(found[None]["fused"], "eeg", "", seed)
     rows |= of_pictures(found["shuffled_eeg"]["fused"], "eeg", "_shuffled", seed)
     chance = {name: 1 / len(values) for name, values in pictures.ATTRIBUTES.items()}
-    print(f"\n{n} unseen test concepts, SIMULATED EEG of {demo.SUBJECT}; chance {chance}\n")
+    print(f"\nunseen test concepts, SIMULATED EEG of {demo.SUBJECT}; chance {chance}\n")
     print(as_markdown(rows))
     for control, verdicts in found.items():
         print(f"\n{control or 'EEG'}\n\n{quality.judge_table(verdicts, seed)}")

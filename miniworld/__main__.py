@@ -45,16 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.test_split,
     )
     repetitions = {"training": values.training_repetitions, "test": values.test_repetitions}
+    features = {
+        name: eeg.features_of(rendered(items), items, values.seed) for name, items in scenes.items()
+    }
     for number in range(1, values.subjects + 1):
         util.LOG.info("simulating the EEG of sub-%02d at SNR %s", number, snr)
         eeg.write_subject(
-            root / "data",
-            f"sub-{number:02d}",
-            {name: rendered(items) for name, items in scenes.items()},
-            scenes,
-            repetitions,
-            snr,
-            values.seed,
+            root / "data", f"sub-{number:02d}", features, repetitions, snr, values.seed
         )
     if values.weights == "trained":
         models.trained_models(root / "models")

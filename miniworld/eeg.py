@@ -492,15 +492,14 @@ def _write_recording(path: Path, eeg: np.ndarray) -> None:
 def write_subject(
     root: str | Path,
     subject_name: str,
-    images_by_partition: Mapping[str, Iterable[np.ndarray]],
-    scenes_by_partition: Mapping[str, Sequence[Scene]],
+    features_by_partition: Mapping[str, np.ndarray],
     repetitions: Mapping[str, int] = DEFAULT_REPETITIONS,
     snr: float = DEFAULT_SNR,
     seed: int = 0,
 ) -> None:
     """Writes one simulated subject below root/Preprocessed_data_250Hz/<subject_name>/.
 
-    images: uint8 [H, W, 3] in the order of the scenes (generators are fine). A third file,
+    features: as from `features_of` with this seed, the same for every subject. A third file,
     simulated.json, says that nobody was recorded and how the signal was made.
     """
     subject = _subject_number(subject_name)
@@ -511,9 +510,8 @@ def write_subject(
     sources = [asdict(source) for source in SOURCES]
     util.write_json(folder / "simulated.json", {"note": note, **settings, "sources": sources})
     for partition in PARTITIONS:
-        features = features_of(images_by_partition[partition], scenes_by_partition[partition], seed)
         eeg = simulate(
-            features,
+            features_by_partition[partition],
             subject=subject,
             partition=partition,
             repetitions=repetitions[partition],

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import args
 import demo
+import util
 
 PROGRAM_STAGE = {program.split()[-1]: stage for stage, program in args._PROGRAMS.items()}
 
@@ -39,6 +45,36 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys) -> None:
     assert demo.main(["--output_path", str(tmp_path / "out"), "--dry_run"]) == 0
     assert capsys.readouterr().out.count("python ") == 7
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def quick_demo(tmp_path_factory) -> tuple[Path, str]:
+    """The folder and the output of `demo.py --quick`, run as a user does."""
+    out = tmp_path_factory.mktemp("quick") / "out"
+    command = [sys.executable, "demo.py", "--quick", "--output_path", str(out)]
+    done = subprocess.run(
+        command, cwd=demo.HERE, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out, done.stdout
+
+
+def test_the_quick_demo_decodes_simulated_eeg(quick_demo) -> None:
+    results = util.read_json(quick_demo[0] / "scores" / "results.json")
+    row = next(row for row in results["retrieval"] if row["query"] == "encoder -> image")
+    assert row["n"] == demo.QUICK.test_concepts
+    assert row["top1_interval"][0] > row["top1_shuffled_range"][1]
+
+
+def test_the_quick_demo_ends_with_pictures_tables_and_the_next_command(quick_demo) -> None:
+    out, printed = quick_demo
+    assert (out / "images" / "overview.png").exists()
+    assert len(list(out.glob("images/*/sheet.png"))) == demo.QUICK.drawn
+    table = (out / "scores" / "judge.md").read_text(encoding="utf-8")
+    assert table in printed and "SIMULATED" in printed
+    for row in ("| fused |", "| fused, shuffled_eeg |", "| fused, true_embedding |"):
+        assert row in table
+    assert printed.rstrip().splitlines()[-1].strip().startswith("python generate.py")
 
 
 def test_a_failing_stage_stops_the_demo_with_its_exit_code(tmp_path, capsys) -> None:

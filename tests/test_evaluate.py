@@ -202,12 +202,11 @@ def trained_on_simulated_eeg(tmp_path_factory: pytest.TempPathFactory) -> tuple[
     shown = {
         name: [pictures.render(scene, 96) for scene in items] for name, items in scenes.items()
     }
+    features = {name: eeg.features_of(shown[name], scenes[name], 0) for name in scenes}
     eeg.write_subject(
-        root / "data", "sub-01", shown, scenes, {"training": 4, "test": 8}, eeg.DEFAULT_SNR, 0
+        root / "data", "sub-01", features, {"training": 4, "test": 8}, eeg.DEFAULT_SNR, 0
     )
-    bank = linear_bank(
-        root, {name: eeg.features_of(shown[name], scenes[name], 0) for name in scenes}
-    )
+    bank = linear_bank(root, features)
     common = ["--data_path", root / "data", "--clip_feature_path", bank, "--device", "cpu"]
     run = [
         "--output_dir",

@@ -293,9 +293,12 @@ def test_information_is_where_and_when_the_sources_are(features, trials):
 def test_written_subject_has_the_published_format(tmp_path):
     plan = pictures.plan_scenes(16, 1, 2, SEED)
     scenes = {partition: list(part.values()) for partition, part in plan.items()}
-    images = {p: [pictures.render(s, 96) for s in part] for p, part in scenes.items()}
+    features = {
+        name: eeg.features_of([pictures.render(scene, 96) for scene in items], items, SEED)
+        for name, items in scenes.items()
+    }
     repetitions = {"training": 2, "test": 3}
-    eeg.write_subject(tmp_path, "sub-02", images, scenes, repetitions, SNR, SEED)
+    eeg.write_subject(tmp_path, "sub-02", features, repetitions, SNR, SEED)
     folder = tmp_path / "Preprocessed_data_250Hz" / "sub-02"
     assert sorted(p.name for p in folder.iterdir()) == [
         "preprocessed_eeg_test.npy",
@@ -312,4 +315,4 @@ def test_written_subject_has_the_published_format(tmp_path):
         assert len(content["times"]) == 300
     assert "SIMULATED" in json.loads((folder / "simulated.json").read_text())["note"]
     with pytest.raises(ValueError, match="sub-01"):
-        eeg.write_subject(tmp_path, "subject2", images, scenes)
+        eeg.write_subject(tmp_path, "subject2", features)
