@@ -125,7 +125,7 @@ def drawing(
         seed=seed,
         device="cpu",
     )
-    drawing_flags = {"steps": 10, "guidance": 2.0, "batch_size": 22} | more
+    drawing_flags = {"steps": 10, "guidance": 4.0, "batch_size": 22} | more
     return f"stage 3: pictures ({name})", ["generate.py", *given, *flags(**drawing_flags)]
 
 
