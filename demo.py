@@ -46,6 +46,11 @@ FULL = Scale(2, 500, 2, 200, 8, 12)
 QUICK = Scale(1, 100, 2, 40, 8, 4)
 
 
+def seen_from_here(path: Path) -> Path:
+    """The path as the stages, which run in HERE, are to be given it."""
+    return path if Path.cwd() == HERE else path.resolve()
+
+
 def flags(**values: object) -> list[str]:
     """``--name value`` of each, ``--name a b`` of tuples; True is a switch."""
     words = []
@@ -189,9 +194,8 @@ def judged(out: Path, seed: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every stage in turn, then say what the pictures show and where to look."""
     values = args.resolve("demo", argv).values
-    out = values.output_path or Path("demo_output_quick" if values.quick else "demo_output")
-    if Path.cwd() != HERE:  # the stages run there
-        out = out.resolve()
+    named = values.output_path or Path("demo_output_quick" if values.quick else "demo_output")
+    out = seen_from_here(named)
     plan = plan_of(out, values.seed, QUICK if values.quick else FULL)
     if values.dry_run:
         print("\n".join(f"python {shlex.join(command)}" for _, command in plan))

@@ -200,7 +200,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
-    out, seed, n = given.output_path.resolve(), given.seed, given.stimuli
+    out, seed, n = demo.seen_from_here(given.output_path), given.seed, given.stimuli
     if given.ablation is not None:
         print(f"\n{n} validation concepts, SIMULATED EEG of {demo.SUBJECT}, fused\n")
         print(ablation(out, seed, n, given.ablation))

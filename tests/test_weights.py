@@ -54,7 +54,7 @@ def painter():
         scales = injection.scales(recipe, layers=injector.layers)
         table = scales.expand(len(embeddings), -1, -1)
         seeds = list(range(len(embeddings)))
-        return injection.draw(pipe, injector, embeddings, table, seeds, prompt, 8, 2.0, 128)
+        return injection.draw(pipe, injector, embeddings, table, seeds, prompt, 8, 4.0, 128)
 
     return paint
 
@@ -94,18 +94,23 @@ def test_pictures_show_what_the_embeddings_say(scenes, embeddings, painter) -> N
     drawn = painter(embeddings, recipes("fused")[0])
     right = judge.verdicts(model, drawn, scenes)
     wrong = judge.verdicts(model, drawn, scenes[1:] + scenes[:1])
-    # no floor for shapes: after 5,200 steps they are only a little above chance (see the card)
-    for name, floor in {"colour": 0.5, "background": 0.8, "pattern": 0.6}.items():
+    floors = {"shape": 0.15, "colour": 0.5, "background": 0.8, "pattern": 0.8}
+    for name, floor in floors.items():
         assert right[name].mean() >= floor, name
         assert wrong[name].mean() < right[name].mean() - 0.1, name
 
 
-@pytest.mark.parametrize("recipe", recipes("separate"), ids=lambda recipe: recipe.name)
-def test_each_modality_alone_reaches_the_picture(embeddings, painter, recipe) -> None:
-    """Another stimulus' embedding of this modality gives another picture, of others the same.
+def alone(recipe: Recipe) -> object:
+    """Strict: the mark has to go as soon as weights listen at down.2, where this one enters."""
+    deaf = recipe.active == ("superpixel_middle",)
+    reason = "the shipped U-Net's 4 x 4 level hardly reaches its output, see its card"
+    marks = pytest.mark.xfail(reason=reason, strict=True) if deaf else ()
+    return pytest.param(recipe, marks=marks, id=recipe.name)
 
-    At the deep sites the change is small: this U-Net has learned to listen at up.1 (see its card).
-    """
+
+@pytest.mark.parametrize("recipe", [alone(recipe) for recipe in recipes("separate")])
+def test_each_modality_alone_reaches_the_picture(embeddings, painter, recipe) -> None:
+    """Another stimulus' embedding of this modality gives another picture, of others the same."""
     column, rows = NAMES.index(recipe.active[0]), embeddings[:12]
     own, others = rows.clone(), rows.roll(1, dims=0)
     own[:, column] = rows[:, column].roll(1, dims=0)
