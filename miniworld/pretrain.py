@@ -383,11 +383,11 @@ class GeneratorPart:
 
     Most rows have a neutral prompt and the picture's own un-normalised CLIP embedding. Unlike the
     real adapter's, ``few_sites_share`` of the rows are injected at some sites only: SDXL's sites
-    act alone, too (InstantStyle, arXiv:2404.02733), miniature ones only once they had to.
+    act alone, too (InstantStyle, arXiv:2404.02733), and miniature ones have to be made to.
     """
 
     # Strong decay: Adam moves weights whose gradient is mostly noise as far as all others. Without
-    # it kernels quadrupled, and the input drowned what the deep levels add: no shapes.
+    # it kernels quadrupled, and the input drowned what the deep levels add.
     name, learning_rate, weight_decay, ema_decay = "generator", 1e-3, 0.5, 0.999
     batch_size = 16
     caption_share, embedding_dropout, few_sites_share = 0.2, 0.08, 0.35

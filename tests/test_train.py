@@ -272,7 +272,7 @@ def test_pretraining_then_joint_training_from_its_encoder(features: Chain, tmp_p
     data = open_training(
         features.data, features.features, None, None, None, "average", 0.2, 0, None
     )
-    started = train.new_decoder(data, 0, 0.1, "fixed", encoder_run)
+    started = train.new_decoder(data, 0, 0.1, "fixed", "velocity", encoder_run)
     for name, value in donor.encoder.state_dict().items():
         assert torch.equal(value, started.encoder.state_dict()[name])
 
