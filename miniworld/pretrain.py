@@ -387,7 +387,7 @@ class GeneratorPart:
     """
 
     # Strong decay: Adam moves weights whose gradient is mostly noise as far as all others. Without
-    # it kernels quadrupled, and the input drowned what the deep levels add.
+    # it kernels quadrupled and the deep levels' input grew to a deviation of 30.
     name, learning_rate, weight_decay, ema_decay = "generator", 1e-3, 0.5, 0.999
     batch_size = 16
     caption_share, embedding_dropout, few_sites_share = 0.2, 0.08, 0.35

@@ -54,7 +54,7 @@ def painter():
         scales = injection.scales(recipe, layers=injector.layers)
         table = scales.expand(len(embeddings), -1, -1)
         seeds = list(range(len(embeddings)))
-        return injection.draw(pipe, injector, embeddings, table, seeds, prompt, 8, 4.0, 128)
+        return injection.draw(pipe, injector, embeddings, table, seeds, prompt, 8, 2.0, 128)
 
     return paint
 
@@ -101,8 +101,8 @@ def test_pictures_show_what_the_embeddings_say(scenes, embeddings, painter) -> N
 
 
 def alone(recipe: Recipe) -> object:
-    """Strict: the mark has to go as soon as weights listen at down.2, where this one enters."""
-    deaf = recipe.active == ("superpixel_middle",)
+    """Strict: a mark has to go as soon as weights listen at down.2 or up.0, where these enter."""
+    deaf = recipe.active[0] in ("superpixel_middle", "superpixel_large")
     reason = "the shipped U-Net's 4 x 4 level hardly reaches its output, see its card"
     marks = pytest.mark.xfail(reason=reason, strict=True) if deaf else ()
     return pytest.param(recipe, marks=marks, id=recipe.name)
