@@ -323,8 +323,8 @@ def train() -> Parser:
         help="weight of the CLIP contrastive loss beside the priors' loss")
     _contrast(group)
     group.add("--prior_loss", choices=("velocity", "noise"), default="velocity",
-        help="what 0.7 MSE + 0.3 (1 - cos) compares: the priors' own output, from which they learned "
-        "faster on simulated EEG, or the noise that follows from it, as published")
+        help="what 0.7 MSE + 0.3 (1 - cos) compares: the priors' own output, from which they "
+        "learned faster on simulated EEG, or the noise that follows from it, as published")
     group.add("--noise_draws", type=positive_int, default=4, metavar="N",
         help="timesteps and noises at which the priors see each sample of a batch: cheap beside "
         "the encoder, and they learn faster")

@@ -96,7 +96,7 @@ def of_retrieval(out: Path) -> dict[str, Any]:
 
 
 def run_chain(out: Path, seed: int, drawn: int) -> None:
-    """World to scores, with both controls of every picture.
+    """World to scores, with shuffled EEG for every recipe and true embeddings for the fused one.
 
     In the demo's own folder, its world, embeddings and model are found finished.
     """
