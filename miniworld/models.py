@@ -78,8 +78,8 @@ TRAINED = Size(
     clip=_clip(
         128, 32, {"layers": [1, 1, 1, 1], "patch_size": None, "width": 24, "head_width": 32}
     ),
-    channels=(48, 80, 96),
-    heads=(2, 2, 3),
+    channels=(48, 80, 128),
+    heads=(2, 2, 4),
     vae_channels=(8, 24, 64, 96),
     vae_attention=False,
     merges=6000,

@@ -263,16 +263,17 @@ def spread(rows: torch.Tensor) -> dict[str, torch.Tensor]:
 class ClipPart:
     """Picture ~ caption; superpixels (or a noisy picture) ~ caption; superpixels ~ own picture.
 
-    The last one has the same concept at another place in the batch: it keeps places in the
-    embedding. Captions that differ from a shown one in a single word are wrong answers, too: they
-    keep every attribute. ``gap`` pulls un-normalised pictures to their captions, since one adapter
-    has to read both; ``spread`` fills the vector evenly.
+    Wrong answers to the last are the batch's other pictures and their rivals, which differ in
+    place, size, rotation or one attribute: they keep the pose in the embedding. Captions that
+    differ from a shown one in a single word are wrong answers, too: they keep every attribute.
+    ``gap`` pulls un-normalised pictures to their captions, since one adapter has to read both;
+    ``spread`` fills the vector evenly.
     """
 
     name, learning_rate, weight_decay, ema_decay = "clip", 1e-3, 0.01, 0.998
     batch_size = 64
     weights: Mapping[str, float] = MappingProxyType(
-        {"picture": 1.0, "view": 0.5, "own": 0.5, "gap": 0.5, "moments": 1.0, "overlap": 0.05}
+        {"picture": 1.0, "view": 0.5, "own": 1.0, "gap": 0.5, "moments": 1.0, "overlap": 0.05}
     )
 
     def __init__(self, data: renders.Renders, batch_size: int | None) -> None:
@@ -314,15 +315,16 @@ class ClipPart:
         others = known + random.permutation(len(self.data) // renders.SCENES - known)[:half]
         chosen = np.concatenate([random.permutation(known)[:half], others])
         rows = (chosen[:, None] * renders.SCENES + np.arange(renders.SCENES)).ravel()
-        both = np.concatenate([self.data.small[rows], self.views(rows, random)])
-        picture, view = self.model.encode_image(self.pixels(both)).chunk(2)
+        shown = [self.data.small[rows], self.data.rivals[rows], self.views(rows, random)]
+        seen = self.model.encode_image(self.pixels(np.concatenate(shown)))
+        picture, _, view = seen.chunk(3)
         text = self.texts([self.data.scenes[row] for row in rows[:: renders.SCENES]], random)
         scale = self.model.logit_scale.exp().clamp(max=100)
         average = picture.unflatten(0, (-1, renders.SCENES)).mean(dim=1)
         parts = {
             "picture": grouped_contrast(picture, text, renders.SCENES, scale),
             "view": grouped_contrast(view, text, renders.SCENES, scale),
-            "own": grouped_contrast(view, picture, 1, scale),
+            "own": grouped_contrast(view, seen[: 2 * len(rows)], 1, scale),
             "gap": F.mse_loss(average, text[: len(average)]),
             **spread(text),
         }
@@ -382,26 +384,32 @@ class GeneratorPart:
     """v-prediction with zero terminal SNR; the adapter at scale 1 in all layers, as the real one.
 
     Most rows have a neutral prompt and the picture's own un-normalised CLIP embedding. Unlike the
-    real adapter's, ``few_sites_share`` of the rows are injected at some sites only: SDXL's sites
-    act alone, too (InstantStyle, arXiv:2404.02733), and miniature ones have to be made to.
+    real adapter's, a share of the rows is injected at some sites only: SDXL's sites act alone, too
+    (InstantStyle, arXiv:2404.02733), and miniature ones have to be made to. The object counts more
+    than the ground, ten times its size and soon learned; so do the noise levels that decide on it.
     """
 
-    # Strong decay: Adam moves weights whose gradient is mostly noise as far as all others. Without
-    # it kernels quadrupled and the deep levels' input grew to a deviation of 30.
-    name, learning_rate, weight_decay, ema_decay = "generator", 1e-3, 0.5, 0.999
+    # Adam moves weights whose gradient is mostly noise as far as all others: without decay kernels
+    # quadrupled and the deep levels' input grew to a deviation of 30; with .5 they withered.
+    name, learning_rate, weight_decay, ema_decay = "generator", 8e-4, 0.1, 0.999
     batch_size = 16
-    caption_share, embedding_dropout, few_sites_share = 0.2, 0.08, 0.35
+    caption_share, embedding_dropout = 0.1, 0.08
+    few_sites_share = 0.5
+    # At first the embedding enters at the 4 x 4 level only. Where all sites learn at once, the
+    # 8 x 8 level is quicker, and then leaves nothing to learn for those below.
+    deep_sites, deep_until = ("down.2", "mid", "up.0"), 0.3
     snr_limit = 5.0  # of SNR + 1: what is nearly clean counts less
+    early_times = 0.6  # times are 1000 u^0.6: at 78 % of them the condition still matters
+    object_weight = 4.0  # of latent cells within one of the object's
 
     def __init__(
-        self, data: renders.Renders, weights: models.Models, batch_size: int | None
+        self, data: renders.Renders, weights: models.Models, steps: int, batch_size: int | None
     ) -> None:
-        self.batch_size = batch_size or self.batch_size
+        self.steps, self.batch_size = steps, batch_size or self.batch_size
         # 3 x 3 convolutions of few channels are faster on CPU with channels last
         self.unet = models.build_unet(models.TRAINED).to(memory_format=torch.channels_last)
         self.injector = set_adapter(self.unet, models.TRAINED.clip["embed_dim"])
         self.model = nn.ModuleDict({"unet": self.unet, "projection": self.injector.projection})
-        self.sites = [list(modalities.SITES).index(layer.site) for layer in self.injector.layers]
         self.scheduler = models.trained_scheduler()
         pipe = injection.load_sdxl(weights.sdxl, torch.float32, "cpu")
         self.latents = kept(
@@ -412,6 +420,7 @@ class GeneratorPart:
             data.folder, "embeddings", weights.clip_checkpoint,
             lambda: encode_pictures(weights, data.small),
         )  # fmt: skip
+        self.importance = importance(data.scenes, self.object_weight)
         unique = sorted(set(data.captions))
         self.caption_of = torch.tensor([unique.index(text) for text in data.captions])
         self.captions, self.neutral = encode_texts(pipe, unique), encode_texts(pipe, NEUTRAL)
@@ -427,16 +436,22 @@ class GeneratorPart:
             for part, other in zip(self.captions, self.neutral, strict=True)
         )
 
-    def scales(self, random: np.random.Generator) -> torch.Tensor:
+    def scales(self, step: int, random: np.random.Generator) -> torch.Tensor:
         """Injection scales [B, 1, L]: 1 at all sites, or in some rows at one site and perhaps more.
 
-        Squaring the chance of the others makes a site alone the most frequent case.
+        Squaring the chance of the others makes a site alone the most frequent case. Only
+        ``deep_sites`` count as sites in the first ``deep_until`` of the steps.
         """
-        rows, sites = self.batch_size, len(modalities.SITES)
-        more = random.random((rows, sites)) < random.random((rows, 1)) ** 2
-        alone = random.integers(sites, size=(rows, 1)) == np.arange(sites)
-        everywhere = random.random((rows, 1)) >= self.few_sites_share
-        return torch.from_numpy(more | alone | everywhere).float()[:, None, self.sites]
+        early = step < self.deep_until * self.steps
+        names = self.deep_sites if early else tuple(modalities.SITES)
+        shape = (self.batch_size, len(names))
+        more = random.random(shape) < random.random((shape[0], 1)) ** 2
+        alone = random.integers(shape[1], size=(shape[0], 1)) == np.arange(shape[1])
+        everywhere = random.random((shape[0], 1)) >= self.few_sites_share
+        chosen = dict(zip(names, (more | alone | everywhere).T, strict=True))
+        nowhere = np.zeros(shape[0], bool)
+        columns = [chosen.get(layer.site, nowhere) for layer in self.injector.layers]
+        return torch.from_numpy(np.stack(columns, axis=1)).float()[:, None]
 
     def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
         size = self.batch_size
@@ -444,9 +459,10 @@ class GeneratorPart:
         text, pooled = self.texts(rows, random)
         kept = torch.from_numpy(random.random(size) >= self.embedding_dropout)
         embeddings = self.embeddings[rows] * kept[:, None]
-        self.injector.set(embeddings[:, None], self.scales(random), guidance=False)
+        self.injector.set(embeddings[:, None], self.scales(step, random), guidance=False)
         # spread over all times within a batch: less variance than independent draws
-        times = torch.from_numpy((np.arange(size) + random.random()) / size * 1000).long()
+        even = (np.arange(size) + random.random()) / size
+        times = torch.from_numpy(1000 * even**self.early_times).long()
         clean = self.latents[rows]
         noise = torch.randn_like(clean)
         found = self.unet(
@@ -459,7 +475,8 @@ class GeneratorPart:
             },
         ).sample
         wanted = self.scheduler.get_velocity(clean, noise, times)
-        error = (found - wanted).square().mean(dim=(1, 2, 3))
+        squares = (found - wanted).square() * self.importance[rows]
+        error = squares.mean(dim=(1, 2, 3))
         signal = 1 / (1 - self.scheduler.alphas_cumprod[times])  # SNR + 1
         weight = signal.clamp(max=self.snr_limit) / signal
         self.injector.clear()
@@ -472,6 +489,15 @@ class GeneratorPart:
         self.unet.set_attn_processor(AttnProcessor2_0())  # the adapter has a file of its own
         plain = self.unet.half().to(memory_format=torch.contiguous_format)
         plain.save_pretrained(weights.sdxl / "unet", safe_serialization=True)
+
+
+def importance(scenes: Sequence[pictures.Scene], object_weight: float) -> torch.Tensor:
+    """Weights [n, 1, 16, 16] of mean 1: at the object ``object_weight`` times the ground's."""
+    cells = models.SIZE_PX // 8
+    masks = [pictures.object_coverage(scene, cells) for scene in scenes]
+    near = F.max_pool2d(torch.from_numpy(np.stack(masks))[:, None], 3, stride=1, padding=1)
+    weights = torch.where(near > 0, object_weight, 1.0)
+    return weights / weights.mean()
 
 
 def kept(folder: Path, what: str, encoder: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -526,7 +552,7 @@ def make_part(name: str, data: renders.Renders, weights: models.Models, values: 
     if name == "vae":
         return VaePart(data, values.vae_steps, values.batch_size)
     if name == "generator":
-        return GeneratorPart(data, weights, values.batch_size)
+        return GeneratorPart(data, weights, values.generator_steps, values.batch_size)
     return {"clip": ClipPart, "judge": JudgePart}[name](data, values.batch_size)
 
 

@@ -19,6 +19,7 @@ from miniworld import models, pictures
 SUPERPIXEL_SHARE = 10  # one picture in this many is also kept as superpixels
 SHAPE_SHARE = 0.75  # of near misses
 SCENES = 2  # pictures of each training concept: they differ in the shape's place
+POSES = {"place": ("x", "y"), "size": ("size",), "rotation": ("rotation",)}
 
 
 @functools.cache
@@ -43,6 +44,28 @@ def near_miss(concept: pictures.Concept, random: np.random.Generator) -> picture
             made = pictures.Concept(**changed)
             if pictures.split_of(made) == "training":
                 return made
+
+
+def rival(scene: pictures.Scene, random: np.random.Generator) -> pictures.Scene:
+    """The scene with one thing changed: half the time an attribute, else place, size or rotation.
+
+    Where an embedding does not tell a picture from its rival, a generator has to guess.
+    """
+    changed = asdict(scene)
+    if random.random() < 0.5:
+        changed |= asdict(near_miss(scene, random))
+    else:
+        drawn = asdict(pictures.sample_scene(scene, random))
+        names = tuple(POSES.values())[random.integers(len(POSES))]
+        changed |= {name: drawn[name] for name in names}
+        inside = changed["size"] / 2
+        changed |= {name: min(max(changed[name], inside), 1 - inside) for name in POSES["place"]}
+    return pictures.Scene(**changed)
+
+
+def shrunk_render(scene: pictures.Scene) -> np.ndarray:
+    """A picture as CLIP sees it: uint8 [64, 64, 3]."""
+    return shrunk(pictures.render(scene, models.SIZE_PX))
 
 
 def training_scenes(n: int, seed: int) -> list[pictures.Scene]:
@@ -115,6 +138,15 @@ class Renders:
     def small(self) -> np.ndarray:
         """As CLIP and the judge see them: uint8 [n, 64, 64, 3]."""
         return cached(self.folder / "small.npy", "shrinking", shrunk, self.whole)
+
+    @functools.cached_property
+    def rivals(self) -> np.ndarray:
+        """A rival of each picture as CLIP sees it: uint8 [n, 64, 64, 3]."""
+        scenes = [
+            rival(scene, util.numpy_generator_for(0, "rival", number))
+            for number, scene in enumerate(self.scenes)
+        ]
+        return cached(self.folder / "rivals.npy", "rivals", shrunk_render, scenes)
 
     @functools.cached_property
     def superpixels(self) -> np.ndarray:

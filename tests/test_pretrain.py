@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import injection
+import modalities
 import util
 from clip_feature_extractor import load_clip
 from miniworld import judge, models, pictures, pretrain, renders
@@ -39,6 +41,20 @@ def test_no_split_s_concept_is_ever_trained_on() -> None:
     for scene, miss in zip(scenes, missed, strict=True):
         names = pictures.ATTRIBUTES
         assert sum(getattr(scene, name) != getattr(miss, name) for name in names) == 1
+
+
+def test_a_rival_differs_in_one_thing_and_stays_inside() -> None:
+    scenes, random = renders.training_scenes(200, seed=0), np.random.default_rng(0)
+    kinds = set()
+    for scene in scenes:
+        rival = renders.rival(scene, random)
+        assert pictures.split_of(rival) == "training"
+        assert rival.size / 2 <= min(rival.x, rival.y)
+        assert max(rival.x, rival.y) <= 1 - rival.size / 2
+        changed = frozenset(k for k, v in asdict(scene).items() if getattr(rival, k) != v)
+        kinds.add(changed - {"x", "y"} or frozenset("xy"))  # a larger one may have to move
+    names = (*pictures.ATTRIBUTES, "size", "rotation")
+    assert kinds == {frozenset({name}) for name in names} | {frozenset("xy")}
 
 
 @pytest.mark.parametrize("split", list(pictures.SPLITS))
@@ -89,6 +105,39 @@ def test_the_generator_learns_every_part_of_the_adapter(trained: Path) -> None:
     assert len(names) == 2 * len(fresh.layers) + 2
     before = torch.nn.ModuleDict({"unet": start, "projection": fresh.projection}).state_dict()
     assert all(not torch.equal(state[name], before[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("step", "names"), [(0, ("down.2", "mid", "up.0")), (60, tuple(modalities.SITES))]
+)
+def test_half_of_the_rows_are_injected_at_some_sites_only(
+    trained: Path, step: int, names: tuple[str, ...]
+) -> None:
+    data = renders.Renders(trained / "cache", 24, 0)
+    part = pretrain.GeneratorPart(data, models.Models(trained / "weights"), 200, 4000)
+    rows = part.scales(step, np.random.default_rng(0))[:, 0]
+    of_layer = [layer.site for layer in part.injector.layers]
+    sites = torch.stack([rows[:, of_layer.index(name)] for name in names], dim=1)
+    for layer, name in enumerate(of_layer):  # a site's layers act together; others not at all
+        expected = sites[:, names.index(name)] if name in names else torch.zeros(len(rows))
+        assert torch.equal(rows[:, layer], expected)
+    counts = sites.sum(dim=1)
+    assert counts.min() == 1  # nowhere: that is what the dropout of embeddings is for
+    few = counts < len(names)
+    assert 0.35 < few.float().mean() < 0.5  # a draw of some sites may be all of them
+    alone = sites[counts == 1]
+    assert len(alone) > 0.4 * few.sum() and alone.mean(dim=0).min() > 0.7 / len(names)
+
+
+def test_the_object_weighs_more_than_the_ground() -> None:
+    scenes = renders.training_scenes(8, seed=0)
+    weights = pretrain.importance(scenes, 4.0)
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    assert torch.allclose(weights.max() / weights.min(), torch.tensor(4.0))
+    for scene, row in zip(scenes, weights[:, 0], strict=True):
+        covered = torch.from_numpy(pictures.object_coverage(scene, 16)) > 0
+        assert (row[covered] == row.max()).all()
+        assert (row == row.min()).float().mean() > 0.3
 
 
 def test_a_finished_run_trains_nothing(trained: Path) -> None:
