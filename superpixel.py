@@ -35,6 +35,8 @@ def read_picture(path: Path) -> Image.Image:
             if image.mode.startswith("I"):  # 16 bits: Pillow's convert would clip them to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
+    except PictureError:  # a ValueError, too, and complete
+        raise
     except (
         OSError,
         UnidentifiedImageError,

@@ -254,5 +254,6 @@ def test_truncated_jpeg_is_named(tmp_path):
 @pytest.mark.parametrize("side", [8001, 20000])  # our limit, and Pillow's own
 def test_oversized_pictures_are_named_and_not_decoded(tmp_path, side):
     path = _saved(tmp_path, "huge.png", Image.new("1", (side, side)))
-    with pytest.raises(superpixel.PictureError, match=r"huge\.png.*pixels"):
+    with pytest.raises(superpixel.PictureError, match=r"huge\.png.*pixels") as refused:
         superpixel.read_picture(path)
+    assert str(refused.value).count("huge.png") == 1
