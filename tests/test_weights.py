@@ -100,15 +100,7 @@ def test_pictures_show_what_the_embeddings_say(scenes, embeddings, painter) -> N
         assert wrong[name].mean() < right[name].mean() - 0.1, name
 
 
-def alone(recipe: Recipe) -> object:
-    """Strict: a mark has to go as soon as weights listen at down.2 or up.0, where these enter."""
-    deaf = recipe.active[0] in ("superpixel_middle", "superpixel_large")
-    reason = "the shipped U-Net's 4 x 4 level hardly reaches its output, see its card"
-    marks = pytest.mark.xfail(reason=reason, strict=True) if deaf else ()
-    return pytest.param(recipe, marks=marks, id=recipe.name)
-
-
-@pytest.mark.parametrize("recipe", [alone(recipe) for recipe in recipes("separate")])
+@pytest.mark.parametrize("recipe", recipes("separate"), ids=lambda recipe: recipe.name)
 def test_each_modality_alone_reaches_the_picture(embeddings, painter, recipe) -> None:
     """Another stimulus' embedding of this modality gives another picture, of others the same."""
     column, rows = NAMES.index(recipe.active[0]), embeddings[:12]
