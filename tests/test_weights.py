@@ -94,7 +94,7 @@ def test_pictures_show_what_the_embeddings_say(scenes, embeddings, painter) -> N
     drawn = painter(embeddings, recipes("fused")[0])
     right = judge.verdicts(model, drawn, scenes)
     wrong = judge.verdicts(model, drawn, scenes[1:] + scenes[:1])
-    floors = {"shape": 0.15, "colour": 0.5, "background": 0.8, "pattern": 0.8}
+    floors = {"shape": 0.2, "colour": 0.7, "background": 0.9, "pattern": 0.9}
     for name, floor in floors.items():
         assert right[name].mean() >= floor, name
         assert wrong[name].mean() < right[name].mean() - 0.1, name
@@ -108,5 +108,5 @@ def test_each_modality_alone_reaches_the_picture(embeddings, painter, recipe) ->
     own[:, column] = rows[:, column].roll(1, dims=0)
     others[:, column] = rows[:, column]
     plain = painter(rows, recipe).astype(int)
-    assert np.abs(painter(own, recipe) - plain).mean() > 0.4
+    assert np.abs(painter(own, recipe) - plain).mean() > 20
     assert np.abs(painter(others, recipe) - plain).max() <= 1
