@@ -43,7 +43,7 @@ class Scale:
 
 
 FULL = Scale(2, 500, 2, 200, 8, 12)
-QUICK = Scale(1, 100, 2, 40, 8, 4)
+QUICK = Scale(1, 100, 2, 40, 12, 2)
 
 
 def seen_from_here(path: Path) -> Path:

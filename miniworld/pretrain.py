@@ -264,8 +264,8 @@ class ClipPart:
     """Picture ~ caption; superpixels (or a noisy picture) ~ caption; superpixels ~ own picture.
 
     Wrong answers to the last are the batch's other pictures and their rivals, which differ in
-    place, size, rotation or one attribute: they keep the pose in the embedding. Captions that
-    differ from a shown one in a single word are wrong answers, too: they keep every attribute.
+    place, size, rotation or one attribute: they keep place and shape. Captions that differ from a
+    shown one in a single word are wrong answers, too: they keep every attribute.
     ``gap`` pulls un-normalised pictures to their captions, since one adapter has to read both;
     ``spread`` fills the vector evenly.
     """
