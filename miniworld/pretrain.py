@@ -390,7 +390,7 @@ class GeneratorPart:
     """
 
     # Adam moves weights whose gradient is mostly noise as far as all others: without decay kernels
-    # quadrupled and the deep levels' input grew to a deviation of 30; with .5 they withered.
+    # quadrupled and the deep levels' input grew to a deviation of 30.
     name, learning_rate, weight_decay, ema_decay = "generator", 8e-4, 0.1, 0.999
     batch_size = 16
     caption_share, embedding_dropout = 0.1, 0.08

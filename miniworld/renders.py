@@ -146,7 +146,9 @@ class Renders:
             rival(scene, util.numpy_generator_for(0, "rival", number))
             for number, scene in enumerate(self.scenes)
         ]
-        return cached(self.folder / "rivals.npy", "rivals", shrunk_render, scenes)
+        key = util.json_hash([asdict(scene) for scene in scenes])
+        path = self.folder / f"rivals-{key[:12]}.npy"  # their own hash: the rule may change
+        return cached(path, "rivals", shrunk_render, scenes)
 
     @functools.cached_property
     def superpixels(self) -> np.ndarray:
