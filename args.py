@@ -316,6 +316,9 @@ def train() -> Parser:
     _training_data(parser.flags("data"))
     group = parser.flags("optimisation")
     _training(group)
+    group.add("--prior_epochs", type=count, default=0, metavar="N",
+        help="further epochs in which only the priors learn, from an encoder at rest and without "
+        "dropout, as it is when pictures are drawn: cheaper, and after few --epochs worth more")
     group.add("--init_from", type=Path, per_call=True, metavar="RUN",
         help="start from the encoder of an ATMS_retrieval.py run")
     group = parser.flags("loss")
