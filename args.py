@@ -528,7 +528,7 @@ def world() -> Parser:
     return parser
 
 
-PRETRAIN_STEPS = {"vae": 8000, "clip": 4600, "judge": 1500, "generator": 14000}
+PRETRAIN_STEPS = {"vae": 8000, "clip": 4600, "judge": 1500, "generator": 15500}
 
 
 def pretrain() -> Parser:
