@@ -27,8 +27,8 @@ SUBJECT = "sub-01"
 PRIOR_STEPS = 10  # half of the default, for time
 TRAINING_REPETITIONS = 2  # with as many trials, more pictures teach more
 TIME_WINDOW_S = (0.0, 0.6)  # after it, the simulated brain is silent
-# the 17 posterior channels of the published 100 Hz files: the others record next to nothing of
-# the picture and take three quarters of the encoder's time
+# the 17 posterior channels of the published 100 Hz files: a linear classifier reads as much of the
+# picture from them as from all 63 simulated ones, and the encoder's work is a quarter
 CHANNELS = (
     "Pz", "P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8",
     "POz", "PO3", "PO4", "PO7", "PO8", "O1", "Oz", "O2",
