@@ -318,7 +318,7 @@ def train() -> Parser:
     _training(group)
     group.add("--prior_epochs", type=count, default=0, metavar="N",
         help="further epochs in which only the priors learn, from an encoder at rest and without "
-        "dropout, as it is when pictures are drawn: cheaper, and after few --epochs worth more")
+        "dropout: about two thirds of a joint epoch's time in the demo, not better than one")
     group.add("--init_from", type=Path, per_call=True, metavar="RUN",
         help="start from the encoder of an ATMS_retrieval.py run")
     group = parser.flags("loss")
