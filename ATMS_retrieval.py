@@ -360,7 +360,7 @@ def validation_retrieval(embeddings: torch.Tensor, data: TrainingData) -> dict[s
     return scores | {"val_gallery": len(data.val_rows)}
 
 
-class ContrastiveObjective(engine.Objective):
+class ContrastiveObjective:
     """Loss and validation of encoder-only training, for :func:`engine.fit`."""
 
     def __init__(self, decoder: Decoder, data: TrainingData, text_share: float) -> None:

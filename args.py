@@ -316,9 +316,6 @@ def train() -> Parser:
     _training_data(parser.flags("data"))
     group = parser.flags("optimisation")
     _training(group)
-    group.add("--prior_epochs", type=count, default=0, metavar="N",
-        help="further epochs in which only the priors learn, from an encoder at rest and without "
-        "dropout: about two thirds of a joint epoch's time in the demo, not better than one")
     group.add("--init_from", type=Path, per_call=True, metavar="RUN",
         help="start from the encoder of an ATMS_retrieval.py run")
     group = parser.flags("loss")
@@ -528,7 +525,7 @@ def world() -> Parser:
     return parser
 
 
-PRETRAIN_STEPS = {"vae": 8000, "clip": 4600, "judge": 1500, "generator": 15500}
+PRETRAIN_STEPS = {"vae": 8000, "clip": 6600, "judge": 1500, "generator": 33000}
 
 
 def pretrain() -> Parser:

@@ -25,6 +25,7 @@ from miniworld import judge, models, quality
 HERE = Path(__file__).resolve().parent
 SUBJECT = "sub-01"
 PRIOR_STEPS = 10  # half of the default, for time
+PRIOR_DRAWS = 32  # four times the default: miniature priors are quick
 TRAINING_REPETITIONS = 2  # with as many trials, more pictures teach more
 TIME_WINDOW_S = (0.0, 0.6)  # after it, the simulated brain is silent
 # the 17 posterior channels of the published 100 Hz files: a linear classifier reads as much of the
@@ -45,12 +46,11 @@ class Scale:
     images_per_concept: int
     test_concepts: int
     epochs: int
-    prior_epochs: int
     drawn: int  # stimuli
 
 
-FULL = Scale(2, 500, 2, 200, 12, 24, 12)
-QUICK = Scale(1, 100, 2, 40, 12, 24, 2)
+FULL = Scale(2, 500, 2, 200, 30, 12)
+QUICK = Scale(1, 100, 2, 40, 30, 2)
 
 
 def seen_from_here(path: Path) -> Path:
@@ -94,31 +94,39 @@ def commands(
         save_superpixels=True,
         device="cpu",
     )
-    train = flags(
-        data_path=data,
-        clip_feature_path=out / "clip_features",
-        output_dir=out / "model",
-        channels=CHANNELS,
-        time_window=TIME_WINDOW_S,
-        epochs=scale.epochs,
-        prior_epochs=scale.prior_epochs,
-        noise_draws=2,
-        val_every=12,
-        batch_size=64,
-        learning_rate=1e-3,
-        text_contrast=0.5,
-        ema_decay=0.99,
-        seed=seed,
-        device="cpu",
-    )
     return [
         ("embedded world: pictures, simulated EEG, miniature models", ["-m", "miniworld", *world]),
         (
             "stage 1: five CLIP embeddings of every stimulus",
             ["clip_feature_extractor.py", *features],
         ),
-        ("stage 2: encoder and five priors, jointly", ["train.py", *train]),
+        training(out, seed, scale),
     ]
+
+
+def training(
+    out: Path, seed: int, scale: Scale, name: str = "model", **more: object
+) -> tuple[str, list[str]]:
+    """Stage 2 into ``out/name``, with ``more`` of its flags."""
+    given = {
+        "data_path": out / "world" / "data",
+        "clip_feature_path": out / "clip_features",
+        "output_dir": out / name,
+        "channels": CHANNELS,
+        "time_window": TIME_WINDOW_S,
+        "epochs": scale.epochs,
+        "noise_draws": 2,
+        "contrast_weight": 0.3,
+        "val_every": 15,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "text_contrast": 0.5,
+        "ema_decay": 0.99,
+        "seed": seed,
+        "device": "cpu",
+    }
+    what = f"stage 2: encoder and five priors, jointly ({name})"
+    return what, ["train.py", *flags(**given | more)]
 
 
 def drawing(
@@ -126,23 +134,26 @@ def drawing(
 ) -> tuple[str, list[str]]:
     """Stage 3 into ``out/name``, with ``more`` of its flags."""
     data, weights = out / "world" / "data", models.Models(out / "world" / "models")
-    given = flags(
-        eeg_data=data / "Preprocessed_data_250Hz" / SUBJECT,
-        model_path=out / "model",
-        sd_model_path=weights.sdxl,
-        ip_adapter_path=weights.ip_adapter,
-        clip_feature_path=out / "clip_features",
-        output_dir=out / name,
-        mode=mode,
-        size=models.SIZE_PX,
-        superpixel_size=SUPERPIXEL_PX,
-        max_stimuli=drawn,
-        prior_steps=PRIOR_STEPS,
-        seed=seed,
-        device="cpu",
-    )
-    drawing_flags = {"steps": 10, "guidance": 4.0, "batch_size": 22} | more
-    return f"stage 3: pictures ({name})", ["generate.py", *given, *flags(**drawing_flags)]
+    given = {
+        "eeg_data": data / "Preprocessed_data_250Hz" / SUBJECT,
+        "model_path": out / "model",
+        "sd_model_path": weights.sdxl,
+        "ip_adapter_path": weights.ip_adapter,
+        "clip_feature_path": out / "clip_features",
+        "output_dir": out / name,
+        "mode": mode,
+        "size": models.SIZE_PX,
+        "superpixel_size": SUPERPIXEL_PX,
+        "max_stimuli": drawn,
+        "prior_steps": PRIOR_STEPS,
+        "prior_draws": PRIOR_DRAWS,
+        "steps": 10,
+        "guidance": 4.0,
+        "batch_size": 22,
+        "seed": seed,
+        "device": "cpu",
+    }
+    return f"stage 3: pictures ({name})", ["generate.py", *flags(**given | more)]
 
 
 def scoring(out: Path, seed: int, images: str, name: str) -> tuple[str, list[str]]:
@@ -153,6 +164,7 @@ def scoring(out: Path, seed: int, images: str, name: str) -> tuple[str, list[str
         clip_feature_path=out / "clip_features",
         images=out / images,
         prior_steps=PRIOR_STEPS,
+        prior_draws=PRIOR_DRAWS,
         output_dir=out / name,
         seed=seed,
         device="cpu",

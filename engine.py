@@ -55,12 +55,6 @@ class Objective(Protocol):
     ``best`` (higher is better); nothing at all where no concepts are held out.
     """
 
-    def begin_epoch(self, epoch: int, average: Mapping[str, torch.Tensor] | None) -> None:
-        """Called before each epoch, the first after a resume included.
-
-        ``average``: the model's averaged state so far, if there is one.
-        """
-
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]: ...
 
     def validate(self) -> dict[str, float]: ...
@@ -324,7 +318,6 @@ def fit(
     ):
         for epoch in range(first_epoch, schedule.epochs):
             started, skipped = time.monotonic(), training.step - epoch * steps
-            objective.begin_epoch(epoch, training.average.state if training.average else None)
             for batch in data.batches(epoch, schedule.batch_size, first=skipped):
                 training.update(batch.to(device), objective, masking)
                 bar.update()

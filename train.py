@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import args
@@ -26,12 +25,11 @@ from unet import PriorBank
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
 
 
-class JointObjective(engine.Objective):
+class JointObjective:
     """Sum of registry weight x prior loss, plus ``contrast_weight`` x CLIP loss.
 
     Gradients reach the encoder from all of them. ``noise_draws``: timesteps and noises at which
-    the priors see each sample of a batch. From epoch ``joint_epochs`` on the encoder rests: the
-    priors learn from what it gives without dropout and with averaged weights, as in use.
+    the priors see each sample of a batch.
     """
 
     def __init__(
@@ -41,21 +39,10 @@ class JointObjective(engine.Objective):
         contrast_weight: float,
         text_share: float,
         noise_draws: int,
-        joint_epochs: int,
     ) -> None:
         self.decoder, self.data = decoder, data
         self.contrast_weight, self.text_share = contrast_weight, text_share
-        self.noise_draws, self.joint_epochs = noise_draws, joint_epochs
-
-    def begin_epoch(self, epoch: int, average: Mapping[str, torch.Tensor] | None) -> None:
-        if epoch < self.joint_epochs:
-            return
-        if average is not None:
-            resting = {
-                name: value for name, value in average.items() if name.startswith("encoder.")
-            }
-            self.decoder.load_state_dict(resting, strict=False)
-        self.decoder.encoder.requires_grad_(False).eval()
+        self.noise_draws = noise_draws
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         embedding = self.decoder.encoder(batch.eeg, batch.subject)
@@ -172,23 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
     parameters = engine.describe_parameters(decoder)
-    schedule = engine.schedule_from(values)
-    schedule = dataclasses.replace(schedule, epochs=values.epochs + values.prior_epochs)
-    plan = [
-        *data.describe(),
-        f"train {parameters} on {device} for {values.epochs} epochs"
-        + (f", then the priors alone for {values.prior_epochs}" if values.prior_epochs else ""),
-    ]
+    plan = [*data.describe(), f"train {parameters} on {device} for {values.epochs} epochs"]
     run = util.open_run(options, values.output_dir, data.hashes, plan)
     objective = JointObjective(
-        decoder,
-        data,
-        values.contrast_weight,
-        values.text_contrast,
-        values.noise_draws,
-        values.epochs,
+        decoder, data, values.contrast_weight, values.text_contrast, values.noise_draws
     )
-    engine.fit(run, decoder, objective, data, masking, schedule, device)
+    engine.fit(run, decoder, objective, data, masking, engine.schedule_from(values), device)
     print(f"model: {values.output_dir / 'checkpoints' / 'best' / 'model.safetensors'}")
     return 0
 

@@ -30,6 +30,10 @@ import util
 from miniworld import judge, models, pictures, quality, renders
 
 COLOURS = ("colour", "background")
+# models trained otherwise: {name: flags of train.py}
+TRAINING_KNOBS: Mapping[str, Mapping[str, object]] = {
+    "loss_weights_uncertainty": {"loss_weights": "uncertainty"}
+}
 # settings beside the demo's own: {name: flags of generate.py}
 KNOBS: Mapping[str, Mapping[str, object]] = {
     **{f"fusion_strength_{value}": {"fusion_strength": value} for value in (0.5, 0.75, 1.5)},
@@ -151,18 +155,23 @@ def presets_without_and_moved(where: Path) -> Iterator[tuple[str, dict[str, obje
 
 def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
     """Fused pictures of validation concepts under every knob whose name starts as ``wanted``."""
-    moved = dict(presets_without_and_moved(out / "quality" / "presets"))
-    chosen = {
-        name: more
-        for name, more in {**KNOBS, **moved}.items()
-        if not wanted or name.startswith(tuple(wanted))
+    knobs = {
+        **KNOBS,
+        **{name: {"model_path": out / "quality" / "models" / name} for name in TRAINING_KNOBS},
+        **dict(presets_without_and_moved(out / "quality" / "presets")),
     }
-    settings = {"as_is": {}, **chosen}
+    chosen = [name for name in knobs if not wanted or name.startswith(tuple(wanted))]
+    settings = {"as_is": {}} | {name: knobs[name] for name in chosen}
+    train = [
+        demo.training(out, seed, demo.FULL, f"quality/models/{name}", **TRAINING_KNOBS[name])
+        for name in chosen
+        if name in TRAINING_KNOBS
+    ]
     draw = [
         demo.drawing(out, seed, drawn, f"quality/ablation/{name}", "fused", **more)
         for name, more in settings.items()
     ]
-    run([*demo.commands(out, seed, demo.FULL, "validation"), *draw])
+    run([*demo.commands(out, seed, demo.FULL, "validation"), *train, *draw])
     model = judge.load(models.Models(out / "world" / "models").judge)
     data = out / "world" / "data"
     found = {

@@ -6,6 +6,7 @@ from (seed, part, step). What is trained is exported to ``RUN/weights`` by the s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -260,12 +261,39 @@ def spread(rows: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"moments": moments, "overlap": off / rows.shape[1]}
 
 
+POSE = {  # of a scene: (mean, standard deviation) over the training scenes
+    "x": (0.5, 0.143),
+    "y": (0.5, 0.143),
+    "size": (sum(pictures.SIZE_RANGE) / 2, 0.064),
+    "rotation": (0.0, 0.26),
+}
+
+
+def poses(scenes: Sequence[pictures.Scene]) -> torch.Tensor:
+    """Place, size and rotation [n, 4], of mean 0 and variance 1; NaN: it looks the same turned."""
+    rows = torch.tensor(
+        [[(getattr(scene, name) - mean) / std for name, (mean, std) in POSE.items()]
+         for scene in scenes]
+    )  # fmt: skip
+    round_ones = torch.tensor([scene.shape in ("circle", "ring") for scene in scenes])
+    rows[round_ones, list(POSE).index("rotation")] = math.nan
+    return rows
+
+
+def pose_axes() -> torch.Tensor:
+    """Orthonormal columns [D, 4]: the directions of the CLIP vector that hold the pose."""
+    shape = (len(POSE), models.TRAINED.clip["embed_dim"])
+    return torch.linalg.qr(torch.randn(shape, generator=torch.Generator().manual_seed(0)).T).Q
+
+
 class ClipPart:
     """Picture ~ caption; superpixels (or a noisy picture) ~ caption; superpixels ~ own picture.
 
     Wrong answers to the last are the batch's other pictures and their rivals, which differ in
     place, size, rotation or one attribute: they keep place and shape. Captions that differ from a
     shown one in a single word are wrong answers, too: they keep every attribute.
+    ``pose`` has the vector hold place, size and rotation along ``pose_axes``: no caption tells
+    them, and without them a generator cannot but blur what it draws.
     ``gap`` pulls un-normalised pictures to their captions, since one adapter has to read both;
     ``spread`` fills the vector evenly.
     """
@@ -273,8 +301,10 @@ class ClipPart:
     name, learning_rate, weight_decay, ema_decay = "clip", 1e-3, 0.01, 0.998
     batch_size = 64
     weights: Mapping[str, float] = MappingProxyType(
-        {"picture": 1.0, "view": 0.5, "own": 1.0, "gap": 0.5, "moments": 1.0, "overlap": 0.05}
-    )
+        {"picture": 1.0, "view": 0.5, "own": 1.0, "gap": 0.5, "moments": 1.0, "overlap": 0.05,
+         "pose": 1.0}
+    )  # fmt: skip
+    pose_gain = 2.0  # standard deviations of the embedding along a pose's axis
 
     def __init__(self, data: renders.Renders, batch_size: int | None) -> None:
         import open_clip
@@ -282,6 +312,9 @@ class ClipPart:
         self.data, self.batch_size = data, batch_size or self.batch_size
         self.model = models.build_clip(models.TRAINED)
         self.tokenizer = open_clip.get_tokenizer(models.CLIP_NAME)
+        self.axes = pose_axes()
+        self.pose = poses(data.scenes) * self.pose_gain
+        self.rival_pose = poses(data.rival_scenes) * self.pose_gain
         self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
         self.std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
 
@@ -320,12 +353,14 @@ class ClipPart:
         picture, _, view = seen.chunk(3)
         text = self.texts([self.data.scenes[row] for row in rows[:: renders.SCENES]], random)
         scale = self.model.logit_scale.exp().clamp(max=100)
+        pose = torch.cat([self.pose[rows], self.rival_pose[rows], self.pose[rows]])
         average = picture.unflatten(0, (-1, renders.SCENES)).mean(dim=1)
         parts = {
             "picture": grouped_contrast(picture, text, renders.SCENES, scale),
             "view": grouped_contrast(view, text, renders.SCENES, scale),
             "own": grouped_contrast(view, seen[: 2 * len(rows)], 1, scale),
             "gap": F.mse_loss(average, text[: len(average)]),
+            "pose": (seen @ self.axes - pose).nan_to_num().square().mean(),
             **spread(text),
         }
         return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}
@@ -394,7 +429,7 @@ class GeneratorPart:
     name, learning_rate, weight_decay, ema_decay = "generator", 8e-4, 0.1, 0.999
     batch_size = 16
     caption_share, embedding_dropout = 0.1, 0.08
-    few_sites_share = 0.5
+    few_sites_share = 0.3
     # At first the embedding enters at the 4 x 4 level only. Where all sites learn at once, the
     # 8 x 8 level is quicker, and then leaves nothing to learn for those below.
     deep_sites, deep_until = ("down.2", "mid", "up.0"), 0.3

@@ -140,15 +140,18 @@ class Renders:
         return cached(self.folder / "small.npy", "shrinking", shrunk, self.whole)
 
     @functools.cached_property
-    def rivals(self) -> np.ndarray:
-        """A rival of each picture as CLIP sees it: uint8 [n, 64, 64, 3]."""
-        scenes = [
+    def rival_scenes(self) -> list[pictures.Scene]:
+        return [
             rival(scene, util.numpy_generator_for(0, "rival", number))
             for number, scene in enumerate(self.scenes)
         ]
-        key = util.json_hash([asdict(scene) for scene in scenes])
+
+    @functools.cached_property
+    def rivals(self) -> np.ndarray:
+        """A rival of each picture as CLIP sees it: uint8 [n, 64, 64, 3]."""
+        key = util.json_hash([asdict(scene) for scene in self.rival_scenes])
         path = self.folder / f"rivals-{key[:12]}.npy"  # their own hash: the rule may change
-        return cached(path, "rivals", shrunk_render, scenes)
+        return cached(path, "rivals", shrunk_render, self.rival_scenes)
 
     @functools.cached_property
     def superpixels(self) -> np.ndarray:

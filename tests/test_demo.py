@@ -36,6 +36,15 @@ def test_the_seed_reaches_every_stage_that_draws(tmp_path) -> None:
             assert command[command.index("--seed") + 1] == "3"
 
 
+def test_given_flags_replace_the_demos_own(tmp_path) -> None:
+    _, (_, *trained) = demo.training(tmp_path, 0, demo.QUICK, "other", epochs=1)
+    _, (_, *drawn) = demo.drawing(tmp_path, 0, 2, "other", "fused", guidance=2.0)
+    assert trained.count("--epochs") == drawn.count("--guidance") == 1
+    values = args.resolve("train", trained).values
+    assert (values.epochs, values.output_dir) == (1, tmp_path / "other")
+    assert args.resolve("generate", drawn).values.guidance == 2.0
+
+
 def test_no_stage_of_the_demo_sees_an_oracle(tmp_path) -> None:
     for _, command in demo.plan_of(tmp_path, seed=0, scale=demo.FULL):
         assert "oracle" not in command

@@ -175,7 +175,7 @@ def joint(features: Chain) -> tuple[train.JointObjective, object]:
     decoder = train.new_decoder(
         data, 0, condition_dropout=0.0, loss_weights="fixed", prior_loss="velocity", init_from=None
     )
-    return train.JointObjective(decoder, data, 1.0, 0.01, noise_draws=2, joint_epochs=1), data
+    return train.JointObjective(decoder, data, 1.0, 0.01, noise_draws=2), data
 
 
 @pytest.mark.parametrize("part", [*(f"prior_{name}" for name in NAMES), "contrast"])
@@ -275,57 +275,6 @@ def test_pretraining_then_joint_training_from_its_encoder(features: Chain, tmp_p
     started = train.new_decoder(data, 0, 0.1, "fixed", "velocity", encoder_run)
     for name, value in donor.encoder.state_dict().items():
         assert torch.equal(value, started.encoder.state_dict()[name])
-
-
-RESTED = ("--epochs", 1, "--ema_decay", 0.9)
-
-
-@pytest.fixture(scope="module")
-def rested(features: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A joint epoch, and the same followed by two in which only the priors learn."""
-    runs = tmp_path_factory.mktemp("rested")
-    for name, more in (("joint", 0), ("rested", 2)):
-        command = features.train_flags(runs / name, *RESTED, "--prior_epochs", more)
-        assert train.main(command) == 0
-    return runs / "joint", runs / "rested"
-
-
-def test_in_prior_epochs_the_averaged_encoder_rests_and_every_prior_learns(
-    rested: tuple[Path, Path],
-) -> None:
-    before, after = map(state_of, rested)
-    for name, value in before.items():
-        if name.startswith("encoder."):  # batch statistics, which dropout would move, included
-            assert torch.equal(value, after[name]) and torch.equal(value, after[f"raw.{name}"])
-    for modality in NAMES:
-        name = f"bank.priors.{modality}.output_layer.weight"
-        assert not torch.equal(before[name], after[name])
-
-
-def test_priors_meet_the_encoder_without_dropout_in_prior_epochs(features: Chain) -> None:
-    objective, data = joint(features)
-    batch = next(iter(data.batches(0, 16)))
-    losses = []
-    for epoch in (0, 1):
-        objective.decoder.train()
-        objective.begin_epoch(epoch, None)
-        objective.decoder.bank.eval()
-        losses.append([])
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            found = objective.losses(batch, util.generator_for(0, "test"))
-            losses[-1].append(found["prior_image"].item())
-    assert losses[0][0] != losses[0][1] and losses[1][0] == losses[1][1]
-
-
-def test_prior_epochs_resume_to_the_bit(
-    features: Chain, rested: tuple[Path, Path], tmp_path: Path
-) -> None:
-    command = features.train_flags(
-        tmp_path / "run", *RESTED, "--prior_epochs", 2, "--epochs_per_call", 1
-    )
-    assert [train.main(command) for _ in range(3)] == [util.PREEMPTED, util.PREEMPTED, 0]
-    assert_same_run(rested[1], tmp_path / "run")
 
 
 def test_the_run_explains_itself(chain: Chain) -> None:

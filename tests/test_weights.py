@@ -12,7 +12,7 @@ import torch
 
 import injection
 from clip_feature_extractor import load_clip, picture_versions
-from miniworld import judge, models, pictures, quality, renders
+from miniworld import judge, models, pictures, pretrain, quality, renders
 from modalities import MODALITIES, NAMES, Recipe, recipes
 
 N = 40
@@ -86,6 +86,17 @@ def test_every_embedding_finds_its_caption(scenes, embeddings) -> None:
     for column, name in enumerate(NAMES):
         best = (unit[:, column] @ captions.T).argmax(dim=1)
         assert (best == torch.arange(N)).float().mean() >= 0.9, name
+
+
+def test_pictures_and_superpixels_tell_the_place(scenes, embeddings) -> None:
+    places = pretrain.poses(scenes)[:, :2]
+    for column, name in enumerate(NAMES):
+        told = (embeddings[:, column] @ pretrain.pose_axes())[:, :2]
+        alike = torch.corrcoef(torch.stack([told.flatten(), places.flatten()]))[0, 1]
+        if MODALITIES[column].source == "text":
+            assert abs(alike) < 0.3  # no caption tells it
+        else:
+            assert alike > 0.8, name
 
 
 def test_pictures_show_what_the_embeddings_say(scenes, embeddings, painter) -> None:
