@@ -160,6 +160,9 @@ def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
         **{name: {"model_path": out / "quality" / "models" / name} for name in TRAINING_KNOBS},
         **dict(presets_without_and_moved(out / "quality" / "presets")),
     }
+    for start in wanted:
+        if not any(name.startswith(start) for name in knobs):
+            raise SystemExit(f"--ablation: no knob starts with {start}; choose of {sorted(knobs)}")
     chosen = [name for name in knobs if not wanted or name.startswith(tuple(wanted))]
     settings = {"as_is": {}} | {name: knobs[name] for name in chosen}
     train = [
