@@ -16,10 +16,16 @@ $(VENV)/installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
+# The report is tested in a real browser where there is one or one can be installed; else those
+# tests are skipped and say so.
+$(VENV)/browser: $(VENV)/installed
+	-@tests/install_browser.sh $(PY)
+	touch $@
+
 demo: $(VENV)/installed
 	$(PY) demo.py
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/browser
 	$(PY) -m pytest
 
 lint: $(VENV)/installed

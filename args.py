@@ -43,6 +43,7 @@ CONTROLS = {  # of --control, with the mark that everything drawn or scored unde
     "mean_embedding": "CONTROL: mean training embedding, no EEG",
     "true_embedding": "CEILING: the stimulus' own embeddings, no EEG",
 }
+MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **CONTROLS}
 WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
 STEERING = ("config", "dry_run", "print_config")
 
@@ -458,10 +459,13 @@ def generate() -> Parser:
 def evaluate() -> Parser:
     parser = Parser(
         "evaluate",
-        "Stage 4: retrieval and picture scores on the test concepts, with controls.",
+        "Stage 4: retrieval and picture scores on the test concepts, each beside its controls.",
         "python evaluate.py --model_path OUT/model --data_path DATA "
         "--clip_feature_path OUT/clip_features \\\n"
-        "      --images OUT/images --output_dir OUT/scores",
+        "      --images OUT/images --control_images OUT/shuffled_eeg --weights_dir WEIGHTS "
+        "--output_dir OUT/scores\n"
+        "  python evaluate.py --images ANY_FOLDER --truth STIMULI --output_dir OUT/other_system\n"
+        "  python evaluate.py --compare OUT/scores OUT/other_system --output_dir OUT/comparison",
     )
     group = parser.flags("retrieval")
     group.add("--model_path", type=Path, per_call=True, metavar="RUN",
@@ -474,22 +478,61 @@ def evaluate() -> Parser:
         help="default: the subjects the model was trained on")
     group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
         help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
+    group.add("--permutations", type=positive_int, default=200, metavar="N",
+        help="shuffles of the EEG in the control")
+    group.add("--occlusion", nargs="+", choices=("channels", "time"),
+        help="also explain the encoder: what retrieval loses without each channel and region, or "
+        "without each 50-ms window")
     _control(group)
     _prior_sampling(parser)
     group = parser.flags("pictures")
-    group.add("--images", type=Path, per_call=True, metavar="RUN",
-        help="score the pictures of this generate.py run")
-    group = parser.flags("both")
-    group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
+    group.add("--images", type=Path, per_call=True, metavar="RUN|DIR",
+        help="score the pictures of this generate.py run, or of any folder whose files or folders "
+        "are named after the stimuli")
+    group.add("--control_images", type=Path, nargs="+", per_call=True, metavar="RUN|DIR",
+        help="score these beside them: runs of generate.py --control ..., or other systems'")
+    group.add("--truth", type=Path, per_call=True, metavar="DIR",
+        help="the pictures that were seen; default: DATA/test_images")
+    group.add("--protocol", choices=("mindeye", "braindiffuser"), default="mindeye",
+        help="sizes, resizing and weights of the published scores; the two give other numbers")
+    group.add("--weights_dir", type=Path, per_call=True, metavar="DIR",
+        help="official weight files by their official names (or in DIR/checkpoints); scores whose "
+        "file is missing are left out and named with where the file comes from")
+    group.add("--batch_size", type=positive_int, default=16, per_call=True,
+        help="pictures in a network at once")
+    group.add("--score_cache", type=Path, per_call=True, metavar="DIR",
+        help="where the stimuli's features live; default: score_cache beside --output_dir")
+    group = parser.flags("two runs of this stage")
+    group.add("--compare", type=Path, nargs=2, per_call=True, metavar=("RUN_A", "RUN_B"),
+        help="instead: differences of every score they share, paired by stimulus, with tests")
+    group = parser.flags("all")
+    group.add("--data_path", type=Path, per_call=True, metavar="DATA",
         help="folder with the test EEG and test_images/")
     group.add("--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
-        help="run directory for results.json and table.md")
+        help="run directory for results.json, table.md, ranks.csv and pictures.csv")
     group.add(
         "--seed", type=count, default=0,
-        help="of the prior samples and of the shuffled-EEG control")
-    group.add("--permutations", type=positive_int, default=200, metavar="N",
-        help="shuffles of the EEG in the control")
+        help="of the prior samples, the controls and the intervals")
     _common(parser)
+    return parser
+
+
+def report() -> Parser:
+    parser = Parser(
+        "report",
+        "Stage 5: one self-contained HTML page from any runs; it opens from disk, without network.",
+        "python report.py --runs OUT/model OUT/images OUT/shuffled_eeg OUT/scores",
+    )
+    group = parser.flags("report")
+    group.add("--runs", type=Path, nargs="+", required=True, per_call=True, metavar="RUN",
+        help="run directories of train, ATMS_retrieval, generate and evaluate, in any order")
+    group.add("--output", type=Path, per_call=True, metavar="FILE",
+        help="the page; default: report.html beside the first run")
+    group.add("--data_path", type=Path, per_call=True, metavar="DATA",
+        help="folder with test_images/ and the test EEG; default: as the runs recorded it")
+    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
+        help="where the float32 copies of the EEG live; default: as the runs recorded it")
+    _common(parser, device=False)
     return parser
 
 
@@ -572,6 +615,7 @@ STAGES: dict[str, Callable[[], Parser]] = {
     "retrieval": retrieval,
     "generate": generate,
     "evaluate": evaluate,
+    "report": report,
     "world": world,
     "pretrain": pretrain,
     "demo": demo,
@@ -582,6 +626,7 @@ _PROGRAMS = {
     "retrieval": "ATMS_retrieval.py",
     "generate": "generate.py",
     "evaluate": "evaluate.py",
+    "report": "report.py",
     "world": "python -m miniworld",
     "pretrain": "python -m miniworld.pretrain",
     "demo": "demo.py",
@@ -698,10 +743,31 @@ def _validate(parser: Parser, values: argparse.Namespace) -> None:
     control = getattr(values, "control", None)
     if control in WITHOUT_EEG and not values.clip_feature_path:
         parser.error(f"--control {control} needs --clip_feature_path, where the embeddings are")
-    if parser.stage == "evaluate" and not (values.model_path or values.images):
-        parser.error("nothing to score: give --model_path (retrieval), --images (pictures) or both")
-    if parser.stage == "evaluate" and values.model_path and not values.clip_feature_path:
+    if parser.stage == "evaluate":
+        _validate_evaluate(parser, values)
+
+
+def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
+    if values.compare:
+        if values.model_path or values.images:
+            parser.error("--compare reads two finished runs: leave out --model_path and --images")
+        return
+    if not (values.model_path or values.images):
+        parser.error(
+            "nothing to score: give --model_path (retrieval), --images (pictures), both, "
+            "or --compare"
+        )
+    if values.model_path and not values.clip_feature_path:
         parser.error("--model_path needs --clip_feature_path, the gallery to retrieve from")
+    if values.model_path and not values.data_path:
+        parser.error("--model_path needs --data_path, where the test EEG is")
+    if values.images and not (values.data_path or values.truth):
+        parser.error("--images needs the pictures that were seen: --data_path DATA or --truth DIR")
+    if values.control_images and not values.images:
+        parser.error("--control_images are scored beside --images: name those, too")
+    if values.occlusion and (values.control or not values.model_path):
+        parser.error("--occlusion explains what a model reads from the EEG: give --model_path, "
+            "and no --control")
 
 
 def _names_concept(template: str) -> bool:

@@ -22,6 +22,7 @@ EEG_FOLDER = "Preprocessed_data_250Hz"
 PARTITIONS = ("training", "test")
 EEG_FILE = {partition: f"preprocessed_eeg_{partition}.npy" for partition in PARTITIONS}
 IMAGE_FOLDER = {partition: f"{partition}_images" for partition in PARTITIONS}
+SIMULATED_NOTE = "simulated.json"  # lies in a subject's folder if its EEG is simulated
 PICTURES = (".png", ".jpg", ".jpeg")
 _CACHE_VERSION = 1
 
@@ -521,6 +522,13 @@ def list_subjects(data_path: Path, wanted: Sequence[str] | None) -> list[str]:
 
 def cache_folder(data_path: Path, cache_dir: Path | None) -> Path:
     return Path(cache_dir) if cache_dir else Path(data_path) / "eeg_cache"
+
+
+def is_simulated(data_path: Path | None) -> bool:
+    """Whether a subject below DATA carries the simulator's own note: nobody was recorded."""
+    return data_path is not None and any(
+        (Path(data_path) / EEG_FOLDER).glob(f"sub-*/{SIMULATED_NOTE}")
+    )
 
 
 def check_rows(recording: Recording, stimuli: Sequence[Stimulus]) -> None:

@@ -34,6 +34,8 @@ CHANNELS = (
     "Pz", "P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8",
     "POz", "PO3", "PO4", "PO7", "PO8", "O1", "Oz", "O2",
 )  # fmt: skip
+CONTROLS = ("shuffled_eeg", "true_embedding")  # drawn, too: chance and a perfect decoder
+REPORT = "report.html"
 SUPERPIXEL_PX = 128  # half the pictures' own size: a quarter of the time, and CLIP sees 64
 
 
@@ -156,32 +158,47 @@ def drawing(
     return f"stage 3: pictures ({name})", ["generate.py", *flags(**given | more)]
 
 
-def scoring(out: Path, seed: int, images: str, name: str) -> tuple[str, list[str]]:
-    """Stage 4 on the pictures in ``out/images``, into ``out/name``."""
-    given = flags(
-        model_path=out / "model",
-        data_path=out / "world" / "data",
-        clip_feature_path=out / "clip_features",
-        images=out / images,
-        prior_steps=PRIOR_STEPS,
-        prior_draws=PRIOR_DRAWS,
-        output_dir=out / name,
-        seed=seed,
-        device="cpu",
-    )
-    return "stage 4: scores with controls", ["evaluate.py", *given]
+def scoring(out: Path, seed: int, images: str, name: str, **more: object) -> tuple[str, list[str]]:
+    """Stage 4 on the pictures in ``out/images``, into ``out/name``, with ``more`` of its flags."""
+    given = {
+        "model_path": out / "model",
+        "data_path": out / "world" / "data",
+        "clip_feature_path": out / "clip_features",
+        "images": out / images,
+        "prior_steps": PRIOR_STEPS,
+        "prior_draws": PRIOR_DRAWS,
+        "output_dir": out / name,
+        "seed": seed,
+        "device": "cpu",
+    }
+    return "stage 4: scores with controls", ["evaluate.py", *flags(**given | more)]
+
+
+def reporting(out: Path) -> tuple[str, list[str]]:
+    """Stage 5: one page of everything, ``out/report.html``."""
+    runs = tuple(out / name for name in ("model", "images", *CONTROLS, "scores"))
+    given = flags(runs=runs, output=out / REPORT)
+    return "stage 5: one page to open from disk", ["report.py", *given]
 
 
 def plan_of(out: Path, seed: int, scale: Scale) -> list[tuple[str, list[str]]]:
-    """All stages; the two controls show what chance and a perfect decoder would draw."""
+    """All stages, the controls and the report."""
     return [
         *commands(out, seed, scale),
         drawing(out, seed, scale.drawn, "images", "all"),
         *(
             drawing(out, seed, scale.drawn, control, "fused", control=control)
-            for control in ("shuffled_eeg", "true_embedding")
+            for control in CONTROLS
         ),
-        scoring(out, seed, "images", "scores"),
+        scoring(
+            out,
+            seed,
+            "images",
+            "scores",
+            control_images=tuple(out / control for control in CONTROLS),
+            occlusion=("channels", "time"),
+        ),
+        reporting(out),
     ]
 
 
@@ -202,11 +219,9 @@ def judged(out: Path, seed: int) -> str:
     """What the judge, a classifier for scoring only, sees in the drawn pictures."""
     model = judge.load(models.Models(out / "world" / "models").judge)
     data = out / "world" / "data"
-    runs = ("images", "shuffled_eeg", "true_embedding")
+    runs = ("images", *CONTROLS)
     found = {name: quality.judged_run(model, out / name, data) for name in runs}
-    rows = found["images"] | {
-        f"fused, {name}": found[name]["fused"] for name in ("shuffled_eeg", "true_embedding")
-    }
+    rows = found["images"] | {f"fused, {name}": found[name]["fused"] for name in CONTROLS}
     return (
         "Attributes of the stimulus that an independent judge finds in the picture drawn from "
         f"simulated EEG; mean [95 % bootstrap], seed {seed}\n\n" + quality.judge_table(rows, seed)
@@ -231,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         file.write(table)
     elsewhere = drawing(out, values.seed, 12, "uniform", "all", injection="uniform")
     print(
-        f"\n{table}\nLook at\n"
+        f"\n{table}\nOpen in a browser\n"
+        f"  {out / REPORT}   pictures, scores, controls, what the encoder reads\n"
+        "Look at\n"
         f"  {out / 'images' / 'overview.png'}   stimulus and all recipes, side by side\n"
         f"  {out / 'images'}/*/sheet.png   one contact sheet per stimulus\n"
         f"  {out / 'scores' / 'table.md'}   scores with controls\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +15,89 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import yaml
 
+import compare
 import controls
 import metrics
-import superpixel
+import occlusion
+import reconstruction
+import tables
 import util
 from ATMS_retrieval import Decoder, model_file
 from dataset import (
     Bank,
+    Stimulus,
     TestEEG,
     check_clip,
     eeg_file,
+    is_simulated,
     list_stimuli,
     list_subjects,
     open_bank,
     open_test,
 )
-from modalities import NAMES
+from modalities import MODALITIES, NAMES
 from unet import Sampling
-from util import DataError, UserError
+from util import UserError
 
+LITERATURE = Path(__file__).parent / "configs" / "literature.yaml"
 PROTOCOL = {
     "retrieval": "cosine, whole test gallery, EEG averaged over repetitions; "
-    "k-way = exact expectation over distractors",
-    "pictures": "mindeye: 256 px, then 425 px bilinear antialiased; SSIM gray, Gaussian sigma 1.5; "
-    "mean over stimuli",
+    "k-way = exact expectation over distractors; MRR = mean reciprocal rank; back = from the "
+    "gallery to the EEG; fused priors = cosines of the five, weighted by the registry's gains",
     "intervals": "95 % percentile bootstrap over stimuli, 2000 draws",
     "control": "retrieval: EEG of the test stimuli shuffled, mean and 95 % range over shuffles; "
     "pictures: each scored against another stimulus (one seeded cyclic shift)",
+}
+PICTURE_PROTOCOL = {
+    "mindeye": "256 px, then the score's own size, bilinear antialiased, no crop; PixCorr and SSIM "
+    "at 425 px, SSIM gray, Gaussian sigma 1.5; LPIPS at 256 px; EffNet-B1 with V2 weights; mean "
+    "over the samples of a stimulus, then over stimuli",
+    "braindiffuser": "Pillow on 8 bits: 425 px bicubic for PixCorr and SSIM (gray, Gaussian sigma "
+    "1.5), 224 px bilinear for networks, 256 px for LPIPS; EffNet-B1 with V1 weights; mean over "
+    "the samples of a stimulus, then over stimuli",
+}
+NETWORK_PROTOCOL = {
+    "two-way": "share of the other stimuli whose features correlate less with the picture; ties "
+    "lose; chance .5. EffNet and SwAV: 1 - Pearson r of features",
+    "distributions": "FID and Frechet: unbiased covariances; KID and Kernel: cubic, unbiased, all "
+    "pictures once; IS: logits without bias, pictures in the order of the stimuli; their "
+    "intervals are moved onto the value, as resampling biases them (200 draws; Kernel 1000)",
 }
 
 
 # ---------------------------------------------------------------- retrieval
 
 
-def retrieval_row(
-    name: str,
-    subject: str,
-    query: torch.Tensor,
-    gallery: torch.Tensor,
-    truth: torch.Tensor,
-    seed: int,
-    permutations: int,
-) -> dict[str, Any]:
-    """Scores of queries [N, D] against gallery [N, D], with interval, shuffled EEG and chance."""
-    similarity = metrics.cosine_similarity(query, gallery)
-    better, tied = metrics.ranks(similarity, truth)
+@dataclass(frozen=True)
+class Query:
+    """Similarity [N, N] of what was predicted from EEG with a gallery, truth on the diagonal."""
+
+    name: str
+    subject: str
+    similarity: torch.Tensor
+
+    @property
+    def truth(self) -> torch.Tensor:
+        return torch.arange(len(self.similarity))
+
+
+def retrieval_row(query: Query, seed: int, permutations: int) -> dict[str, Any]:
+    """Scores of a query in both directions, with intervals, shuffled EEG and chance."""
+    similarity, truth = query.similarity, query.truth
     row: dict[str, Any] = {
-        "query": name,
-        "subject": subject,
-        **metrics.retrieval_topk(query, gallery, truth),
+        "query": query.name,
+        "subject": query.subject,
+        **metrics.retrieval_scores(similarity, truth),
     }
+    ways = {"": metrics.ranks(similarity, truth), "back_": metrics.ranks(similarity.T, truth)}
     for k in (1, 5):
-        hits = metrics.top_k_probability(better, tied, k).numpy()
-        row[f"top{k}_interval"] = metrics.bootstrap_interval(hits, seed)
-        row[f"top{k}_chance"] = k / len(gallery)
+        for prefix, ranked in ways.items():
+            hits = metrics.top_k_probability(*ranked, k).numpy()
+            row[f"{prefix}top{k}"] = float(hits.mean())
+            row[f"{prefix}top{k}_interval"] = metrics.bootstrap_interval(hits, seed)
+        row[f"top{k}_chance"] = k / len(similarity)
         shuffled = shuffled_top_k(similarity, truth, k, seed, permutations)
         row[f"top{k}_shuffled"] = float(shuffled.mean())
         row[f"top{k}_shuffled_range"] = np.percentile(shuffled, [2.5, 97.5]).tolist()
@@ -88,190 +118,79 @@ def shuffled_top_k(
     return np.array(scores)
 
 
-def subject_rows(
-    decoder: Decoder,
-    test: TestEEG,
-    bank: Bank,
-    sampling: Sampling,
-    seed: int,
-    permutations: int,
-    control: str | None,
-) -> list[dict[str, Any]]:
-    """Retrieval of one subject: by the encoder's output, and by each prior from its own gallery."""
+def subject_queries(
+    decoder: Decoder, test: TestEEG, bank: Bank, sampling: Sampling, seed: int, control: str | None
+) -> list[Query]:
+    """What one subject's EEG retrieves with: the encoder's output, each prior, the five fused."""
     gallery = bank.rows_for(test.stimuli)
-    truth = torch.arange(len(test.stimuli))
     everything = range(len(test.eeg))
-    queries = []
+    found = {}
     if control not in args.WITHOUT_EEG:
         read = controls.controlled_eeg(test, control, seed)
-        queries += [("encoder -> image", decoder.condition(read, everything), gallery["image"])]
+        encoded = decoder.condition(read, everything)
+        found["encoder -> image"] = metrics.cosine_similarity(encoded, gallery["image"])
     if decoder.bank is not None:
         samples = controls.predict(
             decoder, test, everything, sampling, seed, control, bank.path.parent
         )
-        queries += [(f"prior {name}", samples[name], gallery[name]) for name in NAMES]
+        of = {name: metrics.cosine_similarity(samples[name], gallery[name]) for name in NAMES}
+        found |= {f"prior {name}": similarity for name, similarity in of.items()}
+        found["fused priors"] = sum(item.gain * of[item.name] for item in MODALITIES)
+    return [Query(name, test.subject, similarity) for name, similarity in found.items()]
+
+
+def rank_lines(query: Query, stimuli: Sequence[Stimulus]) -> list[dict[str, Any]]:
+    """A line of ``ranks.csv`` per stimulus: its rank (1 = right), and what was put first."""
+    better, tied = metrics.ranks(query.similarity, query.truth)
+    rank = (1 + better + tied / 2).tolist()
+    cosine, first = query.similarity.max(dim=1)
     return [
-        retrieval_row(name, test.subject, query, features, truth, seed, permutations)
-        for name, query, features in queries
+        {
+            "subject": query.subject,
+            "query": query.name,
+            "stimulus": item.id,
+            "picture": item.key,
+            "concept": item.concept,
+            "rank": rank[row],
+            "chosen": stimuli[first[row]].key,
+            "chosen_concept": stimuli[first[row]].concept,
+            "chosen_similarity": round(float(cosine[row]), 6),
+        }
+        for row, item in enumerate(stimuli)
     ]
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def read_run(images: Path) -> tuple[list[dict[str, Any]], str]:
-    """The journal of a generate.py run and what it was drawn from. Raises DataError."""
-    records = [
-        record for path in sorted(images.glob("images*.jsonl")) for record in util.read_jsonl(path)
-    ]
-    records = list({(record["stimulus"], record["recipe"]): record for record in records}.values())
-    if not records:
-        raise DataError(
-            images,
-            "no pictures",
-            "the output of generate.py",
-            "run that stage; it goes on where it stopped",
-        )
-    sources = {record["prompt_source"] for record in records}
-    control = {record["control"] for record in records} - {None}
-    return records, " and ".join((*sorted(sources), *(args.CONTROLS[name] for name in control)))
-
-
-def load_for_scores(path: Path) -> torch.Tensor:
-    """A picture as the protocol wants it: float32 [3, 425, 425] in 0..1. Raises DataError."""
-    try:
-        pixels = np.asarray(superpixel.read_picture(path))
-    except superpixel.PictureError as error:
-        raise DataError(
-            path, str(error), "a whole picture", "draw it again with generate.py"
-        ) from None
-    return metrics.to_mindeye(pixels[None])[0]
-
-
-def picture_row(
-    recipe: str, prompt_source: str, truth: torch.Tensor, drawn: torch.Tensor, seed: int
-) -> dict[str, Any]:
-    """Scores of one recipe: [N, 3, 425, 425] twice. NaNs (flat pictures) are counted and kept."""
-    shift = 1 + util.seed_for(seed, "picture control") % max(1, len(truth) - 1)
-    others = truth.roll(shift, dims=0)
-    row: dict[str, Any] = {"recipe": recipe, "prompt_source": prompt_source, "n": len(truth)}
-    for name, score in (("pixcorr", metrics.pix_corr), ("ssim", metrics.ssim)):
-        scores, control = score(truth, drawn), score(others, drawn)
-        row[name], row[f"{name}_nan"] = float(scores.mean()), int(np.isnan(scores).sum())
-        row[f"{name}_interval"] = metrics.bootstrap_interval(scores, seed)
-        row[f"{name}_control"] = float(control.mean()) if len(truth) > 1 else None
-    return row
-
-
-def score_pictures(images: Path, data_path: Path, seed: int) -> list[dict[str, Any]]:
-    """PixCorr and SSIM per recipe, paired by stimulus id."""
-    from tqdm import tqdm
-
-    records, prompt_source = read_run(images)
-    stimuli = {item.id: item for item in list_stimuli(data_path, "test")}
-    lost = [record["folder"] for record in records if record["stimulus"] not in stimuli]
-    if lost:
-        raise DataError(
-            images,
-            f"pictures of stimuli that {data_path} lacks, e.g. {lost[0]}",
-            "the same test_images",
-            "give --data_path the DATA that the pictures were drawn from",
-        )
-    shown = {
-        stimulus: load_for_scores(stimuli[stimulus].path)
-        for stimulus in {r["stimulus"] for r in records}
-    }
-    rows = []
-    for recipe in tqdm(
-        dict.fromkeys(record["recipe"] for record in records), desc="scoring", unit="recipe"
-    ):
-        chosen = [record for record in records if record["recipe"] == recipe]
-        truth = torch.stack([shown[record["stimulus"]] for record in chosen])
-        drawn = torch.stack([load_for_scores(images / record["file"]) for record in chosen])
-        rows.append(picture_row(recipe, prompt_source, truth, drawn, seed))
-    return rows
-
-
-# ---------------------------------------------------------------- tables
-
-
-def retrieval_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown: one line per query and subject, the control beside each score."""
-    ways = [key for key in rows[0] if key.endswith("-way")]
-    lines = [
-        "| query -> gallery | subject | N | top-1 [95 %] | shuffled EEG | chance "
-        "| top-5 [95 %] | shuffled EEG | chance |" + "".join(f" {way} |" for way in ways),
-        "|" + "---|" * (9 + len(ways)),
-    ]
-    for row in rows:
-        cells = [row["query"], row["subject"], f"{row['n']}"]
-        for k in (1, 5):
-            low, high = row[f"top{k}_interval"]
-            least, most = row[f"top{k}_shuffled_range"]
-            cells += [
-                f"{row[f'top{k}']:.3f} [{low:.3f}, {high:.3f}]",
-                f"{row[f'top{k}_shuffled']:.3f} ({least:.3f}..{most:.3f})",
-                f"{row[f'top{k}_chance']:.3f}",
-            ]
-        lines.append("| " + " | ".join([*cells, *(f"{row[way]:.3f}" for way in ways)]) + " |")
-    return lines
-
-
-def picture_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        "| recipe | prompt | N | PixCorr [95 %] | other stimulus "
-        "| SSIM [95 %] | other stimulus | NaN |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [
-            row["recipe"],
-            row["prompt_source"].upper()
-            if "oracle" in row["prompt_source"]
-            else row["prompt_source"],
-            str(row["n"]),
-        ]
-        for name in ("pixcorr", "ssim"):
-            low, high = row[f"{name}_interval"]
-            control = row[f"{name}_control"]
-            cells += [
-                f"{row[name]:.3f} [{low:.3f}, {high:.3f}]",
-                "-" if control is None else f"{control:.3f}",
-            ]
-        cells.append(str(row["pixcorr_nan"] + row["ssim_nan"]))
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def as_table(results: Mapping[str, Any]) -> str:
-    lines = ["# Scores", ""]
-    if results["control"]:
-        lines += [f"**{args.CONTROLS[results['control']]}** (retrieval)", ""]
-    if results["simulated"]:
-        lines += ["**The EEG is simulated.**", ""]
-    if results["retrieval"]:
-        lines += ["## Retrieval", "", *retrieval_table(results["retrieval"]), ""]
-    if results["pictures"]:
-        lines += ["## Pictures", "", *picture_table(results["pictures"]), ""]
-    lines += [
-        "## Protocol",
-        "",
-        *(f"- {key}: {text}" for key, text in PROTOCOL.items()),
-        f"- seed: {results['seed']}; shuffles: {results['permutations']}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------- the stage
 
 
-def open_retrieval(values: Any) -> tuple[Decoder, Bank, list[TestEEG]]:
+@dataclass
+class Opened:
+    """All that is scored, found and checked before anything is computed."""
+
+    decoder: Decoder | None = None
+    bank: Bank | None = None
+    tests: list[TestEEG] = field(default_factory=list)
+    groups: list[reconstruction.Group] = field(default_factory=list)
+    weights: dict[str, Path] = field(default_factory=dict)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def plan(self) -> list[str]:
+        lines = [f"score the retrieval of {test.subject}" for test in self.tests]
+        lines += [
+            f"score {len(group.pictures)} pictures of {len(group.stimuli)} stimuli: "
+            f"{group.images}, {group.recipe}"
+            for group in self.groups
+        ]
+        return lines + [line.removeprefix("- ") for line in tables.skipped_lines(self.skipped)]
+
+
+def open_retrieval(values: Any, opened: Opened) -> None:
     """Model, gallery and test EEG, checked against each other. Raises UserError / DataError."""
-    decoder = Decoder.load(values.model_path, values.checkpoint)
-    bank = open_bank(values.clip_feature_path, "test")
-    check_clip(bank, decoder.clip, values.model_path)
+    opened.decoder = decoder = Decoder.load(values.model_path, values.checkpoint)
+    opened.bank = open_bank(values.clip_feature_path, "test")
+    check_clip(opened.bank, decoder.clip, values.model_path)
     names = list_subjects(values.data_path, values.subjects or decoder.signal["subjects"])
-    tests = [
+    opened.tests = [
         open_test(
             eeg_file(values.data_path, name, "test"),
             name,
@@ -282,83 +201,174 @@ def open_retrieval(values: Any) -> tuple[Decoder, Bank, list[TestEEG]]:
         )
         for name in names
     ]
-    return decoder, bank, tests
 
 
-def is_simulated(data_path: Path) -> bool:
-    """Whether the EEG folder carries the simulator's own note."""
-    return any(Path(data_path).glob("*/sub-*/simulated.json"))
+def check_folder(flag: str, folder: Path, expected: str) -> None:
+    """Raise UserError unless the folder is there."""
+    if not folder.is_dir():
+        raise UserError(flag, f"{folder}: no such folder", expected, "check the path")
 
 
-def identities(values: Any, opened: tuple[Decoder, Bank, list[TestEEG]] | None) -> dict[str, str]:
+def open_pictures(values: Any, opened: Opened) -> None:
+    """Pictures paired with stimuli, and the weights that are at hand. Raises as above."""
+    folders = {"--images": [values.images], "--control_images": values.control_images or []}
+    for flag, named in folders.items():
+        for folder in named:
+            check_folder(flag, folder, "a run of generate.py or a folder of pictures")
+    if values.weights_dir:
+        check_folder("--weights_dir", values.weights_dir, "a folder of weight files")
+    if values.truth:
+        check_folder("--truth", values.truth, "the pictures that were seen")
+        stimuli = reconstruction.list_pictures(values.truth)
+    else:
+        stimuli = list_stimuli(values.data_path, "test")
+    opened.groups = reconstruction.pair(list(chain(*folders.values())), stimuli)
+    found = reconstruction.available(values.protocol, values.weights_dir)
+    opened.weights, opened.skipped = found
+
+
+def identities(values: Any, opened: Opened) -> dict[str, Any]:
     """Hashes of everything that is scored."""
-    stimuli = list_stimuli(values.data_path, "test")
-    inputs = {"stimuli": util.json_hash([item.key for item in stimuli])}
-    if opened:
-        _, bank, tests = opened
+    inputs: dict[str, Any] = {}
+    if opened.decoder:
         model = model_file(values.model_path, values.checkpoint)
-        inputs |= {"model": util.file_hash(model), "clip_features": bank.hash}
-        inputs |= {f"eeg_{test.subject}": test.hash for test in tests}
-    if values.images:
-        files = [record["file"] for record in read_run(values.images)[0]]
-        inputs["pictures"] = util.json_hash(
-            [[file, util.file_hash(values.images / file)] for file in files]
+        inputs |= {"model": util.file_hash(model), "clip_features": opened.bank.hash}
+        inputs |= {f"eeg_{test.subject}": test.hash for test in opened.tests}
+    shown = {item.key: item.path for group in opened.groups for item in group.stimuli}
+    drawn = [path for group in opened.groups for path in group.pictures]
+    if opened.groups:
+        inputs["stimuli"] = util.json_hash(
+            [[key, util.file_hash(path)] for key, path in sorted(shown.items())]
         )
+        inputs["pictures"] = util.json_hash(
+            [[group.images, group.recipe, list(group.owner)] for group in opened.groups]
+            + [util.file_hash(path) for path in drawn]
+        )
+        inputs["networks"] = sorted(opened.weights)
     return inputs
 
 
-def score(
-    values: Any, opened: tuple[Decoder, Bank, list[TestEEG]] | None, inputs: Mapping[str, str]
-) -> dict[str, Any]:
-    """Everything that was asked for, as written to ``results.json``."""
-    retrieval, pictures = [], []
-    if opened:
-        opened[0].to(util.pick_device(values.device))
-        decoder, bank, tests = opened
-        sampling = Sampling(
-            values.prior_steps, values.prior_guidance, values.prior_sampler, values.prior_draws
-        )
-        for test in tests:
-            util.LOG.info("retrieval: %s", test.subject)
-            retrieval += subject_rows(
-                decoder, test, bank, sampling, values.seed, values.permutations, values.control
+def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], ...]:
+    """(rows for results.json, lines of ranks.csv, rows of occlusion) of every subject."""
+    decoder, bank = opened.decoder, opened.bank
+    decoder.to(util.pick_device(values.device))
+    sampling = Sampling(
+        values.prior_steps, values.prior_guidance, values.prior_sampler, values.prior_draws
+    )
+    rows, lines, occluded = [], [], []
+    for test in opened.tests:
+        util.LOG.info("retrieval: %s", test.subject)
+        found = subject_queries(decoder, test, bank, sampling, values.seed, values.control)
+        rows += [retrieval_row(query, values.seed, values.permutations) for query in found]
+        lines += [line for query in found for line in rank_lines(query, test.stimuli)]
+        if values.occlusion:
+            gallery = bank.rows_for(test.stimuli)["image"]
+            occluded += occlusion.occlusion_rows(
+                decoder, test, gallery, values.occlusion, values.seed
             )
-    if values.images:
-        pictures = score_pictures(values.images, values.data_path, values.seed)
+    return rows, lines, occluded
+
+
+def protocol_of(values: Any, opened: Opened) -> dict[str, str]:
+    """What the numbers mean, for the table's foot."""
+    protocol = dict(PROTOCOL)
+    if not opened.groups:
+        return protocol
+    protocol["pictures"] = f"{values.protocol}: {PICTURE_PROTOCOL[values.protocol]}"
+    protocol |= NETWORK_PROTOCOL
+    smallest = min(len(group.stimuli) for group in opened.groups)
+    if smallest < 2048:
+        protocol["mostly bias"] = (
+            f"at N = {smallest}, fewer than the features' dimensions, FID and Frechet are mostly "
+            "bias (two samples of one distribution are far apart): compare them at equal N and by "
+            "the same code only, and look at KID or Kernel, which have no bias"
+        )
+    return protocol
+
+
+def score(run: Path, values: Any, opened: Opened, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Score everything that was asked for; write the tables of single stimuli to ``run``.
+
+    Returns the content of ``results.json``.
+    """
+    retrieval, occluded, pictures = [], [], []
+    if opened.decoder:
+        retrieval, lines, occluded = score_retrieval(values, opened)
+        util.write_csv(run / "ranks.csv", lines)
+    if opened.groups:
+        pictures, lines = reconstruction.score_groups(
+            opened.groups,
+            opened.weights,
+            values.protocol,
+            util.pick_device(values.device),
+            values.batch_size,
+            values.score_cache or values.output_dir.resolve().parent / "score_cache",
+            values.seed,
+        )
+        util.write_csv(run / "pictures.csv", lines)
     return {
         "retrieval": retrieval,
         "pictures": pictures,
-        "protocol": PROTOCOL,
+        "metrics": reconstruction.described(pictures, values.protocol),
+        "occlusion": {"how": occlusion.HOW, "rows": occluded} if occluded else None,
+        "skipped": opened.skipped,
+        "labels": {name: item.label for name, item in reconstruction.SCORES.items()},
+        "literature": yaml.safe_load(LITERATURE.read_text(encoding="utf-8")),
+        "protocol": protocol_of(values, opened),
         "seed": values.seed,
         "permutations": values.permutations,
         "control": values.control,
-        "simulated": is_simulated(values.data_path),
+        "mark": args.CONTROLS.get(values.control or "", ""),
+        "simulated": is_simulated(values.data_path)
+        or any(group.simulated for group in opened.groups),
         "inputs": dict(inputs),
+        "weights": {name: util.sha256(path) for name, path in opened.weights.items()},
         **util.environment(),
     }
 
 
-@util.command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Score what was given, write results.json and table.md, print the table."""
-    options = args.resolve("evaluate", argv)
-    values = options.values
-    if values.images and not values.images.is_dir():
-        raise UserError(
-            "--images", f"{values.images}: no such folder", "a run of generate.py", "check the path"
-        )
-    opened = open_retrieval(values) if values.model_path else None
+def run_scores(options: args.Options) -> Path:
+    """Score pictures and retrieval; returns the run's folder."""
+    values, opened = options.values, Opened()
+    if values.images:
+        open_pictures(values, opened)
+    if values.model_path:
+        open_retrieval(values, opened)
     inputs = identities(values, opened)
-    plan = [f"score the retrieval of {test.subject}" for test in (opened[2] if opened else [])]
-    plan += [f"score the pictures of {values.images}"] if values.images else []
-    run = util.open_run(options, values.output_dir, inputs, plan)
+    run = util.open_run(options, values.output_dir, inputs, opened.plan())
     if not run.finished:
-        results = score(values, opened, inputs)
+        results = score(run.path, values, opened, inputs)
         util.write_json(run.path / "results.json", results)
         with util.atomic_write(run.path / "table.md") as file:
-            file.write(as_table(results))
+            file.write(tables.as_table(results))
         run.finish({})
-    print((run.path / "table.md").read_text(encoding="utf-8"))
+    return run.path
+
+
+def run_comparison(options: args.Options) -> Path:
+    """Compare two finished runs of this stage; returns the run's folder."""
+    values = options.values
+    found = compare.comparison(*values.compare, values.seed)
+    inputs = {
+        side: util.file_hash(folder / "results.json")
+        for side, folder in zip("AB", values.compare, strict=True)
+    }
+    plan = [f"compare {len(found['rows'])} scores"]
+    run = util.open_run(options, values.output_dir, inputs, plan)
+    if not run.finished:
+        util.write_json(run.path / "comparison.json", found)
+        with util.atomic_write(run.path / "table.md") as file:
+            file.write(tables.as_comparison(found))
+        run.finish({})
+    return run.path
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score or compare what was given, write the results and their tables, print the table."""
+    options = args.resolve("evaluate", argv)
+    run = run_comparison(options) if options.values.compare else run_scores(options)
+    print((run / "table.md").read_text(encoding="utf-8"))
     return 0
 
 

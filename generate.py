@@ -22,12 +22,19 @@ import injection
 import superpixel
 import util
 from ATMS_retrieval import Decoder, model_file
-from dataset import Stimulus, TestEEG, caption, locate_test_eeg, open_test, read_captions
+from dataset import (
+    SIMULATED_NOTE,
+    Stimulus,
+    TestEEG,
+    caption,
+    locate_test_eeg,
+    open_test,
+    read_captions,
+)
 from modalities import MODALITIES, NAMES, recipes
 from unet import Sampling
 from util import UserError
 
-MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **args.CONTROLS}
 THUMBNAIL_PX = 160
 OVERVIEW_ROWS = 12
 
@@ -114,8 +121,8 @@ class Renderer:
 
 
 def marks_of(prompt_source: str, control: str | None) -> tuple[str, ...]:
-    """Keys of MARKS for pictures that do not show what was decoded from the EEG alone."""
-    return tuple(name for name in (prompt_source, control) if name in MARKS)
+    """Keys of args.MARKS for pictures that do not show what was decoded from the EEG alone."""
+    return tuple(name for name in (prompt_source, control) if name in args.MARKS)
 
 
 def marked(name: str, marks: Sequence[str]) -> str:
@@ -124,7 +131,7 @@ def marked(name: str, marks: Sequence[str]) -> str:
 
 
 def marked_title(title: str, marks: Sequence[str]) -> str:
-    return "   ".join((title, *(f"[{MARKS[mark]}]" for mark in marks)))
+    return "   ".join((title, *(f"[{args.MARKS[mark]}]" for mark in marks)))
 
 
 def save_picture(path: Path, picture: np.ndarray, note: str) -> None:
@@ -289,7 +296,7 @@ def write_pictures(
 ) -> None:
     """Save a batch under all its recipes' names and journal each picture after it is on disk."""
     marks = marks_of(about["prompt_source"], about["control"])
-    note = "; ".join(MARKS[mark] for mark in marks) or "neutral prompt"
+    note = "; ".join(args.MARKS[mark] for mark in marks) or "neutral prompt"
     for task, picture in zip(tasks, pictures, strict=True):
         for name in task.names:
             file = f"{test.names[task.row]}/{marked(name, marks)}"
@@ -358,6 +365,7 @@ def render(
         "control": series.control,
         "seed": series.seed,
         "injection": series.injection,
+        "simulated": (test.source.parent / SIMULATED_NOTE).exists(),
     }
     stacked = torch.stack([embeddings[name] for name in NAMES], dim=1)
     places = {row: place for place, row in enumerate(rows)}

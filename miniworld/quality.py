@@ -14,9 +14,9 @@ import metrics
 import superpixel
 import util
 from clip_feature_extractor import load_clip
-from evaluate import read_run
 from miniworld import judge, models, pictures
 from modalities import recipes
+from reconstruction import read_run
 
 Verdicts = Mapping[str, Mapping[str, np.ndarray]]  # {recipe or control: {attribute: bool [n]}}
 PLACE_TOLERANCE = 0.1  # picture widths: a fifth of an object
@@ -30,8 +30,8 @@ def vae_psnr(vae: Any, scenes: Sequence[pictures.Scene]) -> np.ndarray:
             picture = torch.from_numpy(pictures.render(scene, models.SIZE_PX)).permute(2, 0, 1)
             pixels = picture[None].float() / 127.5 - 1
             made = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
-            found.append(float(-10 * torch.log10((made - pixels).div(2).square().mean())))
-    return np.array(found)
+            found.append(metrics.psnr((pixels + 1) / 2, (made + 1) / 2))
+    return np.concatenate(found)
 
 
 def clip_retrieval(
@@ -67,7 +67,7 @@ def judged_run(
     model: judge.Judge, images: Path, data_path: Path
 ) -> dict[str, dict[str, np.ndarray]]:
     """What the pictures of a generate.py run show: {recipe: {attribute or place: bool [n]}}."""
-    records, _ = read_run(images)
+    records = read_run(images)
     truth = util.read_json(data_path / "scenes.json")["scenes"]
     of_folder = {Path(key).parent.name: pictures.Scene(**scene) for key, scene in truth.items()}
     found = {}

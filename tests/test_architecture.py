@@ -20,11 +20,12 @@ import modalities
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS: dict[str, float] = {
     **dict.fromkeys(("modalities", "masking"), 0),
-    **dict.fromkeys(("args", "util", "loss", "superpixel", "metrics"), 1),
+    **dict.fromkeys(("args", "util", "loss", "superpixel", "metrics", "scalp", "tables"), 1),
     **dict.fromkeys(("subject_layers", "unet", "dataset", "injection"), 2),
-    **dict.fromkeys(("engine", "fusion"), 2.5),
+    **dict.fromkeys(("backbones", "compare"), 2),
+    **dict.fromkeys(("engine", "fusion", "figures"), 2.5),
     "ATMS_retrieval": 3,
-    "controls": 3.5,
+    **dict.fromkeys(("controls", "reconstruction", "occlusion"), 3.5),
     **dict.fromkeys(("preprocess", "clip_feature_extractor", "train"), 4),
     **dict.fromkeys(("generate", "evaluate", "report"), 4),
     "miniworld": 5,
@@ -228,7 +229,7 @@ def _fresh(code: str, *tokens: str, cwd: Path = ROOT) -> subprocess.CompletedPro
 
 
 def _required(stage: str) -> list[str]:
-    tokens = ["--images", "I"] if stage == "evaluate" else []
+    tokens = ["--images", "I", "--truth", "T"] if stage == "evaluate" else []
     for name, action in args.STAGES[stage]().actions().items():
         tokens += [f"--{name}", "X"] if action.required else []
     return tokens

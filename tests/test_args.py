@@ -23,6 +23,7 @@ MINIMAL = {
     "retrieval": TRAIN,
     "generate": GENERATE,
     "evaluate": EVALUATE,
+    "report": ["--runs", "R"],
     "world": ["--output_path", "W"],
     "pretrain": ["--output_path", "P"],
     "demo": [],
@@ -215,11 +216,25 @@ def test_a_good_template_passes():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "missing"), [([], "--model_path"), (["--model_path", "M"], "--clip_feature_path")]
-)
+    ("tokens", "missing"),
+    [
+        ([], "--model_path"),
+        (["--model_path", "M", "--data_path", "D"], "--clip_feature_path"),
+        (["--model_path", "M", "--clip_feature_path", "F"], "--data_path"),
+        (["--images", "I"], "--truth"),
+        (["--model_path", "M", "--clip_feature_path", "F", "--data_path", "D",
+          "--control_images", "C"], "--images"),
+        (["--images", "I", "--truth", "T", "--occlusion", "time"], "--model_path"),
+        (["--images", "I", "--compare", "A", "B"], "--compare"),
+    ],
+)  # fmt: skip
 def test_evaluate_needs_something_to_score(capsys, tokens, missing):
-    given = ["--data_path", "D", "--output_dir", "O", *tokens]
-    assert missing in _refused(capsys, "evaluate", given)
+    assert missing in _refused(capsys, "evaluate", ["--output_dir", "O", *tokens])
+
+
+def test_other_systems_pictures_and_comparisons_need_no_data_folder():
+    for tokens in (["--images", "I", "--truth", "T"], ["--compare", "A", "B"]):
+        assert args.resolve("evaluate", ["--output_dir", "O", *tokens]).values.data_path is None
 
 
 # --- switches -----------------------------------------------------------------------------------

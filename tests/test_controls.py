@@ -115,6 +115,7 @@ def test_the_ceiling_finds_every_stimulus(chain: Chain, tmp_path: Path) -> None:
     more = ("--model_path", chain.model, "--control", "true_embedding")
     assert evaluate.main(chain.evaluate_flags(tmp_path / "scores", *map(str, more))) == 0
     results = util.read_json(tmp_path / "scores" / "results.json")
-    assert {row["query"] for row in results["retrieval"]} == {f"prior {name}" for name in NAMES}
+    queries = {*(f"prior {name}" for name in NAMES), "fused priors"}
+    assert {row["query"] for row in results["retrieval"]} == queries
     assert all(row["top1"] == 1.0 for row in results["retrieval"])
     assert args.CONTROLS["true_embedding"] in (tmp_path / "scores" / "table.md").read_text()

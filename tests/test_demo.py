@@ -26,7 +26,7 @@ def test_every_command_of_the_demo_parses(quick: bool, tmp_path) -> None:
         words = command[1:] if command[0] == "-m" else command
         stages.append(PROGRAM_STAGE[words[0]])
         args.resolve(stages[-1], words[1:])
-    assert stages == ["world", "features", "train", *["generate"] * 3, "evaluate"]
+    assert stages == ["world", "features", "train", *["generate"] * 3, "evaluate", "report"]
 
 
 def test_the_seed_reaches_every_stage_that_draws(tmp_path) -> None:
@@ -52,7 +52,7 @@ def test_no_stage_of_the_demo_sees_an_oracle(tmp_path) -> None:
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys) -> None:
     assert demo.main(["--output_path", str(tmp_path / "out"), "--dry_run"]) == 0
-    assert capsys.readouterr().out.count("python ") == 7
+    assert capsys.readouterr().out.count("python ") == 8
     assert not (tmp_path / "out").exists()
 
 
@@ -84,6 +84,24 @@ def test_the_quick_demo_ends_with_pictures_tables_and_the_next_command(quick_dem
     for row in ("| fused |", "| fused, shuffled_eeg |", "| fused, true_embedding |"):
         assert row in table
     assert printed.rstrip().splitlines()[-1].strip().startswith("python generate.py")
+    page = (out / demo.REPORT).read_text(encoding="utf-8")
+    assert str(out / demo.REPORT) in printed and "SIMULATED" in page
+
+
+def test_the_quick_demo_scores_its_controls_and_explains_its_encoder(quick_demo) -> None:
+    results = util.read_json(quick_demo[0] / "scores" / "results.json")
+    fused = {
+        row["control"]: row["scores"] for row in results["pictures"] if row["recipe"] == "fused"
+    }
+    assert set(fused) == {None, *demo.CONTROLS}
+    for scores in fused.values():
+        assert {"pixcorr", "ssim", "lite0", "lite0_distance"} <= set(scores)
+    ceiling, shuffled = (
+        fused[name]["ssim"]["value"] for name in ("true_embedding", "shuffled_eeg")
+    )
+    assert ceiling > shuffled
+    kinds = {row["kind"] for row in results["occlusion"]["rows"]}
+    assert kinds == {"channel", "region", "window"}
 
 
 def test_a_failing_stage_stops_the_demo_with_its_exit_code(tmp_path, capsys) -> None:

@@ -15,10 +15,14 @@ from test_train import copied_bank
 
 import ATMS_retrieval
 import evaluate
+import occlusion
+import scalp
 import util
-from dataset import list_stimuli
+from ATMS_retrieval import Decoder
+from dataset import eeg_file, list_stimuli, open_bank, open_test
 from miniworld import eeg, pictures
-from modalities import NAMES
+from modalities import MODALITIES, NAMES
+from unet import Sampling
 
 
 def run_of_pictures(folder: Path, chain: Chain, shift: int = 0, source: str = "neutral") -> Path:
@@ -65,9 +69,14 @@ def test_perfect_pictures_score_one_and_swapped_ones_do_not(
     right, swapped = (
         scores(tmp_path / f"{name}-scores")["pictures"][0] for name in ("right", "swapped")
     )
-    assert right["pixcorr"] == pytest.approx(1) and right["ssim"] == pytest.approx(1)
-    assert right["n"] == 6 and right["pixcorr_control"] < 0.9
-    assert swapped["pixcorr"] < 0.9 and swapped["ssim"] < 0.9
+    for name in ("pixcorr", "ssim", "lite0"):
+        assert right["scores"][name]["value"] == pytest.approx(1)
+    assert right["scores"]["lite0_distance"]["value"] == pytest.approx(0, abs=1e-6)
+    assert right["scores"]["fid_lite0"]["value"] == pytest.approx(0, abs=1e-6)
+    assert right["n"] == 6 and right["scores"]["pixcorr"]["other_stimulus"] < 0.9
+    for name in ("pixcorr", "ssim", "lite0"):
+        assert swapped["scores"][name]["value"] < 0.9
+    assert swapped["scores"]["lite0_distance"]["value"] > 0.1
 
 
 def test_a_flat_picture_is_counted_as_nan_not_averaged_away(
@@ -86,7 +95,8 @@ def test_a_flat_picture_is_counted_as_nan_not_averaged_away(
     ]
     assert evaluate.main([str(word) for word in command]) == 0
     row = scores(tmp_path / "scores")["pictures"][0]
-    assert row["pixcorr_nan"] == 1 and math.isnan(row["pixcorr"])
+    assert row["scores"]["pixcorr"]["nan"] == 1 and math.isnan(row["scores"]["pixcorr"]["value"])
+    assert row["scores"]["ssim"]["nan"] == 0 and row["scores"]["ssim"]["value"] < 1
 
 
 def test_the_table_marks_oracle_pictures(
@@ -114,7 +124,7 @@ def test_retrieval_of_all_modalities_and_subjects_beside_its_control(
     rows = scores(tmp_path / "scores")["retrieval"]
     assert {(row["query"], row["subject"]) for row in rows} == {
         (query, subject)
-        for query in ("encoder -> image", *(f"prior {name}" for name in NAMES))
+        for query in ("encoder -> image", *(f"prior {name}" for name in NAMES), "fused priors")
         for subject in ("sub-01", "sub-02")
     }
     for row in rows:
@@ -291,3 +301,94 @@ def test_a_model_given_the_eeg_of_another_order_is_at_chance(
     assert evaluate.main([str(word) for word in command]) == 0
     row = scores(root / "shuffled")["retrieval"][0]
     assert abs(row["top5"] - 0.025) < 2 * binomial_interval(0.025)
+
+
+# ---------------------------------------------------------------- what the encoder reads
+
+
+def test_occlusion_finds_the_simulated_sources(
+    trained_on_simulated_eeg: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest drops lie in the channels and at the latencies that the simulator uses."""
+    root, _ = trained_on_simulated_eeg
+    command = ["--data_path", root / "data", "--clip_feature_path", root / "bank",
+               "--model_path", root / "encoder", "--output_dir", tmp_path / "scores",
+               "--subjects", "sub-01", "--occlusion", "channels", "time"]  # fmt: skip
+    assert evaluate.main([str(word) for word in command]) == 0
+    rows = scores(tmp_path / "scores")["occlusion"]["rows"]
+    assert len([row for row in rows if row["kind"] == "channel"]) == 63
+    assert len([row for row in rows if row["kind"] == "window"]) == 20
+    assert occlusion.largest(rows, "region")["name"] == "occipital"
+    assert scalp.region(occlusion.largest(rows, "channel")["name"]) == "occipital"
+    window = occlusion.largest(rows, "window")
+    latencies = [source.latency_s for source in eeg.SOURCES]
+    assert min(latencies) - 0.05 <= window["start_s"] < window["end_s"] <= max(latencies) + 0.05
+    assert window["drops"]["mrr"]["interval"][0] > 0
+    late = [row for row in rows if row["kind"] == "window" and row["start_s"] >= 0.6]
+    for row in late:  # the simulated brain is silent there
+        assert abs(row["drops"]["top5"]["value"]) < 0.05 < window["drops"]["top5"]["value"]
+    assert "without" in capsys.readouterr().out
+
+
+def test_occlusion_takes_away_what_tells_stimuli_apart_and_nothing_else() -> None:
+    read = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
+    part = occlusion.Part("window", "x", (0, 2), 2, 5)
+    found = occlusion.without(read, part)
+    there = torch.zeros(3, 8, dtype=torch.bool)
+    there[[0, 2], 2:5] = True
+    torch.testing.assert_close(found[:, ~there], read[:, ~there], rtol=0, atol=0)
+    assert found[:, there].std(0).max() < 1e-6
+    torch.testing.assert_close(found.mean(0), read.mean(0))
+
+
+def test_windows_cover_every_sample_once() -> None:
+    times = [k / 250 for k in range(137)]
+    parts = occlusion.window_parts(["O1", "O2"], times)
+    covered = [sample for part in parts for sample in range(part.start, part.stop)]
+    assert covered == list(range(137)) and parts[1].name == "0.050-0.100 s"
+    assert [times[part.start] for part in parts[:3]] == [0, 0.052, 0.1]
+
+
+# ---------------------------------------------------------------- both directions, fused, ranks
+
+
+def test_ranks_are_written_for_every_concept_and_agree_with_the_table(
+    chain: Chain, tmp_path: Path
+) -> None:
+    command = [*chain.evaluate_flags(tmp_path / "scores"), "--model_path", str(chain.model)]
+    assert evaluate.main(command) == 0
+    lines = util.read_csv(tmp_path / "scores" / "ranks.csv")
+    concepts = {item.concept for item in list_stimuli(chain.data, "test")}
+    for row in scores(tmp_path / "scores")["retrieval"]:
+        own = [line for line in lines
+               if (line["query"], line["subject"]) == (row["query"], row["subject"])]  # fmt: skip
+        assert {line["concept"] for line in own} == concepts
+        rank = np.array([float(line["rank"]) for line in own])
+        assert (rank == 1).mean() == pytest.approx(row["top1"])
+        assert (1 / rank).mean() == pytest.approx(row["mrr"])
+        for line in own:
+            assert (line["chosen"] == line["picture"]) == (float(line["rank"]) == 1)
+
+
+def test_backward_retrieval_is_the_other_direction() -> None:
+    """Three queries want picture 0: forwards one is right, backwards picture 0 finds its own."""
+    similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1], [0.7, 0.1, 0.3]])
+    row = evaluate.retrieval_row(evaluate.Query("q", "s", similarity), 0, 20)
+    assert row["top1"] == pytest.approx(1 / 3)
+    assert row["back_top1"] == pytest.approx(1)
+
+
+def test_fused_retrieval_joins_the_five(chain: Chain) -> None:
+    decoder = Decoder.load(chain.model, "best")
+    bank = open_bank(chain.features, "test")
+    test = open_test(
+        eeg_file(chain.data, "sub-01", "test"), "sub-01", chain.data, None,
+        decoder.signal["channels"], decoder.signal["times"],
+    )  # fmt: skip
+    found = evaluate.subject_queries(decoder, test, bank, Sampling(3, 2.0, "dpm", 1), 0, None)
+    of = {query.name: query.similarity for query in found}
+    expected = sum(item.gain * of[f"prior {item.name}"] for item in MODALITIES)
+    torch.testing.assert_close(of["fused priors"], expected)
+    for item in MODALITIES:  # each of the five moves it
+        left_out = expected - item.gain * of[f"prior {item.name}"]
+        assert (left_out - of["fused priors"]).abs().max() > 0.01

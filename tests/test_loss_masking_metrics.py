@@ -344,7 +344,7 @@ def test_ssim_equals_scikit_image_s():
 
 
 def test_noise_lowers_both_scores():
-    truth = metrics.to_mindeye(np.asarray(Image.linear_gradient("L").convert("RGB"))[None])
+    truth = metrics.prepared(_gradient(), 425, "mindeye")[None]
     drawn = [(truth + s * _normal(*truth.shape)).clamp(0, 1) for s in (0.02, 0.1, 0.5)]
     for score in (metrics.pix_corr, metrics.ssim):
         values = [score(truth, noisy)[0] for noisy in drawn]
@@ -352,33 +352,63 @@ def test_noise_lowers_both_scores():
         assert values[0] > values[-1] + 0.1
 
 
-def test_to_mindeye_scales_to_425_by_way_of_256():
-    images = np.random.default_rng(0).integers(0, 256, (2, 500, 300, 3), dtype=np.uint8)
-    found = metrics.to_mindeye(images)
-    assert (found.shape, found.dtype) == ((2, 3, 425, 425), torch.float32)
+def _gradient() -> np.ndarray:
+    return np.asarray(Image.linear_gradient("L").convert("RGB"))
+
+
+def test_mindeye_scales_to_425_by_way_of_256():
+    picture = np.random.default_rng(0).integers(0, 256, (500, 300, 3), dtype=np.uint8)
+    found = metrics.prepared(picture, 425, "mindeye")
+    assert (found.shape, found.dtype) == ((3, 425, 425), torch.float32)
     assert found.min() >= 0 and found.max() <= 1
-    small = np.asarray(Image.fromarray(images[1]).resize((256, 256), Image.Resampling.BILINEAR))
+    small = np.asarray(Image.fromarray(picture).resize((256, 256), Image.Resampling.BILINEAR))
     direct = torch.tensor(small).permute(2, 0, 1)[None].float() / 255
     direct = F.interpolate(direct, (425, 425), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(found[1:], direct, atol=0.01, rtol=0)
+    torch.testing.assert_close(found[None], direct, atol=0.01, rtol=0)
 
 
-def test_to_mindeye_takes_pil_arrays_in_silence():
-    array = np.asarray(Image.new("RGB", (32, 32), (255, 0, 51)))[None]
+def test_mindeye_resizes_as_torchvision_does():
+    from torchvision.transforms.functional import resize
+
+    picture = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
+    start = resize(torch.tensor(picture).permute(2, 0, 1).float() / 255, [256, 256], antialias=True)
+    for size in (224, 256, 342):
+        found = metrics.prepared(picture, size, "mindeye")
+        torch.testing.assert_close(found, resize(start, [size, size], antialias=True))
+
+
+def test_braindiffuser_resizes_8_bits_by_pillow():
+    picture = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
+    image = Image.fromarray(picture)
+    for network, kind in ((True, Image.Resampling.BILINEAR), (False, Image.Resampling.BICUBIC)):
+        found = metrics.prepared(picture, 224, "braindiffuser", for_network=network)
+        expected = np.asarray(image.resize((224, 224), kind)) / np.float32(255)
+        np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), expected)
+    mindeye = metrics.prepared(picture, 224, "mindeye")
+    assert (found - mindeye).abs().max() > 0.05, "the two protocols are different numbers"
+
+
+def test_prepared_takes_pil_arrays_in_silence():
+    array = np.asarray(Image.new("RGB", (32, 32), (255, 0, 51)))
     assert not array.flags.writeable
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = metrics.to_mindeye(array)
-    torch.testing.assert_close(found[0, :, 200, 200], torch.tensor([1.0, 0.0, 0.2]))
+        found = metrics.prepared(array, 425, "mindeye")
+    torch.testing.assert_close(found[:, 200, 200], torch.tensor([1.0, 0.0, 0.2]))
 
 
 @pytest.mark.parametrize(
-    "images",
-    [np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8), np.zeros((2, 3, 8, 8), np.uint8)],
+    "picture",
+    [np.zeros((8, 8, 3)), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((3, 8, 8), np.uint8)],
 )
-def test_other_arrays_are_refused(images):
-    with pytest.raises(ValueError, match=r"uint8 \[N, H, W, 3\]"):
-        metrics.to_mindeye(images)
+def test_other_arrays_are_refused(picture):
+    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
+        metrics.prepared(picture, 425, "mindeye")
+
+
+def test_an_unknown_protocol_is_refused():
+    with pytest.raises(ValueError, match="mindeye, braindiffuser"):
+        metrics.prepared(np.zeros((8, 8, 3), np.uint8), 425, "best")
 
 
 # --- intervals ---------------------------------------------------------------------------------

@@ -1,0 +1,206 @@
+"""Markdown tables of what evaluate.py measured: every score beside its interval and controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+ARROWS = {"higher": "↑", "lower": "↓"}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return [*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three digits after the point, fewer for large numbers; ``-`` for none, ``NaN`` said so."""
+    if value is None:
+        return "-"
+    if value != value:
+        return "NaN"
+    return f"{value:.{digits if abs(value) < 100 else 1}f}"
+
+
+def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None or interval is None or value != value:
+        return number(value)
+    return f"{number(value)} [{number(interval[0])}, {number(interval[1])}]"
+
+
+# ---------------------------------------------------------------- retrieval
+
+
+def retrieval_table(rows: Sequence[Row]) -> list[str]:
+    """One line per query and subject; shuffled EEG and chance beside top-1 and top-5."""
+    ways = [key for key in rows[0] if key.endswith("-way")]
+    head = ["query", "subject", "N"]
+    for k in (1, 5):
+        head += [f"top-{k} [95 %]", "shuffled EEG", "chance"]
+    lines = []
+    for row in rows:
+        cells = [row["query"], row["subject"], f"{row['n']}"]
+        for k in (1, 5):
+            least, most = row[f"top{k}_shuffled_range"]
+            cells += [
+                with_interval(row[f"top{k}"], row[f"top{k}_interval"]),
+                f"{row[f'top{k}_shuffled']:.3f} ({least:.3f}..{most:.3f})",
+                f"{row[f'top{k}_chance']:.3f}",
+            ]
+        cells += [number(row[way]) for way in ways] + [number(row["mrr"])]
+        for k in (1, 5):
+            cells.append(with_interval(row[f"back_top{k}"], row[f"back_top{k}_interval"]))
+        lines.append(cells)
+    head += [*ways, "MRR", "back: top-1 [95 %]", "back: top-5 [95 %]"]
+    return table(head, lines)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def picture_table(rows: Sequence[Row], about: Mapping[str, Row], *, paired: bool) -> list[str]:
+    """One line per recipe. ``paired``: scores with a value per picture, or of distributions."""
+    names = [name for name, item in about.items() if item["paired"] == paired]
+    if not names:
+        return []
+    head = ["pictures", "recipe", "prompt", "N"]
+    head += [
+        f"{about[name]['label']} {ARROWS[about[name]['better']]} [95 %]"
+        + (" · other stimulus" if paired else "")
+        for name in names
+    ]
+    lines = []
+    for row in rows:
+        source = row["prompt_source"]
+        cells = [
+            f"{row['images']}: **{row['mark']}**" if row["mark"] else row["images"],
+            row["recipe"],
+            f"**{source.upper()}**" if source == "oracle" else source,
+            f"{row['n']}" if row["samples"] == row["n"] else f"{row['n']} ({row['samples']})",
+        ]
+        lines.append([*cells, *(_picture_cell(row["scores"].get(name), paired) for name in names)])
+    return table([*head, "NaN"], [[*cells, f"{_nans(row, names)}"] for cells, row in
+                                  zip(lines, rows, strict=True)])  # fmt: skip
+
+
+def _picture_cell(score: Row | None, paired: bool) -> str:
+    if score is None:
+        return "-"
+    cell = with_interval(score["value"], score["interval"])
+    if paired:
+        return f"{cell} · {number(score['other_stimulus'])}"
+    if "bound" in score:  # what IS can reach at most, and what the stimuli themselves reach
+        cell += f" of at most {score['bound']:.0f}; stimuli {number(score.get('stimuli'))}"
+    return cell
+
+
+def _nans(row: Row, names: Sequence[str]) -> int:
+    return sum(row["scores"][name]["nan"] for name in names if name in row["scores"])
+
+
+def literature_table(
+    literature: Mapping[str, Sequence[Row]], labels: Mapping[str, str]
+) -> list[str]:
+    """Published figures, the original's first, in the order of ``labels`` {score: label}."""
+    rows = [*literature["original"], *literature["field"]]
+    names = [name for name in labels if any(name in row for row in rows)]
+    lines = [
+        [row["system"], row["what"], row["source"], *(number(row.get(name)) for name in names)]
+        for row in rows
+    ]
+    return table(["system", "what", "source", *(labels[name] for name in names)], lines)
+
+
+def skipped_lines(skipped: Sequence[Row]) -> list[str]:
+    """What was left out for want of weights, a line per file."""
+    files: dict[tuple[str, str], list[str]] = {}
+    for item in skipped:
+        files.setdefault((item["file"], item["source"]), []).append(item["metric"])
+    return [
+        f"- {', '.join(metrics)}: needs {file} in --weights_dir, from {source}"
+        for (file, source), metrics in files.items()
+    ]
+
+
+# ---------------------------------------------------------------- occlusion, comparison
+
+
+def occlusion_table(rows: Sequence[Row], largest: int = 8) -> list[str]:
+    """The parts whose loss costs most, per kind and subject."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for subject in dict.fromkeys(row["subject"] for row in rows):
+            chosen = [row for row in rows if (row["kind"], row["subject"]) == (kind, subject)]
+            chosen.sort(key=lambda row: -row["drops"]["mrr"]["value"])
+            lines += [
+                [kind, row["name"], subject, f"{row['n']}"]
+                + [with_interval(drop["value"], drop["interval"]) for drop in row["drops"].values()]
+                for row in chosen[:largest]
+            ]
+    head = ["without", "which", "subject", "N"]
+    return table([*head, *(f"drop of {name} [95 %]" for name in rows[0]["drops"])], lines)
+
+
+def comparison_table(rows: Sequence[Row]) -> list[str]:
+    head = ["what", "score", "N", "A", "B", "A - B [95 %]", "p", "p, Holm"]
+    lines = [
+        [
+            row["what"],
+            f"{row['label']} {ARROWS[row['better']]}",
+            f"{row['n']}",
+            number(row["a"]),
+            number(row["b"]),
+            with_interval(row["difference"], row["interval"]),
+            number(row["p"], 4),
+            number(row["p_holm"], 4),
+        ]
+        for row in rows
+    ]
+    return table(head, lines)
+
+
+# ---------------------------------------------------------------- the whole page
+
+
+def as_table(results: Row) -> str:
+    """``table.md`` of a scoring run."""
+    lines = ["# Scores", ""]
+    if results["control"]:
+        lines += [f"**{results['mark']}** (retrieval)", ""]
+    if results["simulated"]:
+        lines += ["**The EEG is simulated.**", ""]
+    if results["retrieval"]:
+        lines += ["## Retrieval", "", *retrieval_table(results["retrieval"]), ""]
+    for title, paired in (("Pictures", True), ("Distributions of pictures", False)):
+        found = picture_table(results["pictures"], results["metrics"], paired=paired)
+        lines += [f"## {title}", "", *found, ""] if found else []
+    if results["occlusion"]:
+        rows = results["occlusion"]["rows"]
+        lines += ["## Occlusion", "", results["occlusion"]["how"], "", *occlusion_table(rows), ""]
+    if results["skipped"]:
+        lines += ["## Left out, for want of weights", "", *skipped_lines(results["skipped"]), ""]
+    if results["pictures"]:
+        published = literature_table(results["literature"], results["labels"])
+        lines += ["## Published figures, not run again here", "", *published, ""]
+    lines += [
+        "## Protocol",
+        "",
+        *(f"- {key}: {text}" for key, text in results["protocol"].items()),
+        f"- seed: {results['seed']}; shuffles: {results['permutations']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def as_comparison(comparison: Row) -> str:
+    """``table.md`` of a comparison."""
+    lines = [
+        "# Comparison",
+        "",
+        f"A = {comparison['a']}, B = {comparison['b']}",
+        "",
+        *comparison_table(comparison["rows"]),
+        "",
+        *(f"- {key}: {text}" for key, text in comparison["protocol"].items()),
+    ]
+    return "\n".join(lines) + "\n"
