@@ -45,6 +45,15 @@ CONTROLS = {  # of --control, with the mark that everything drawn or scored unde
 }
 MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **CONTROLS}
 WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
+AUTO = "auto"
+PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
+    "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
+    # distilled models: no guidance, few steps that start at pure noise
+    "turbo": {"steps": 4, "guidance": 0.0, "size": 512, "timestep_spacing": "trailing",
+              "scheduler": "EulerAncestralDiscreteScheduler"},
+    "lightning": {"steps": 4, "guidance": 0.0, "size": 768, "timestep_spacing": "trailing",
+                  "scheduler": "EulerDiscreteScheduler"},
+}  # fmt: skip
 STEERING = ("config", "dry_run", "print_config")
 
 
@@ -82,6 +91,11 @@ def picture_size(text: str) -> int:
     if size % 8:
         raise argparse.ArgumentTypeError(f"{size} px is not a multiple of 8, as the VAE needs")
     return size
+
+
+def batch_size(text: str) -> int | str:
+    """A number of rows, or ``auto``."""
+    return AUTO if text == AUTO else positive_int(text)
 
 
 def shard(text: str) -> str:
@@ -319,6 +333,9 @@ def train() -> Parser:
     _training(group)
     group.add("--init_from", type=Path, per_call=True, metavar="RUN",
         help="start from the encoder of an ATMS_retrieval.py run")
+    group.switch("--low_level", per_call=True,
+        help="at the end also fit the linear head that predicts a coarse picture, for "
+        "generate.py --init superpixel; on a finished run fit only that")
     group = parser.flags("loss")
     group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
         help="weight of the CLIP contrastive loss beside the priors' loss")
@@ -416,10 +433,16 @@ def generate() -> Parser:
         help="SDXL: single safetensors file or diffusers folder")
     group.add("--ip_adapter_path", type=Path, per_call=True, required=True, metavar="FILE",
         help="IP-Adapter for SDXL, ViT-H")
-    group.add("--vae_path", per_call=True, metavar="DIR",
-        help="another VAE (diffusers folder), e.g. an fp16-safe one")
+    group.add("--vae_path", per_call=True, metavar="FILE|DIR",
+        help="another VAE, e.g. an fp16-safe one, or TAESDXL for quick previews")
     group = parser.flags("pictures")
+    group.add("--preset", choices=tuple(PRESETS), default="sdxl",
+        help="steps, guidance, size and scheduler for SDXL or for a model distilled from it; each "
+        "can still be given by its own flag")
     group.add("--mode", choices=modalities.MODES, default="fused", help="which recipes to draw")
+    group.add("--sweep", choices=("sites", "modality", "scale"),
+        help="draw a grid instead of a mode, on one labelled sheet: each modality at each site, "
+        "each one alone and left out, or the fused picture at growing scale")
     group.add("--injection", default="intent", metavar="PRESET|FILE",
         help="where each modality enters: intent, uniform, published, content_style or a YAML file")
     group.add("--fusion_strength", type=positive, default=1.0, metavar="SCALE",
@@ -441,15 +464,33 @@ def generate() -> Parser:
     group.add("--size", type=picture_size, default=768, metavar="PX", help="width and height")
     group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
     group.add("--guidance", type=non_negative, default=5.0, metavar="SCALE",
-        help="SDXL classifier-free guidance")
+        help="SDXL classifier-free guidance; up to 1 = none")
+    group.add("--guidance_interval", nargs=2, type=share, default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="guide only at noise levels between these, 0 = picture, 1 = pure noise; a step "
+        "without guidance takes half the time")
+    group.add("--scheduler", metavar="NAME",
+        help="a diffusers scheduler by its class, e.g. DPMSolverMultistepScheduler; default: the "
+        "model's own")
+    group.add("--timestep_spacing", choices=("leading", "trailing", "linspace"),
+        help="of the scheduler; default: the model's own")
+    group.add("--init", choices=("none", "superpixel"), default="none",
+        help="superpixel: begin from a coarse picture of 16 x 16 superpixels that a linear head "
+        "predicts from the EEG (train.py --low_level)")
+    group.add("--init_strength", type=share, default=0.8, metavar="SHARE",
+        help="of the denoising steps that are left to go from there; 1 forgets the coarse picture")
     group.add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
         help="auto = fp16 on CUDA, fp32 on CPU")
     group.add(
         "--seed", type=count, default=0, help="noise depends on this and on the stimulus only")
     _prior_sampling(parser)
     group = parser.flags("work")
-    group.add(
-        "--batch_size", type=positive_int, default=4, help="pictures drawn at once", per_call=True)
+    group.add("--batch_size", type=batch_size, default=4, metavar="N|auto", per_call=True,
+        help="pictures drawn at once; auto = as many as fit")
+    group.switch("--offload", per_call=True,
+        help="keep the models in main memory and bring each to the GPU only while it computes")
+    group.switch("--compile", per_call=True,
+        help="compile the U-Net with torch.compile: minutes once, then faster on a GPU")
     group.add("--shard", type=shard, default="1/1", metavar="i/n", per_call=True,
         help="draw the i-th of n parts of the stimuli, for SLURM arrays")
     _common(parser)
@@ -658,6 +699,11 @@ def resolve(stage: str, argv: Sequence[str] | None = None) -> Options:
             missing.append(f"--{name}")
         else:
             values[name], provenance[name] = action.default, "default"
+    if stage == "generate":
+        for name, value in PRESETS[values["preset"]].items():
+            if provenance[name] == "default":
+                values[name] = value
+                provenance[name] = f"default of --preset {values['preset']}"
     if missing:
         parser.error(f"missing {', '.join(missing)}: on the command line or in --config")
     options = Options(
@@ -740,6 +786,11 @@ def _validate(parser: Parser, values: argparse.Namespace) -> None:
             f"--text_template {values.text_template!r}: expected {{concept}}, without which all "
             "texts would be equal, and no other braces"
         )
+    interval = getattr(values, "guidance_interval", None)
+    if interval and interval[0] >= interval[1]:
+        parser.error(f"--guidance_interval {interval[0]} {interval[1]}: LOW must be below HIGH")
+    if getattr(values, "init_strength", 1.0) == 0:
+        parser.error("--init_strength 0 leaves no step to draw: give more than 0")
     control = getattr(values, "control", None)
     if control in WITHOUT_EEG and not values.clip_feature_path:
         parser.error(f"--control {control} needs --clip_feature_path, where the embeddings are")

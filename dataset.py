@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import platform
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -392,7 +393,8 @@ def _convert(source: Path, copy: Path, about: Path) -> None:
     from tqdm import tqdm
 
     eeg, channels, times = parse_published(source)
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    # jobs on several nodes may convert the same file, with the same process number
+    temporary = copy.with_name(f".{copy.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=eeg.shape)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ import torch
 import controls
 import fusion
 import injection
+import lowlevel
+import sampler
 import superpixel
+import sweeps
 import util
 from ATMS_retrieval import Decoder, model_file
 from dataset import (
@@ -37,6 +41,7 @@ from util import UserError
 
 THUMBNAIL_PX = 160
 OVERVIEW_ROWS = 12
+MOST_ON_CPU = 32  # pictures at once: more are no faster there
 
 
 # ---------------------------------------------------------------- embeddings + recipes -> pictures
@@ -51,26 +56,6 @@ class Task:
     scales: torch.Tensor  # [M, L]
 
 
-def distinct_recipes(
-    mode: str,
-    preset: injection.InjectionMap,
-    layers: Sequence[injection.Layer],
-    strength: float,
-    gains: torch.Tensor | None = None,
-) -> list[tuple[tuple[str, ...], torch.Tensor]]:
-    """(names, scales [M, L]) of the mode's recipes; recipes with equal scales are drawn once.
-
-    ``gains`` [M]: instead of the registered ones.
-    """
-    distinct: dict[bytes, tuple[tuple[str, ...], torch.Tensor]] = {}
-    for recipe in recipes(mode):
-        table = injection.scales(recipe, preset, layers, strength, gains)
-        key = table.numpy().tobytes()
-        names = distinct[key][0] if key in distinct else ()
-        distinct[key] = ((*names, recipe.name), table)
-    return list(distinct.values())
-
-
 def shard_rows(count: int, shard: str) -> list[int]:
     """Rows of the i-th of n parts; every row is in exactly one part."""
     index, parts = util.parse_shard(shard)
@@ -83,13 +68,10 @@ class Renderer:
 
     pipe: Any
     injector: injection.Injector
-    prompts: (
-        injection.PromptEmbeds
-    )  # encoded once: one for all rows, or one per row of the test set
-    steps: int
-    guidance: float
-    size: int
+    prompts: sampler.PromptEmbeds  # encoded once: for all rows, or one per row of the test set
+    how: sampler.Denoising
     seed: int
+    starts: torch.Tensor | None = None  # [n, 4, h, w]: latents of what each embedding row begins as
 
     def draw(
         self,
@@ -103,17 +85,17 @@ class Renderer:
         ``places``: test row -> embedding row; ``ids``: the stimulus of each test row.
         """
         rows = [task.row for task in tasks]
+        at = [places[row] for row in rows]
         one = len(self.prompts.text) == 1
-        return injection.draw(
+        return sampler.draw(
             self.pipe,
             self.injector,
-            embeddings[[places[row] for row in rows]],
+            embeddings[at],
             torch.stack([task.scales for task in tasks]),
             [util.seed_for(self.seed, "sdxl", ids[row]) for row in rows],
             self.prompts if one else self.prompts.chosen(rows),
-            self.steps,
-            self.guidance,
-            self.size,
+            self.how,
+            None if self.starts is None else self.starts[at],
         )
 
 
@@ -166,15 +148,6 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], title: 
     return sheet
 
 
-def short(name: str) -> str:
-    """A recipe's or modality's name as people read it."""
-    plain = name.replace("superpixel_", "")
-    if plain.startswith("progressive_"):
-        step, _, added = plain.removeprefix("progressive_").partition("_")
-        return f"step {step}: {'+ ' if step != '1' else ''}{added}"
-    return plain.replace("separate_", "only ")
-
-
 def _open(path: Path) -> Any:
     from PIL import Image
 
@@ -191,37 +164,59 @@ def stimulus_views(stimulus: Stimulus, slic_px: int) -> list[tuple[str, Any]]:
     levels = superpixel.superpixels(superpixel.at_slic_size(picture, slic_px))
     return [
         ("stimulus", picture),
-        *((short(name), Image.fromarray(pixels)) for name, pixels in levels.items()),
+        *((sweeps.short(name), Image.fromarray(pixels)) for name, pixels in levels.items()),
+    ]
+
+
+def drawn_cells(
+    out: Path, folder: str, kinds: Sequence[sweeps.Family], marks: Sequence[str]
+) -> list[tuple[str, Any]]:
+    """(label, picture) of every variant of some families, from disk."""
+    return [
+        (variant.label, _open(out / folder / marked(variant.name, marks)))
+        for kind in kinds
+        for variant in kind.variants
     ]
 
 
 def contact_sheet(
-    out: Path, folder: str, stimulus: Stimulus | None, slic_px: int, mode: str, marks: Sequence[str]
+    out: Path,
+    folder: str,
+    seen: Sequence[tuple[str, Any]],
+    kinds: Sequence[sweeps.Family],
+    marks: Sequence[str],
 ) -> Any:
-    """One stimulus: what was seen, then each mode's pictures in a row."""
-    rows = [("seen", stimulus_views(stimulus, slic_px))] if stimulus else []
-    for part in ("separate", "fused", "progressive") if mode == "all" else (mode,):
-        cells = [
-            (short(recipe.name), _open(out / folder / marked(recipe.name, marks)))
-            for recipe in recipes(part)
-        ]
-        rows.append((part, cells))
+    """One stimulus: what was seen, then each family's pictures in a row."""
+    rows = [("seen", seen)] if seen else []
+    rows += [(kind.name, drawn_cells(out, folder, [kind], marks)) for kind in kinds]
     return labelled_grid(rows, marked_title(folder, marks))
 
 
 def overview(
-    out: Path, test: TestEEG, rows: Sequence[int], slic_px: int, mode: str, marks: Sequence[str]
+    out: Path,
+    test: TestEEG,
+    rows: Sequence[int],
+    seen: Callable[[int], Sequence[tuple[str, Any]]],
+    kinds: Sequence[sweeps.Family],
+    title: str,
+    marks: Sequence[str],
 ) -> Any:
-    """The first stimuli below each other: what was seen, then one recipe per column."""
+    """The first stimuli below each other: what was seen, then one variant per column.
+
+    A sweep's families stand in a row each, beside the stimulus, of fewer stimuli.
+    """
+    stacked = title.startswith("sweep") and len(kinds) > 1
+    shown = rows[: OVERVIEW_ROWS // len(kinds) if stacked else OVERVIEW_ROWS]
     lines = []
-    for row in rows[:OVERVIEW_ROWS]:
-        seen = stimulus_views(test.stimuli[row], slic_px) if test.stimuli else []
-        drawn = [
-            (short(recipe.name), _open(out / test.names[row] / marked(recipe.name, marks)))
-            for recipe in recipes(mode)
-        ]
-        lines.append((test.names[row].split("_", 1)[-1].replace("_", " "), [*seen, *drawn]))
-    return labelled_grid(lines, marked_title(f"subject {test.subject}: {mode}", marks))
+    for row in shown:
+        name = test.names[row].split("_", 1)[-1].replace("_", " ")
+        if stacked:
+            for kind in kinds:
+                cells = drawn_cells(out, test.names[row], [kind], marks)
+                lines.append((f"{kind.name}: {name}", [*seen(row)[:1], *cells]))
+        else:
+            lines.append((name, [*seen(row), *drawn_cells(out, test.names[row], kinds, marks)]))
+    return labelled_grid(lines, marked_title(f"subject {test.subject}: {title}", marks))
 
 
 def save_sheet(path: Path, sheet: Any) -> None:
@@ -259,6 +254,9 @@ def model_inputs(values: Any, test: TestEEG) -> dict[str, str]:
         ),
         "captions": util.file_hash(values.captions) if values.captions else "",
         "vae": str(values.vae_path or ""),
+        "low_level": util.file_hash(values.model_path / lowlevel.FILE)
+        if values.init == "superpixel"
+        else "",
     }
 
 
@@ -292,15 +290,18 @@ def write_pictures(
     tasks: Sequence[Task],
     pictures: np.ndarray,
     test: TestEEG,
+    active: Mapping[str, Sequence[str]],
     about: Mapping[str, Any],
 ) -> None:
-    """Save a batch under all its recipes' names and journal each picture after it is on disk."""
+    """Save a batch under all its recipes' names and journal each picture after it is on disk.
+
+    ``active``: {recipe: its modalities}.
+    """
     marks = marks_of(about["prompt_source"], about["control"])
     note = "; ".join(args.MARKS[mark] for mark in marks) or "neutral prompt"
     for task, picture in zip(tasks, pictures, strict=True):
         for name in task.names:
             file = f"{test.names[task.row]}/{marked(name, marks)}"
-            active = {recipe.name: recipe.active for recipe in recipes("all")}[name]
             save_picture(out / file, picture, note)
             util.append_jsonl(
                 journal,
@@ -309,7 +310,7 @@ def write_pictures(
                     "row": task.row,
                     "folder": test.names[task.row],
                     "recipe": name,
-                    "active": active,
+                    "active": active[name],
                     "file": file,
                     **about,
                 },
@@ -322,13 +323,45 @@ class Series:
     """What is drawn of every stimulus, in what batches, and how it is recorded."""
 
     mode: str
+    sweep: str | None
     injection: str
     strength: float
     prompt_source: str
     control: str | None
     seed: int
-    batch_size: int
+    batch_size: int | None  # None: as many as fit
     slic_px: int  # of the superpixels on the contact sheets
+
+    @property
+    def title(self) -> str:
+        return f"sweep of {self.sweep}" if self.sweep else self.mode
+
+    def families(
+        self, layers: Sequence[injection.Layer], gains: torch.Tensor | None
+    ) -> list[sweeps.Family]:
+        preset = injection.load_injection(self.injection)
+        return sweeps.families(self.mode, self.sweep, preset, layers, self.strength, gains)
+
+    def tasks(
+        self, layers: Sequence[injection.Layer], gains: torch.Tensor | None, rows: Sequence[int]
+    ) -> list[Task]:
+        """Every distinct picture of every row. ``gains`` [n, M] of each row; None: registered."""
+        found = []
+        for place, row in enumerate(rows):
+            kinds = self.families(layers, None if gains is None else gains[place])
+            variants = list(chain(*(kind.variants for kind in kinds)))
+            found += [Task(row, names, table) for names, table in sweeps.distinct(variants)]
+        return found
+
+
+def fitting_batch(renderer: Renderer, draw: Callable[[Renderer, int], object], most: int) -> int:
+    """How many pictures fit at once; on a CPU no more than help."""
+    device = renderer.pipe._execution_device
+    quick = replace(renderer, how=replace(renderer.how, steps=1, strength=1.0))
+    limit = most if device.type == "cuda" else min(most, MOST_ON_CPU)
+    found = sampler.largest_batch(lambda rows: draw(quick, rows), limit, device)
+    util.LOG.info("batch size %d", found)
+    return found
 
 
 def render(
@@ -341,23 +374,15 @@ def render(
     rows: Sequence[int],
     part: str,
 ) -> None:
-    """Draw what is missing, batch by batch over stimuli and recipes, then the contact sheets.
+    """Draw what is missing, batch by batch over stimuli and recipes, then the sheets.
 
     ``gains`` [n, M]: fusion weights of each row; None: the registered ones.
     """
     from tqdm import tqdm
 
-    out, ids, marks = run.path, test.ids, marks_of(series.prompt_source, series.control)
+    out, ids, layers = run.path, test.ids, renderer.injector.layers
     journal = out / f"images{part}.jsonl"
-    preset = injection.load_injection(series.injection)
-    layers = renderer.injector.layers
-    tasks = [
-        Task(row, names, table)
-        for place, row in enumerate(rows)
-        for names, table in distinct_recipes(
-            series.mode, preset, layers, series.strength, None if gains is None else gains[place]
-        )
-    ]
+    tasks = series.tasks(layers, gains, rows)
     done = drawn_already(out, journal)
     about = {
         "subject": test.subject,
@@ -369,23 +394,96 @@ def render(
     }
     stacked = torch.stack([embeddings[name] for name in NAMES], dim=1)
     places = {row: place for place, row in enumerate(rows)}
+    kinds = series.families(layers, None if gains is None else gains[0])
+    active = {variant.name: variant.active for kind in kinds for variant in kind.variants}
     missing = pending(tasks, done, ids)
+
+    def draw(by: Renderer, batch: Sequence[Task]) -> np.ndarray:
+        return by.draw(batch, stacked, ids, places)
+
+    size = series.batch_size
+    if size is None and missing:
+        trial = [missing[k % len(missing)] for k in range(2)]
+        size = fitting_batch(renderer, lambda by, n: draw(by, trial[:n]), len(missing))
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(missing), desc="drawing", unit="picture"
     ) as bar:
-        for batch in batches(missing, series.batch_size):
-            pictures = renderer.draw(batch, stacked, ids, places)
-            write_pictures(out, journal, done, batch, pictures, test, about)
+        for batch in batches(missing, size or 1):
+            pictures = draw(renderer, batch)
+            write_pictures(out, journal, done, batch, pictures, test, active, about)
             bar.update(len(batch))
-    view = (series.slic_px, series.mode, marks)
-    save_sheet(out / f"overview{part}.png", overview(out, test, rows, *view))
-    if len(recipes(series.mode)) == 1:  # the overview has it all
+    write_sheets(series, out, test, rows, kinds, part)
+
+
+def write_sheets(
+    series: Series,
+    out: Path,
+    test: TestEEG,
+    rows: Sequence[int],
+    kinds: Sequence[sweeps.Family],
+    part: str,
+) -> None:
+    """``overview.png`` of the first stimuli, and a contact sheet for each where there is more."""
+    from tqdm import tqdm
+
+    marks = marks_of(series.prompt_source, series.control)
+
+    def seen(row: int) -> list[tuple[str, Any]]:
+        views = stimulus_views(test.stimuli[row], series.slic_px) if test.stimuli else []
+        start = out / test.names[row] / marked("start", marks)
+        return [*views, ("start", _open(start))] if start.exists() else list(views)
+
+    sheet = overview(out, test, rows, seen, kinds, series.title, marks)
+    save_sheet(out / f"overview{part}.png", sheet)
+    if series.sweep or len(kinds[0].variants) == 1:  # the overview has it all
         return
     for row in tqdm(rows, desc="contact sheets", unit="sheet"):
         path = out / test.names[row] / marked("sheet", marks)
         if not path.exists():
-            stimulus = test.stimuli[row] if test.stimuli else None
-            save_sheet(path, contact_sheet(out, test.names[row], stimulus, *view))
+            save_sheet(path, contact_sheet(out, test.names[row], seen(row), kinds, marks))
+
+
+# ---------------------------------------------------------------- coarse starts
+
+
+def coarse_starts(
+    decoder: Decoder,
+    head: lowlevel.LowLevelHead,
+    test: TestEEG,
+    rows: Sequence[int],
+    seed: int,
+    control: str | None,
+) -> torch.Tensor:
+    """Coarse pictures [n, 3, GRID, GRID] to start from, or what a control puts in their place."""
+    if control == "true_embedding":
+        return lowlevel.coarse_pictures([test.stimuli[row] for row in rows])
+    if control == "mean_embedding":
+        return head.mean_picture().expand(len(rows), -1, -1, -1)
+    read = controls.controlled_eeg(test, control, seed)
+    return head.predict(lowlevel.test_features(decoder, read, rows), test.subject)
+
+
+def encode_starts(
+    pipe: Any,
+    coarse: torch.Tensor,
+    size_px: int,
+    out: Path,
+    test: TestEEG,
+    rows: Sequence[int],
+    marks: Sequence[str],
+) -> torch.Tensor:
+    """Latents [n, 4, h, w] of coarse pictures, which are saved as ``start.png``, too."""
+    note = "; ".join(args.MARKS[mark] for mark in marks) or "predicted from EEG"
+    latents = []
+    for row, small in zip(rows, coarse, strict=True):
+        large = lowlevel.enlarged(small[None], size_px)
+        pixels = (large[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        save_picture(out / test.names[row] / marked("start", marks), pixels, note)
+        latents.append(sampler.encode_pictures(pipe, large))
+    return torch.cat(latents)
+
+
+# ---------------------------------------------------------------- opening
 
 
 def open_model(values: Any) -> tuple[Decoder, TestEEG]:
@@ -399,6 +497,8 @@ def open_model(values: Any) -> tuple[Decoder, TestEEG]:
             "a run of train.py",
             "train the priors with train.py --init_from that run",
         )
+    if values.init == "superpixel":
+        lowlevel.load_head(values.model_path)
     injection.check_sdxl(values.sd_model_path)
     injection.check_ip_adapter(values.ip_adapter_path, decoder.bank.embed_dim)
     file, subject, data_path = locate_test_eeg(values.eeg_data, values.subject, values.data_path)
@@ -413,6 +513,97 @@ def open_model(values: Any) -> tuple[Decoder, TestEEG]:
     return decoder, test
 
 
+def open_renderer(values: Any, device: torch.device, prompts: Sequence[str]) -> Renderer:
+    """SDXL with the adapter, the scheduler and the options of this call."""
+    pipe = injection.load_sdxl(
+        values.sd_model_path,
+        pick_dtype(values.precision, device),
+        "cpu" if values.offload else device,
+        values.vae_path,
+    )
+    sampler.set_scheduler(pipe, values.scheduler, values.timestep_spacing)
+    injector = injection.Injector.install(
+        pipe.unet, injection.read_ip_adapter(values.ip_adapter_path)
+    )
+    if values.offload:
+        pipe.enable_model_cpu_offload(device=device)
+    if values.compile:
+        pipe.unet.compile()
+    encoded = sampler.encode_prompt(pipe, list(prompts), [values.negative_prompt] * len(prompts))
+    how = sampler.Denoising(
+        values.steps,
+        values.guidance,
+        values.size,
+        tuple(values.guidance_interval),
+        values.init_strength if values.init == "superpixel" else 1.0,
+    )
+    return Renderer(pipe, injector, encoded, how, values.seed)
+
+
+def predicted_gains(
+    values: Any, decoder: Decoder, test: TestEEG, rows: Sequence[int], device: torch.device
+) -> torch.Tensor | None:
+    """Fusion weights [n, M] of ``--fusion_weights``; None for the registered ones."""
+    if values.fusion_weights == "fixed":
+        return None
+    read = controls.controlled_eeg(test, values.control, values.seed)
+    return fusion.gains_for(
+        values.fusion_weights,
+        decoder.calibration,
+        decoder.bank,
+        decoder.condition(read, rows).to(device),
+        [test.ids[row] for row in rows],
+        values.seed,
+    )
+
+
+def draw_run(
+    values: Any,
+    run: util.RunDirectory,
+    decoder: Decoder,
+    test: TestEEG,
+    rows: Sequence[int],
+    prompts: Sequence[str],
+    part: str,
+) -> None:
+    """Predict, save the predictions, draw."""
+    device = util.pick_device(values.device)
+    sampling = Sampling(
+        values.prior_steps, values.prior_guidance, values.prior_sampler, values.prior_draws
+    )
+    given = (decoder.to(device), test, rows)
+    embeddings = controls.predict(
+        *given, sampling, values.seed, values.control, values.clip_feature_path
+    )
+    gains = predicted_gains(values, *given, device)
+    coarse = None
+    if values.init == "superpixel":
+        head = lowlevel.load_head(values.model_path)
+        coarse = coarse_starts(decoder, head, test, rows, values.seed, values.control)
+    util.save_tensors(
+        run.path / f"embeddings{part}.safetensors",
+        embeddings | {"stimulus": torch.tensor([test.ids[row] for row in rows])},
+        {"clip": decoder.clip, "normalised": False, "subject": test.subject},
+    )
+    renderer = open_renderer(values, device, prompts)
+    if coarse is not None:
+        marks = marks_of(values.prompt_source, values.control)
+        starts = encode_starts(renderer.pipe, coarse, values.size, run.path, test, rows, marks)
+        renderer = replace(renderer, starts=starts)
+    series = Series(
+        values.mode,
+        values.sweep,
+        values.injection,
+        values.fusion_strength,
+        values.prompt_source,
+        values.control,
+        values.seed,
+        None if values.batch_size == args.AUTO else values.batch_size,
+        values.superpixel_size,
+    )
+    render(series, run, renderer, embeddings, gains, test, rows, part)
+
+
 @util.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw all pictures of this shard, or go on drawing, or do nothing when they are finished."""
@@ -424,64 +615,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = oracle_prompts(values.captions, test.stimuli) if oracle else [values.prompt]
     rows = shard_rows(min(values.max_stimuli or len(test.eeg), len(test.eeg)), values.shard)
     part = "" if values.shard == "1/1" else f"-{values.shard.replace('/', '-of-')}"
+    what = f"a sweep of {values.sweep}" if values.sweep else f"{len(recipes(values.mode))} pictures"
     plan = (
         f"predict {len(MODALITIES)} embeddings of {len(rows)} stimuli seen by {test.subject}",
-        f"draw {len(rows)} x {len(recipes(values.mode))} pictures of {values.size} px on {device}",
+        f"draw {what} of {values.size} px of each of {len(rows)} on {device}",
     )
     inputs = model_inputs(values, test)
     run = util.open_run(options, values.output_dir, inputs, plan, part.removeprefix("-"))
     if run.finished:
         return 0
-    sampling = Sampling(
-        values.prior_steps, values.prior_guidance, values.prior_sampler, values.prior_draws
-    )
-    embeddings = controls.predict(
-        decoder.to(device),
-        test,
-        rows,
-        sampling,
-        values.seed,
-        values.control,
-        values.clip_feature_path,
-    )
-    gains = None
-    if values.fusion_weights != "fixed":
-        read = controls.controlled_eeg(test, values.control, values.seed)
-        gains = fusion.gains_for(
-            values.fusion_weights,
-            decoder.calibration,
-            decoder.bank,
-            decoder.condition(read, rows).to(device),
-            [test.ids[row] for row in rows],
-            values.seed,
-        )
-    util.save_tensors(
-        run.path / f"embeddings{part}.safetensors",
-        embeddings | {"stimulus": torch.tensor([test.ids[row] for row in rows])},
-        {"clip": decoder.clip, "normalised": False, "subject": test.subject},
-    )
-    pipe = injection.load_sdxl(
-        values.sd_model_path, pick_dtype(values.precision, device), device, values.vae_path
-    )
-    injector = injection.Injector.install(
-        pipe.unet, injection.read_ip_adapter(values.ip_adapter_path)
-    )
-    encoded = injection.encode_prompt(pipe, prompts, [values.negative_prompt] * len(prompts))
-    renderer = Renderer(
-        pipe, injector, encoded, values.steps, values.guidance, values.size, values.seed
-    )
-    series = Series(
-        values.mode,
-        values.injection,
-        values.fusion_strength,
-        values.prompt_source,
-        values.control,
-        values.seed,
-        values.batch_size,
-        values.superpixel_size,
-    )
-    render(series, run, renderer, embeddings, gains, test, rows, part)
-    run.finish({"stimuli": len(rows), "recipes": len(recipes(values.mode))})
+    if not rows:  # more shards than stimuli: this one has nothing to do
+        run.finish({"stimuli": 0, "what": what})
+        return 0
+    draw_run(values, run, decoder, test, rows, prompts, part)
+    run.finish({"stimuli": len(rows), "what": what})
     print(f"pictures: {run.path}\noverview: {run.path / f'overview{part}.png'}")
     return 0
 

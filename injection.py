@@ -1,4 +1,4 @@
-"""Layer-wise IP-Adapter: where each modality enters SDXL, the attention there, loading, drawing.
+"""Layer-wise IP-Adapter: where each modality enters SDXL, the attention there, loading, offline.
 
 One adapter copy serves all modalities. Per cross-attention layer (IP-Adapter, arXiv:2308.06721):
 ``out = Attn(q, K_text, V_text) + sum_m scale[b, m] * Attn(q, K_ip(e_m), V_ip(e_m))``.
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -464,9 +463,14 @@ class InjectedAttention(nn.Module):
     def clear(self) -> None:
         """Forget the image tokens; a forward pass is then an error."""
         self._batch: int | None = None
+        self._first = 0  # row of the first one that the U-Net is given
         self._active = 0  # modalities with a scale > 0 in some row
         self._key: torch.Tensor | None = None  # [B, heads, d, active * T], divided by sqrt(d)
         self._value: torch.Tensor | None = None  # [B, heads, active * T, d], times the scale
+
+    def rows_from(self, first: int) -> None:
+        """The U-Net is given the rows from this one on: without the negative ones, say."""
+        self._first = first
 
     def set_tokens(self, tokens: torch.Tensor, scale: torch.Tensor) -> None:
         """``tokens`` [B, M, T, W] in the U-Net's dtype and device; ``scale`` [B, M] on CPU."""
@@ -493,8 +497,9 @@ class InjectedAttention(nn.Module):
         """sum_m scale_m * Attn(query, K_m, V_m). [B, heads, S, d] -> the same."""
         # 4 keys per modality are too few for the fused kernels, which want a copy of the query for
         # each: one product over all tokens, softmax per modality, took 1/4 of the time (CPU, M=5).
-        scores = (query @ self._key).unflatten(-1, (self._active, -1))
-        return scores.softmax(dim=-1).flatten(-2) @ self._value
+        key, value = self._key[self._first :], self._value[self._first :]
+        scores = (query @ key).unflatten(-1, (self._active, -1))
+        return scores.softmax(dim=-1).flatten(-2) @ value
 
     def forward(
         self,
@@ -508,11 +513,11 @@ class InjectedAttention(nn.Module):
 
         diffusers calls this. Raises RuntimeError without image tokens for exactly these rows.
         """
-        if len(hidden_states) != self._batch:
+        if self._batch is None or len(hidden_states) != self._batch - self._first:
             state = (
                 "set_tokens was not called"
                 if self._batch is None
-                else f"image tokens are for {self._batch} rows"
+                else f"image tokens are for {self._batch - self._first} rows"
             )
             raise RuntimeError(
                 f"{state}, the U-Net has {len(hidden_states)}: Injector.set must be given "
@@ -584,6 +589,7 @@ class Injector:
         self.layers = layers
         self.processors = tuple(processors)
         self.projection = projection
+        self._guided_rows = 0  # negative rows, which come first
 
     @classmethod
     def install(cls, unet: UNet2DConditionModel, weights: IPAdapterWeights) -> Injector:
@@ -619,12 +625,19 @@ class Injector:
         projection.load_state_dict(weights.projection)
         return cls(tuple(found.values()), processors, projection.to(**where).requires_grad_(False))
 
-    def set(self, embeddings: torch.Tensor, scales: torch.Tensor, guidance: bool) -> None:
+    def set(
+        self,
+        embeddings: torch.Tensor,
+        scales: torch.Tensor,
+        guidance: bool,
+        device: torch.device | None = None,
+    ) -> None:
         """What to draw next: ``embeddings`` [B, M, D] un-normalised, ``scales`` [B, M, L].
 
         ``guidance``: the U-Net will get [negative; positive] rows. The negative ones read the
         projection of a ZERO embedding, as in the adapter's training, with the same scales.
-        Raises ValueError for other shapes.
+        ``device``: where the U-Net computes; None: where its weights are, which with CPU offload
+        is another place. Raises ValueError for other shapes.
         """
         wanted = (*embeddings.shape[:2], len(self.layers))
         clip_dim = self.projection.proj.in_features
@@ -638,16 +651,21 @@ class Injector:
                 f"[B, M, {clip_dim}] and [B, M, {len(self.layers)}]"
             )
         weight = self.processors[0].to_k_ip.weight
-        self.projection.to(
-            device=weight.device, dtype=weight.dtype
-        )  # the U-Net may have moved since
-        embeddings, scales = embeddings.to(weight.device), scales.float().cpu()
+        device = weight.device if device is None else device
+        self.projection.to(device=device, dtype=weight.dtype)  # the U-Net may have moved since
+        embeddings, scales = embeddings.to(device), scales.float().cpu()
         if guidance:
             embeddings = torch.cat([torch.zeros_like(embeddings), embeddings])
             scales = torch.cat([scales, scales])
         tokens = self.projection(embeddings)
         for layer, processor in enumerate(self.processors):
             processor.set_tokens(tokens, scales[:, :, layer])
+        self._guided_rows = len(embeddings) // 2 if guidance else 0
+
+    def guide(self, on: bool) -> None:
+        """After :meth:`set` with guidance: whether the U-Net gets the negative rows, too."""
+        for processor in self.processors:
+            processor.rows_from(0 if on else self._guided_rows)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The weights in the keys of an official file."""
@@ -867,18 +885,14 @@ def _load_file(
 
 
 def _load_vae(path: Path, dtype: torch.dtype, config: Path) -> nn.Module:
+    """A VAE of SDXL from a folder or file: the full one, or a tiny one for previews."""
     from diffusers import AutoencoderKL
 
     if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        if not (folder / "config.json").is_file():
-            raise util.DataError(
-                path, "a folder without config.json", "a diffusers VAE", "name a VAE of SDXL"
-            )
-        return AutoencoderKL.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        return _load_vae_folder(path, dtype)
     shapes = _read_shapes(path, "a VAE of SDXL")
+    if any(key.startswith("decoder.layers.") for key in shapes):
+        return _tiny_vae(path, util.load_tensors(path)[0], dtype)
     if not any(key.endswith("decoder.conv_out.weight") for key in shapes):
         raise util.DataError(
             path, _checkpoint_kind(shapes) or "no decoder", "a VAE of SDXL", "name its file"
@@ -888,6 +902,54 @@ def _load_vae(path: Path, dtype: torch.dtype, config: Path) -> nn.Module:
     )
     _refuse_unfilled(path, "vae", vae)
     return vae
+
+
+def _load_vae_folder(path: Path, dtype: torch.dtype) -> nn.Module:
+    """From a diffusers folder, or from TAESDXL's own pair of files."""
+    import diffusers
+
+    pair = {part: path / f"taesdxl_{part}.safetensors" for part in ("encoder", "decoder")}
+    if all(file.is_file() for file in pair.values()):
+        state = {
+            f"{part}.layers.{key}": tensor
+            for part, file in pair.items()
+            for key, tensor in util.load_tensors(file)[0].items()
+        }
+        return _tiny_vae(path, _without_clamp(state), dtype)
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise util.DataError(
+            path, "a folder without config.json", "a diffusers VAE", "name a VAE of SDXL"
+        )
+    kind = util.read_json(folder / "config.json").get("_class_name")
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise util.DataError(folder, f"a {kind}", "AutoencoderKL or AutoencoderTiny", "name one")
+    return getattr(diffusers, kind).from_pretrained(
+        str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+
+
+def _without_clamp(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """TAESDXL's own decoder counts its input clamp as layer 0; diffusers does not keep it."""
+    moved = {}
+    for key, tensor in state.items():
+        part, layers, index, rest = key.split(".", 3)
+        number = int(index) - (part == "decoder")
+        moved[f"{part}.{layers}.{number}.{rest}"] = tensor
+    return moved
+
+
+def _tiny_vae(path: Path, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny()  # its defaults are TAESDXL's
+    try:
+        vae.load_state_dict(state)
+    except RuntimeError as error:
+        raise util.DataError(
+            path, f"another tiny autoencoder ({error})", "TAESDXL", "name taesdxl's files"
+        ) from None
+    return vae.to(dtype).eval()
 
 
 def _refuse_unfilled(path: Path, part: str, module: nn.Module) -> None:
@@ -901,103 +963,3 @@ def _refuse_unfilled(path: Path, part: str, module: nn.Module) -> None:
             _SDXL_WANTED,
             "the file is incomplete or of another model",
         )
-
-
-# ---------------------------------------------------------------- drawing
-
-
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """Encoded prompts: ``text``, ``negative`` [P, 77, W]; ``pooled``, ``negative_pooled`` [P, E].
-
-    P is 1, or the batch for a prompt per row.
-    """
-
-    text: torch.Tensor
-    negative: torch.Tensor
-    pooled: torch.Tensor
-    negative_pooled: torch.Tensor
-
-    def expanded(self, batch: int) -> PromptEmbeds:
-        """For ``batch`` rows. Raises ValueError if it holds neither 1 nor ``batch`` prompts."""
-        if len(self.text) not in (1, batch):
-            raise ValueError(f"{len(self.text)} prompts for {batch} rows: expected 1 or {batch}")
-        parts = (self.text, self.negative, self.pooled, self.negative_pooled)
-        return PromptEmbeds(*(part.expand(batch, *part.shape[1:]) for part in parts))
-
-    def chosen(self, rows: Sequence[int]) -> PromptEmbeds:
-        """The prompts of these rows, where there is one per row."""
-        parts = (self.text, self.negative, self.pooled, self.negative_pooled)
-        return PromptEmbeds(*(part[list(rows)] for part in parts))
-
-
-@torch.no_grad()
-def encode_prompt(
-    pipe: StableDiffusionXLPipeline,
-    prompt: str | list[str],
-    negative_prompt: str | list[str] | None = None,
-) -> PromptEmbeds:
-    """Encode once what many batches use. A list: one prompt per row.
-
-    ``negative_prompt`` None: zeros, as SDXL was trained with; "" is encoded like any other text.
-    """
-    text, negative, pooled, negative_pooled = pipe.encode_prompt(
-        prompt,
-        device=pipe.device,
-        do_classifier_free_guidance=True,
-        negative_prompt=negative_prompt,
-    )
-    return PromptEmbeds(text, negative, pooled, negative_pooled)
-
-
-@torch.no_grad()
-def draw(
-    pipe: StableDiffusionXLPipeline,
-    injector: Injector,
-    embeddings: torch.Tensor,
-    scales: torch.Tensor,
-    noise_seeds: Sequence[int],
-    prompt_embeds: PromptEmbeds,
-    steps: int,
-    guidance: float,
-    size_px: int,
-) -> np.ndarray:
-    """One picture per row, uint8 [B, size_px, size_px, 3].
-
-    ``embeddings`` [B, M, D] un-normalised CLIP vectors; ``scales`` [B, M, L] of :func:`scales`.
-    ``noise_seeds``: a row's noise comes from a CPU generator of its own, so that a picture does not
-    depend on its batch. ``guidance`` <= 1: none. Raises ValueError for shapes and for NaN.
-    """
-    if len(noise_seeds) != len(embeddings):
-        raise ValueError(f"{len(noise_seeds)} noise seeds for {len(embeddings)} rows")
-    guided = guidance > 1
-    prompt = prompt_embeds.expanded(len(embeddings))
-    generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
-    injector.set(embeddings, scales, guidance=guided)
-    pictures = pipe(
-        prompt_embeds=prompt.text,
-        pooled_prompt_embeds=prompt.pooled,
-        negative_prompt_embeds=prompt.negative if guided else None,
-        negative_pooled_prompt_embeds=prompt.negative_pooled if guided else None,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        height=size_px,
-        width=size_px,
-        latents=_noise(pipe, generators, size_px),
-        generator=generators,
-        output_type="pt",
-    ).images.float()
-    injector.clear()
-    if not pictures.isfinite().all():
-        raise ValueError(f"pictures with NaN in {pipe.unet.dtype}: use bfloat16 or float32")
-    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _noise(
-    pipe: StableDiffusionXLPipeline, generators: Sequence[torch.Generator], size_px: int
-) -> torch.Tensor:
-    """Start noise [B, 4, h, w], drawn in float32 so that it is the same for every dtype."""
-    side = size_px // pipe.vae_scale_factor
-    shape = (1, pipe.unet.config.in_channels, side, side)
-    noise = [torch.randn(shape, generator=generator) for generator in generators]
-    return torch.cat(noise).to(pipe.unet.dtype)

@@ -214,8 +214,12 @@ def pair_run(images: Path, stimuli: Sequence[Stimulus], label: str) -> list[Grou
             "the same test_images",
             "give --data_path the DATA that the pictures were drawn from",
         )
-    groups, drawn = [], {record["recipe"] for record in records}
-    for recipe in (item.name for item in recipes("all") if item.name in drawn):
+    order = [item.name for item in recipes("all")]  # those of a sweep come after, as drawn
+    drawn = dict.fromkeys(record["recipe"] for record in records)
+    groups = []
+    for recipe in sorted(
+        drawn, key=lambda name: order.index(name) if name in order else len(order)
+    ):
         chosen = [record for record in records if record["recipe"] == recipe]
         chosen.sort(key=lambda record: row_of[record["stimulus"]])
         first = chosen[0]

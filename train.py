@@ -14,9 +14,10 @@ import torch
 
 import engine
 import fusion
+import lowlevel
 import util
 from ATMS_retrieval import Decoder, new_encoder, validation_retrieval
-from dataset import Batch, TrainingData, open_training
+from dataset import Batch, TrainingData, list_stimuli, open_training
 from loss import contrastive_total, prior_total
 from masking import Masking
 from modalities import NAMES
@@ -165,6 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoder, data, values.contrast_weight, values.text_contrast, values.noise_draws
     )
     engine.fit(run, decoder, objective, data, masking, engine.schedule_from(values), device)
+    if values.low_level and not (run.path / lowlevel.FILE).exists():
+        best = Decoder.load(run.path, "best").to(device)
+        stimuli = list_stimuli(values.data_path, "training")
+        lowlevel.fit_head(best, data, stimuli).save(run.path, data.clip)
     print(f"model: {values.output_dir / 'checkpoints' / 'best' / 'model.safetensors'}")
     return 0
 

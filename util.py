@@ -293,6 +293,15 @@ def numpy_generator_for(seed: int, *names: object) -> np.random.Generator:
     return np.random.default_rng(seed_for(seed, *names))
 
 
+def free_memory() -> int:
+    """Bytes of main memory that can be had without swapping; by Linux's own estimate."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # elsewhere: half of all
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` = CUDA if there is one, else CPU. UserError for a device that is not there."""
     if name == "auto":
@@ -341,6 +350,8 @@ class RunDirectory:
         if not (self.path / "options.json").exists():
             if not self.path.exists() or _unused(self.path):
                 return
+            if (self.path / "options.json").exists():  # another shard has just begun it
+                return self.check(options, inputs, fixed)
             raise UserError(
                 self.path,
                 "files that no run of this project wrote",

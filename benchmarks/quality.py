@@ -26,7 +26,9 @@ import demo
 import injection
 import metrics
 import modalities
+import reconstruction
 import util
+from dataset import list_stimuli
 from miniworld import judge, models, pictures, quality, renders
 
 COLOURS = ("colour", "background")
@@ -45,6 +47,14 @@ KNOBS: Mapping[str, Mapping[str, object]] = {
     **{f"steps_{value}": {"steps": value} for value in (5, 20)},
     **{f"prior_guidance_{value}": {"prior_guidance": value} for value in (1.0, 4.0)},
     "prior_draws_1": {"prior_draws": 1},
+    **{
+        f"init_superpixel_{value}": {"init": "superpixel", "init_strength": value}
+        for value in (0.6, 0.8, 0.9)
+    },
+    **{
+        f"guidance_interval_{low}_{high}": {"guidance_interval": (low, high)}
+        for low, high in ((0.0, 0.8), (0.2, 0.8), (0.2, 1.0))
+    },
     **{f"injection_{value}": {"injection": value} for value in ("uniform", "published")},
 }
 
@@ -174,7 +184,10 @@ def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
         demo.drawing(out, seed, drawn, f"quality/ablation/{name}", "fused", **more)
         for name, more in settings.items()
     ]
-    run([*demo.commands(out, seed, demo.FULL, "validation"), *train, *draw])
+    world = demo.commands(out, seed, demo.FULL, "validation")
+    if any(name.startswith("init_superpixel") for name in chosen):  # on the trained model
+        train.append(demo.training(out, seed, demo.FULL, low_level=True))
+    run([*world, *train, *draw])
     model = judge.load(models.Models(out / "world" / "models").judge)
     data = out / "world" / "data"
     found = {
@@ -182,7 +195,18 @@ def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
         for name in settings
     }
     above = quality.above_table(found, dict.fromkeys(found, found["as_is"]), seed)
-    return f"{quality.judge_table(found, seed)}\nabove as_is, paired by stimulus\n\n{above}"
+    pixels = {name: pixel_scores(out / "quality" / "ablation" / name, data) for name in settings}
+    return (
+        f"{quality.judge_table(found, seed)}\nabove as_is, paired by stimulus\n\n{above}\n"
+        f"pixels\n\n{quality.score_table(pixels, seed)}"
+    )
+
+
+def pixel_scores(images: Path, data: Path) -> dict[str, np.ndarray]:
+    """PixCorr and SSIM of the fused pictures of a run, by stimulus."""
+    (group,) = reconstruction.pair([images], list_stimuli(data, "test"))
+    values = reconstruction.pixel_values(group, metrics.PROTOCOLS[0], 0)
+    return {name: found.own for name, found in values.items()}
 
 
 def as_markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:

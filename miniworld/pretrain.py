@@ -26,6 +26,7 @@ from torch.nn import functional as F
 import engine
 import injection
 import modalities
+import sampler
 import util
 from clip_feature_extractor import load_clip
 from miniworld import judge, models, pictures, renders
@@ -571,7 +572,7 @@ def encode_pictures(weights: models.Models, small: np.ndarray) -> torch.Tensor:
 def encode_texts(pipe: Any, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """What SDXL reads of each text: float16 [n, 77, W] and [n, E]."""
     parts = [
-        injection.encode_prompt(pipe, list(texts[start : start + 256]))
+        sampler.encode_prompt(pipe, list(texts[start : start + 256]))
         for start in range(0, len(texts), 256)
     ]
     return tuple(

@@ -117,7 +117,7 @@ def judge_table(found: Verdicts, seed: int) -> str:
     place: the object's centre is within PLACE_TOLERANCE of the stimulus'.
     """
     chance = " | ".join(f"{1 / len(values):.2f}" for values in pictures.ATTRIBUTES.values())
-    return _table(found, seed) + f"| chance | | {chance} | - |\n"
+    return score_table(found, seed) + f"| chance | | {chance} | - |\n"
 
 
 def above_table(found: Verdicts, control: Verdicts, seed: int) -> str:
@@ -129,7 +129,7 @@ def above_table(found: Verdicts, control: Verdicts, seed: int) -> str:
         recipe: {name: hits - 1.0 * control[recipe][name] for name, hits in verdicts.items()}
         for recipe, verdicts in found.items()
     }
-    return _table(differences, seed)
+    return score_table(differences, seed)
 
 
 def progress_table(found: Verdicts, seed: int) -> str:
@@ -143,10 +143,11 @@ def progress_table(found: Verdicts, seed: int) -> str:
         f"+ {name}": {"mean of the attributes": after - before}
         for name, before, after in zip(added[1:], means[:-1], means[1:], strict=True)
     }
-    return _table(changes, seed)
+    return score_table(changes, seed)
 
 
-def _table(found: Verdicts, seed: int) -> str:
+def score_table(found: Verdicts, seed: int) -> str:
+    """Markdown: a row per recipe or setting, a column per score, mean [95 % bootstrap]."""
     names = list(next(iter(found.values())))
     lines = ["| recipe | N | " + " | ".join(names) + " |", "|" + "---|" * (2 + len(names))]
     for recipe, verdicts in found.items():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 import clip_feature_extractor
+import injection
+import sampler
 import train
+from miniworld import models as miniature
 from miniworld.__main__ import main as build_world
+from modalities import NAMES
 
 
 @dataclass(frozen=True)
@@ -155,3 +161,55 @@ def chain(features: Chain) -> Chain:
     """The same with a model trained for two epochs."""
     assert train.main(features.train_flags(features.model)) == 0
     return features
+
+
+# --- miniatures with random weights, to draw with ----------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return miniature.random_models(tmp_path_factory.mktemp("miniature") / "models", seed=0)
+
+
+@pytest.fixture(scope="session")
+def weights(models):
+    return injection.read_ip_adapter(models.ip_adapter, clip_dim=miniature.CLIP_DIM)
+
+
+@pytest.fixture(scope="session")
+def plain(models):
+    """The miniature pipeline as loaded."""
+    return injection.load_sdxl(models.sdxl, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="session")
+def injected(plain, weights):
+    """(pipeline, injector) with our processors."""
+    pipe = type(plain)(
+        **{**plain.components, "unet": copy.deepcopy(plain.unet)}, add_watermarker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, injection.Injector.install(pipe.unet, weights)
+
+
+@pytest.fixture(scope="session")
+def reference(plain, weights):
+    """The pipeline with diffusers' own processors and five copies of the adapter."""
+    pipe = type(plain)(
+        **{**plain.components, "unet": copy.deepcopy(plain.unet)}, add_watermarker=False
+    )
+    adapter = {
+        "image_proj": dict(weights.projection),
+        "ip_adapter": {
+            f"{2 * layer + 1}.to_{kind}_ip.weight": tensor
+            for layer, pair in enumerate(weights.layers)
+            for kind, tensor in zip("kv", pair, strict=True)
+        },
+    }
+    pipe.unet._load_ip_adapter_weights([adapter] * len(NAMES), low_cpu_mem_usage=False)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def prompt(plain):
+    return sampler.encode_prompt(plain, "a photo")

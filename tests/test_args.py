@@ -237,6 +237,43 @@ def test_other_systems_pictures_and_comparisons_need_no_data_folder():
         assert args.resolve("evaluate", ["--output_dir", "O", *tokens]).values.data_path is None
 
 
+# --- presets ------------------------------------------------------------------------------------
+
+
+def test_a_preset_sets_what_was_not_given():
+    options = args.resolve("generate", [*GENERATE, "--preset", "turbo", "--steps", "2"])
+    values = options.values
+    assert (values.steps, values.guidance, values.size) == (2, 0.0, 512)
+    assert values.timestep_spacing == "trailing"
+    assert options.provenance["steps"] == "command line"
+    assert options.provenance["guidance"] == "default of --preset turbo"
+    plain = args.resolve("generate", GENERATE).values
+    assert (plain.steps, plain.guidance, plain.size, plain.scheduler) == (30, 5.0, 768, None)
+
+
+@pytest.mark.parametrize("preset", args.PRESETS)
+def test_presets_name_flags_and_schedulers_that_exist(preset):
+    import diffusers
+
+    assert args.PRESETS[preset].keys() <= args.STAGES["generate"]().actions().keys()
+    scheduler = args.PRESETS[preset].get("scheduler")
+    assert scheduler is None or hasattr(diffusers, scheduler)
+
+
+def test_a_batch_size_is_a_number_or_auto(capsys):
+    for text, found in (("8", 8), ("auto", "auto")):
+        values = args.resolve("generate", [*GENERATE, "--batch_size", text]).values
+        assert values.batch_size == found
+    assert "--batch_size" in _refused(capsys, "generate", [*GENERATE, "--batch_size", "most"])
+
+
+@pytest.mark.parametrize(
+    "tokens", [["--guidance_interval", "0.8", "0.2"], ["--init_strength", "0"], ["--sweep", "all"]]
+)
+def test_drawing_options_that_cannot_work_are_refused(capsys, tokens):
+    assert tokens[0] in _refused(capsys, "generate", [*GENERATE, *tokens])
+
+
 # --- switches -----------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import generate
 import injection
+import sampler
 import train
 import util
 from ATMS_retrieval import Decoder
@@ -127,13 +128,13 @@ def test_a_finished_run_loads_no_model(
 def spy_on_prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collects all that reaches SDXL's text encoders, which still do their work."""
     seen: list[str] = []
-    encode = injection.encode_prompt
+    encode = sampler.encode_prompt
 
-    def noted(pipe: object, prompt: list[str], negative: list[str]) -> injection.PromptEmbeds:
+    def noted(pipe: object, prompt: list[str], negative: list[str]) -> sampler.PromptEmbeds:
         seen.extend([*prompt, *negative])
         return encode(pipe, prompt, negative)
 
-    monkeypatch.setattr(injection, "encode_prompt", noted)
+    monkeypatch.setattr(sampler, "encode_prompt", noted)
     return seen
 
 

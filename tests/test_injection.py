@@ -12,98 +12,29 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers_drawing import (
+    FUSED,
+    GUIDANCE,
+    NAMES,
+    SIZE,
+    STEPS,
+    adapter_processors,
+    difference,
+    drawn,
+    embeddings,
+    predict,
+    unet_inputs,
+)  # fmt: skip
 from helpers_models import single_file, text_keys, unet_keys, vae_keys
 from safetensors.torch import save_file
 
 import injection
 import modalities
+import sampler
 import util
 from miniworld import models as miniature
 
-NAMES = modalities.NAMES
 RECIPES = modalities.recipes("all")
-FUSED = modalities.recipes("fused")[0]
-STEPS, GUIDANCE, SIZE = 2, 5.0, 64
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    return miniature.random_models(tmp_path_factory.mktemp("miniature") / "models", seed=0)
-
-
-@pytest.fixture(scope="session")
-def weights(models):
-    return injection.read_ip_adapter(models.ip_adapter, clip_dim=miniature.CLIP_DIM)
-
-
-@pytest.fixture(scope="session")
-def plain(models):
-    """The miniature pipeline as loaded."""
-    return injection.load_sdxl(models.sdxl, torch.float32, "cpu")
-
-
-@pytest.fixture(scope="session")
-def injected(plain, weights):
-    """(pipeline, injector) with our processors."""
-    pipe = type(plain)(
-        **{**plain.components, "unet": copy.deepcopy(plain.unet)}, add_watermarker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, injection.Injector.install(pipe.unet, weights)
-
-
-@pytest.fixture(scope="session")
-def reference(plain, weights):
-    """The pipeline with diffusers' own processors and five copies of the adapter."""
-    pipe = type(plain)(
-        **{**plain.components, "unet": copy.deepcopy(plain.unet)}, add_watermarker=False
-    )
-    adapter = {
-        "image_proj": dict(weights.projection),
-        "ip_adapter": {
-            f"{2 * layer + 1}.to_{kind}_ip.weight": tensor
-            for layer, pair in enumerate(weights.layers)
-            for kind, tensor in zip("kv", pair, strict=True)
-        },
-    }
-    pipe.unet._load_ip_adapter_weights([adapter] * len(NAMES), low_cpu_mem_usage=False)
-    return pipe
-
-
-@pytest.fixture(scope="session")
-def prompt(plain):
-    return injection.encode_prompt(plain, "a photo")
-
-
-def embeddings(rows: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(
-        rows, len(NAMES), miniature.CLIP_DIM, generator=util.generator_for(seed, "test")
-    )
-
-
-def unet_inputs(unet, rows: int) -> dict:
-    random = util.generator_for(0, "unet inputs")
-    width, pooled = unet.config.cross_attention_dim, miniature._TEXT_WIDTHS[1]
-    return {
-        "sample": torch.randn(rows, 4, 8, 8, generator=random),
-        "timestep": torch.tensor(400),
-        "encoder_hidden_states": torch.randn(rows, 77, width, generator=random),
-        "added_cond_kwargs": {
-            "text_embeds": torch.randn(rows, pooled, generator=random),
-            "time_ids": torch.full((rows, 6), 64.0),
-        },
-    }
-
-
-@torch.no_grad()
-def predict(injected, vectors: torch.Tensor, scale: torch.Tensor, inputs: dict) -> torch.Tensor:
-    pipe, injector = injected
-    injector.set(vectors, scale, guidance=False)
-    return pipe.unet(**inputs).sample
-
-
-def adapter_processors(pipe) -> list:
-    return [processor for name, processor in pipe.unet.attn_processors.items() if "attn2" in name]
 
 
 # ---------------------------------------------------------------- sites and layers
@@ -431,19 +362,6 @@ def test_forgotten_or_mismatched_tokens_are_errors(injected):
 # ---------------------------------------------------------------- drawing
 
 
-def drawn(
-    injected, prompt, rows: int, seeds: list[int], vectors=None, guidance=GUIDANCE
-) -> np.ndarray:
-    pipe, injector = injected
-    scale = injection.scales(FUSED, layers=injector.layers).expand(rows, -1, -1)
-    vectors = embeddings(rows) if vectors is None else vectors
-    return injection.draw(pipe, injector, vectors, scale, seeds, prompt, STEPS, guidance, SIZE)
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return np.abs(one.astype(int) - other)
-
-
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 def test_picture_does_not_depend_on_its_batch(injected, prompt, scheduler, monkeypatch):
     import diffusers
@@ -473,8 +391,16 @@ def test_pictures_vary_with_embedding_and_noise_and_only_with_them(injected, pro
         assert difference(pictures[0], pictures[1]).mean() > 1, NAMES[modality]
 
 
-def test_picture_equals_diffusers_own_pipeline(injected, reference, prompt):
-    """With guidance, so that the negative rows are compared as well."""
+@pytest.mark.parametrize("moments", [False, True])
+def test_picture_equals_diffusers_own_pipeline(injected, reference, prompt, moments, monkeypatch):
+    """With guidance, so that the negative rows are compared as well; VAEs without and with moments
+    of the latents in their config."""
+    vae = injected[0].vae
+    assert vae is reference.vae
+    if moments:
+        config = {"latents_mean": [0.5, -1, 0, 2.0], "latents_std": [1, 2, 3, 0.5]}
+        frozen = type(vae.config)(dict(vae.config) | config)
+        monkeypatch.setattr(vae, "_internal_dict", frozen)
     vectors, scale = embeddings(1), injection.scales(FUSED, layers=injected[1].layers)
     for layer, processor in enumerate(adapter_processors(reference)):
         processor.scale = scale[:, layer].tolist()
@@ -507,13 +433,13 @@ def test_without_guidance_rows_are_not_doubled(injected, prompt):
 
 
 def test_prompts_per_row(injected, plain, prompt):
-    two = injection.encode_prompt(plain, ["a photo", "a red circle"])
+    two = sampler.encode_prompt(plain, ["a photo", "a red circle"])
     same = embeddings(1).expand(2, -1, -1)
     pictures = drawn(injected, two, 2, [1, 1], same)
     assert difference(pictures[0], drawn(injected, prompt, 2, [1, 1], same)[0]).max() <= 1
     assert difference(pictures[0], pictures[1]).mean() > 1
     assert not two.negative.any()
-    assert injection.encode_prompt(plain, "a photo", "blurry").negative.any()
+    assert sampler.encode_prompt(plain, "a photo", "blurry").negative.any()
     with pytest.raises(ValueError, match="2 prompts for 3 rows"):
         drawn(injected, two, 3, [1, 2, 3])
     with pytest.raises(ValueError, match="noise seeds"):
@@ -639,7 +565,7 @@ def test_single_file_equals_folder(checkpoint, plain):
         assert ours.keys() == folder.keys()
         assert all(torch.equal(tensor, folder[key]) for key, tensor in ours.items())
     assert pipe.scheduler.config == plain.scheduler.config
-    found, wanted = (injection.encode_prompt(each, "a photo of a cat") for each in (pipe, plain))
+    found, wanted = (sampler.encode_prompt(each, "a photo of a cat") for each in (pipe, plain))
     assert torch.equal(found.text, wanted.text) and torch.equal(found.pooled, wanted.pooled)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import injection
+import sampler
 from clip_feature_extractor import load_clip, picture_versions
 from miniworld import judge, models, pictures, pretrain, quality, renders
 from modalities import MODALITIES, NAMES, Recipe, recipes
@@ -47,14 +48,16 @@ def embeddings(scenes) -> torch.Tensor:
 def painter():
     pipe = injection.load_sdxl(WEIGHTS.sdxl, torch.float32, "cpu")
     injector = injection.Injector.install(pipe.unet, injection.read_ip_adapter(WEIGHTS.ip_adapter))
-    prompt = injection.encode_prompt(pipe, "best quality, high quality", "lowres, worst quality")
+    prompt = sampler.encode_prompt(pipe, "best quality, high quality", "lowres, worst quality")
 
     def paint(embeddings: torch.Tensor, recipe: Recipe) -> np.ndarray:
         """uint8 [n, 128, 128, 3]."""
         scales = injection.scales(recipe, layers=injector.layers)
         table = scales.expand(len(embeddings), -1, -1)
         seeds = list(range(len(embeddings)))
-        return injection.draw(pipe, injector, embeddings, table, seeds, prompt, 8, 2.0, 128)
+        return sampler.draw(
+            pipe, injector, embeddings, table, seeds, prompt, sampler.Denoising(8, 2.0, 128)
+        )
 
     return paint
 

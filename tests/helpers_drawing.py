@@ -1,0 +1,70 @@
+"""Drawing with the miniatures of conftest.py: inputs, calls, comparisons."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import injection
+import modalities
+import sampler
+import util
+from miniworld import models as miniature
+
+NAMES = modalities.NAMES
+FUSED = modalities.recipes("fused")[0]
+STEPS, GUIDANCE, SIZE = 2, 5.0, 64
+
+
+def embeddings(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(
+        rows, len(NAMES), miniature.CLIP_DIM, generator=util.generator_for(seed, "test")
+    )
+
+
+def unet_inputs(unet, rows: int) -> dict:
+    random = util.generator_for(0, "unet inputs")
+    width, pooled = unet.config.cross_attention_dim, miniature._TEXT_WIDTHS[1]
+    return {
+        "sample": torch.randn(rows, 4, 8, 8, generator=random),
+        "timestep": torch.tensor(400),
+        "encoder_hidden_states": torch.randn(rows, 77, width, generator=random),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(rows, pooled, generator=random),
+            "time_ids": torch.full((rows, 6), 64.0),
+        },
+    }
+
+
+@torch.no_grad()
+def predict(injected, vectors: torch.Tensor, scale: torch.Tensor, inputs: dict) -> torch.Tensor:
+    pipe, injector = injected
+    injector.set(vectors, scale, guidance=False)
+    return pipe.unet(**inputs).sample
+
+
+def adapter_processors(pipe) -> list:
+    return [processor for name, processor in pipe.unet.attn_processors.items() if "attn2" in name]
+
+
+def drawn(
+    injected,
+    prompt,
+    rows: int,
+    seeds: list[int],
+    vectors=None,
+    guidance=GUIDANCE,
+    start=None,
+    steps=STEPS,
+    **how,
+) -> np.ndarray:
+    """Fused pictures of ``rows`` rows; ``how``: further fields of Denoising."""
+    pipe, injector = injected
+    scale = injection.scales(FUSED, layers=injector.layers).expand(rows, -1, -1)
+    vectors = embeddings(rows) if vectors is None else vectors
+    denoising = sampler.Denoising(steps, guidance, SIZE, **how)
+    return sampler.draw(pipe, injector, vectors, scale, seeds, prompt, denoising, start)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(one.astype(int) - other)
