@@ -835,7 +835,7 @@ def load_sdxl(
     # Without this, pictures depend on whether the package invisible-watermark is installed.
     options = {"dtype": dtype, "local_files_only": True, "add_watermarker": False}
     if vae_path is not None:
-        options["vae"] = _load_vae(Path(vae_path), dtype, config)
+        options["vae"] = load_vae(Path(vae_path), dtype, config)
     try:
         pipe = _load_folder(path, options) if path.is_dir() else _load_file(path, config, options)
     except (KeyError, ValueError, OSError, NotImplementedError) as error:  # of diffusers
@@ -884,8 +884,8 @@ def _load_file(
     )
 
 
-def _load_vae(path: Path, dtype: torch.dtype, config: Path) -> nn.Module:
-    """A VAE of SDXL from a folder or file: the full one, or a tiny one for previews."""
+def load_vae(path: Path, dtype: torch.dtype, config: Path = SDXL_CONFIG) -> nn.Module:
+    """A VAE of SDXL from a folder or file: the full one, or TAESDXL for previews. Or DataError."""
     from diffusers import AutoencoderKL
 
     if path.is_dir():

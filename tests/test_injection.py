@@ -569,6 +569,35 @@ def test_single_file_equals_folder(checkpoint, plain):
     assert torch.equal(found.text, wanted.text) and torch.equal(found.pooled, wanted.pooled)
 
 
+def test_a_tiny_vae_loads_from_all_its_layouts(tmp_path):
+    """diffusers' folder and file, and TAESDXL's own pair, whose decoder counts one layer more."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    vae = AutoencoderTiny()
+    vae.save_pretrained(tmp_path / "folder")
+    state = vae.state_dict()
+    pair = tmp_path / "pair"
+    pair.mkdir()
+    for part, shift in (("encoder", 0), ("decoder", 1)):
+        moved = {}
+        for key, tensor in state.items():
+            if key.startswith(part):
+                index, rest = key.removeprefix(f"{part}.layers.").split(".", 1)
+                moved[f"{int(index) + shift}.{rest}"] = tensor.contiguous()
+        save_file(moved, pair / f"taesdxl_{part}.safetensors")
+    single = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
+    for path in (tmp_path / "folder", pair, single):
+        found = injection.load_vae(path, torch.float32).state_dict()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in state.items()), path
+    (pair / "taesdxl_decoder.safetensors").write_bytes(
+        (pair / "taesdxl_encoder.safetensors").read_bytes()
+    )
+    with pytest.raises(util.DataError, match="another tiny autoencoder"):
+        injection.load_vae(pair, torch.float32)
+
+
 def test_folder_of_halves_only(plain, tmp_path):
     plain.save_pretrained(tmp_path, variant="fp16")
     pipe = injection.load_sdxl(tmp_path, torch.bfloat16, "cpu")

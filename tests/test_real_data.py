@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import backbones
+import injection
 import metrics
 
 DATA = Path(os.environ.get("EEG2IMAGE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -52,17 +53,7 @@ def test_retrieval_of_real_conditions_equals_five_lines_of_numpy():
 @pytest.fixture(scope="module")
 def decoded(tmp_path_factory) -> tuple[list[Path], list[Path]]:
     """20 photographs at 256 px, and what the tiny autoencoder of SDXL's latents makes of them."""
-    from diffusers import AutoencoderTiny
-    from safetensors.torch import load_file
-
-    state = {
-        f"{part}.layers.{key}": value
-        for part in ("encoder", "decoder")
-        for key, value in load_file(WEIGHTS / f"taesdxl_{part}.safetensors").items()
-    }
-    vae = AutoencoderTiny()
-    state = {_shifted(key, vae): value for key, value in state.items()}
-    vae.load_state_dict(state)
+    vae = injection.load_vae(WEIGHTS, torch.float32)
     vae = vae.to(memory_format=torch.channels_last)  # several times faster on CPUs
     photos, folder = sorted(PHOTOS.glob("*.jpg"))[::40], tmp_path_factory.mktemp("taesdxl")
     made = []
@@ -74,14 +65,6 @@ def decoded(tmp_path_factory) -> tuple[list[Path], list[Path]]:
         made.append(folder / f"{path.stem}.png")
         Image.fromarray((back[0].permute(1, 2, 0) * 255).round().byte().numpy()).save(made[-1])
     return photos, made
-
-
-def _shifted(key: str, vae: torch.nn.Module) -> str:
-    """The published decoder counts its input clamp as layer 0; diffusers does not keep it."""
-    if key in vae.state_dict() and not key.startswith("decoder"):
-        return key
-    part, layers, index, rest = key.split(".", 3)
-    return f"{part}.{layers}.{int(index) - 1}.{rest}" if part == "decoder" else key
 
 
 @needs_photos
