@@ -1,0 +1,117 @@
+"""benchmarks/generate.py at its smallest: the routes draw the same pictures, the rows are written.
+
+Nothing timed is asserted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import util
+from modalities import recipes
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "generate.py"
+ROWS = (
+    "mode_all_vs_published", "mode_all_vs_stock_batched", "adapter_parameters", "peak_memory",
+    "ip_attention_b2_n4096", "ip_attention_b2_n1024", "ip_attention_b8_n1024",
+)  # fmt: skip
+SMALL = ["--stimuli", "2", "--steps", "2", "--size", "64", "--repeats", "1", "--batch_size", "5"]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script as a module; its name is taken by the stage."""
+    spec = importlib.util.spec_from_file_location("benchmark_generate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def written(benchmark, tmp_path_factory):
+    """What a small run writes. One process for its memory instead of four, attention of 8 rows."""
+    path = tmp_path_factory.mktemp("benchmark") / "generate.json"
+    in_child, found = benchmark.memory_in_child, []
+
+    def one_child(route, batch, given):
+        found[:] = found or [in_child("stock", batch, given)]
+        return found[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "memory_in_child", one_child)
+        patch.setattr(benchmark, "ATTENTION", dict.fromkeys(benchmark.ATTENTION, (2, 8, 64, 2)))
+        patch.setattr(benchmark, "ATTENTION_ROUNDS", 2)
+        assert benchmark.main([*SMALL, "--json", str(path)]) == 0
+    return util.read_json(path)
+
+
+def test_every_row_of_the_contract_is_written(written):
+    assert tuple(written["rows"]) == ROWS
+    assert {"versions", "commit", "command"} <= written.keys()
+    for row in written["rows"].values():
+        assert {"ours", "baseline", "ratio", "unit", "n"} <= row.keys()
+        assert row["ours"] > 0 and row["baseline"] > 0 and row["n"] >= 1
+
+
+def test_all_routes_draw_the_same_pictures(benchmark, written):
+    for name in ROWS[:2]:
+        row = written["rows"][name]
+        assert row["pictures"] == 2 * len(recipes("all"))
+        assert row["largest_difference_of_255"] <= benchmark.LEVELS_APART
+    for name in ROWS[4:]:
+        assert written["rows"][name]["largest_difference"] < 1e-4
+
+
+def test_parameters_are_a_fifth(written):
+    assert written["rows"]["adapter_parameters"]["ratio"] == 0.2
+
+
+def test_shares_add_up(written):
+    row = written["rows"]["mode_all_vs_published"]
+    for shares in (row["ours_shares"], row["ours_unet_parts"]):
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_other_pictures_end_the_run(benchmark):
+    black = {(0, "fused"): np.zeros((2, 2, 3), np.uint8)}
+    grey = {(0, "fused"): np.full((2, 2, 3), benchmark.LEVELS_APART + 1, np.uint8)}
+    assert benchmark.levels_apart({"ours": black, "stock": black}) == 0
+    with pytest.raises(SystemExit, match="stock and ours draw other pictures"):
+        benchmark.levels_apart({"ours": black, "stock": grey})
+    with pytest.raises(SystemExit, match="stock drew 0 pictures"):
+        benchmark.levels_apart({"ours": black, "stock": {}})
+
+
+def test_other_attention_ends_the_run(benchmark, monkeypatch):
+    monkeypatch.setattr(
+        benchmark.injection.InjectedAttention, "injected", lambda self, q: torch.zeros_like(q)
+    )
+    with pytest.raises(SystemExit, match="differs from diffusers'"):
+        benchmark.ip_attention(2, 8, 64, 2, rounds=1, seed=0)
+
+
+def test_sides_take_turns(benchmark):
+    turns = []
+
+    def unit(name, number):
+        return lambda: turns.append(name) or {(number, name): None}
+
+    sides = {name: [unit(name, i) for i in range(n)] for name, n in (("a", 4), ("b", 2))}
+    _, drawn = benchmark.interleaved(sides)
+    assert turns == ["a", "b", "a", "a", "b", "a"]
+    assert len(drawn["a"]) == 4 and len(drawn["b"]) == 2
+
+
+@pytest.mark.parametrize("flags", ["--guidance 1", "--size 100", "--stimuli 0", "--stim 2"])
+def test_wrong_flags_are_refused(benchmark, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.parse(flags.split())
+    assert stop.value.code == 2 and capsys.readouterr().err
