@@ -6,8 +6,10 @@ B rows, M modalities in registry order, L cross-attention layers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -290,19 +292,27 @@ def largest_batch(draw_rows: Callable[[int], object], most: int, device: torch.d
         return max(1, most)
     peaks = []
     for rows in (1, 2):
+        forget_peak(device)
         draw_rows(rows)
         peaks.append(peak_memory(device))
     per_row = max(peaks[1] - peaks[0], 1 << 20)
     return int(max(1, min(most, 2 + 0.9 * (memory_limit(device) - peaks[1]) // per_row)))
 
 
+def forget_peak(device: torch.device) -> None:
+    """Count the peak from here on. Where the system cannot, it stays the highest so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: resets VmHWM
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most in use so far: of the GPU by this process, or of main memory."""
+    """Bytes at most in use: of the GPU by this process, or of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return util.peak_memory()
 
 
 def memory_limit(device: torch.device) -> int:

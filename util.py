@@ -293,6 +293,19 @@ def numpy_generator_for(seed: int, *names: object) -> np.random.Generator:
     return np.random.default_rng(seed_for(seed, *names))
 
 
+def peak_memory() -> int:
+    """Bytes of main memory that this process had in use at most."""
+    with contextlib.suppress(OSError):
+        # not ru_maxrss, which a child inherits from its parent
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
 def free_memory() -> int:
     """Bytes of main memory that can be had without swapping; by Linux's own estimate."""
     with contextlib.suppress(OSError):

@@ -239,6 +239,15 @@ class Stock:
             forms.append(form)
         self.pipe.set_ip_adapter_scale(forms)
 
+    def seconds_to_set_scales(self) -> float:
+        """Of each call: diffusers lists all weights of the U-Net for every modality."""
+        found = []
+        for recipe in self.tables:
+            started = time.perf_counter()
+            self.set_scales(recipe)
+            found.append(time.perf_counter() - started)
+        return statistics.median(found)
+
     def units(self, stimuli: Sequence[int]) -> list[Unit]:
         """Every recipe of every ``batch`` stimuli."""
         calls = [
@@ -441,15 +450,17 @@ def speed_rows(ours: Ours, published: Stock, repeats: int) -> dict[str, dict[str
         "ours_batch": ours.batch, "ours_distinct_recipes": len(ours.distinct),
         "ours_shares": found.shares,
     }  # fmt: skip
-    rows = []
+    rows, setting = [], stock.seconds_to_set_scales()
     for name in ("published", "stock"):
         rates = [found.rate(side, work.pictures) for side in ("ours", name)]
         ratio = rates[0] / rates[1]
+        set_share = setting * len(sides[name].units(work.stimuli)) * rates[1] / work.pictures
         rows.append({
             "ours": rates[0], "baseline": rates[1], "ratio": ratio, "unit": "pictures/s",
             "n": repeats, "baseline_batch": sides[name].batch,
             "ratio_of_each_repeat": [each[name] / each["ours"] for each in found.seconds],
-            "ratio_drawing_all_recipes": ratio * len(ours.distinct) / len(recipes("all")), **facts,
+            "ratio_drawing_all_recipes": ratio * len(ours.distinct) / len(recipes("all")),
+            "baseline_share_of_setting_scales": set_share, **facts,
         })  # fmt: skip
     rows[0]["ours_unet_parts"] = unet_parts(ours)
     rows[1]["baseline_seconds_by_batch"] = tried
@@ -646,6 +657,9 @@ def notes(rows: Mapping[str, Mapping[str, Any]]) -> str:
         " ".join(f"{ratio:.2f}" for ratio in row["ratio_of_each_repeat"])
         for row in (published, stock)
     )
+    setting = " and ".join(
+        f"{100 * row['baseline_share_of_setting_scales']:.1f} %" for row in (published, stock)
+    )
     largest = next(iter(shares))
     inside = f", first its {next(iter(parts))}" if largest == "U-Net" else ""
     imports = memory["python_and_imports"]["ours"]
@@ -655,6 +669,7 @@ most {apart} of 255 levels apart. Not timed: loading, PNG files, encoding text b
 Of {len(recipes("all"))} recipes {published["ours_distinct_recipes"]} differ, and ours draws those;
 drawing all: {published[twins]:.2f} times published, {stock[twins]:.2f} times stock (computed).
 Ratio of each repeat, published; stock: {each}.
+Setting scales is {setting} of published's and stock's time.
 Stock's batch is {stock["baseline_batch"]}: seconds for one recipe by batch size {seconds}.
 Memory above Python and its imports, {imports:.0f} MiB: ours {memory["ours"] - imports:.0f}, at \
 stock's batch {memory["ours_at_baseline_batch"] - imports:.0f}, stock \

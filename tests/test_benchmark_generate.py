@@ -5,9 +5,13 @@ Nothing timed is asserted.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,19 +41,27 @@ def benchmark():
 
 @pytest.fixture(scope="module")
 def written(benchmark, tmp_path_factory):
-    """What a small run writes. One process for its memory instead of four, attention of 8 rows."""
+    """What a small run writes. Its processes for memory run in this one, attention has 8 rows."""
     path = tmp_path_factory.mktemp("benchmark") / "generate.json"
-    in_child, found = benchmark.memory_in_child, []
 
-    def one_child(route, batch, given):
-        found[:] = found or [in_child("stock", batch, given)]
-        return found[0]
+    run = subprocess.run
+
+    def in_this_process(command, **named):
+        if command[:2] != [sys.executable, str(SCRIPT)]:
+            return run(command, **named)  # git, for the environment
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert benchmark.main(command[2:]) == 0
+        return SimpleNamespace(stdout=out.getvalue())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "memory_in_child", one_child)
+        patch.setattr(benchmark.subprocess, "run", in_this_process)
         patch.setattr(benchmark, "ATTENTION", dict.fromkeys(benchmark.ATTENTION, (2, 8, 64, 2)))
         patch.setattr(benchmark, "ATTENTION_ROUNDS", 2)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for tensors this small, others only wait for one another
         assert benchmark.main([*SMALL, "--json", str(path)]) == 0
+        torch.set_num_threads(threads)
     return util.read_json(path)
 
 

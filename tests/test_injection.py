@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import socket
 from collections import Counter
 from pathlib import Path
 
@@ -173,6 +174,20 @@ def test_most_specific_key_wins(tmp_path):
     ]
     assert found == [0.1, 0.2, 0.3]
     assert made.scale("image", injection.Layer("mid", 0, 0)) == 0.0
+
+
+def test_a_list_gives_every_layer_its_own_scale(tmp_path):
+    numbers = [round(0.01 * k, 2) for k in range(70)]
+    everywhere = dict.fromkeys(modalities.SITES, 1.0)
+    sites = dict.fromkeys(NAMES, everywhere) | {"image": numbers}
+    path = tmp_path / "layers.yaml"
+    path.write_text(yaml.safe_dump({"gain": "relative", "sites": sites}))
+    (recipe,) = (item for item in RECIPES if item.active == ("image",))
+    table = injection.scales(recipe, injection.load_injection(str(path)))
+    torch.testing.assert_close(table[NAMES.index("image")], torch.tensor(numbers))
+    path.write_text(yaml.safe_dump({"gain": "relative", "sites": sites | {"image": [1.0] * 69}}))
+    with pytest.raises(util.UserError, match="69 numbers"):
+        injection.load_injection(str(path))
 
 
 def test_a_modality_on_layers_that_a_unet_lacks_is_an_error(tmp_path, injected):
@@ -569,6 +584,24 @@ def test_single_file_equals_folder(checkpoint, plain):
     assert torch.equal(found.text, wanted.text) and torch.equal(found.pooled, wanted.pooled)
 
 
+def test_two_files_are_enough_with_the_network_cut_off(checkpoint, models, monkeypatch, tmp_path):
+    """The single file and the adapter; tokenizers and configs are the project's own."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    path, config, _ = checkpoint
+    pipe = injection.load_sdxl(path, torch.float32, "cpu", config=config)
+    adapter = injection.read_ip_adapter(models.ip_adapter)
+    pair = pipe, injection.Injector.install(pipe.unet, adapter)
+    picture = drawn(pair, sampler.encode_prompt(pipe, "a photo"), 1, [1])
+    assert picture.std() > 5
+
+
 def test_a_tiny_vae_loads_from_all_its_layouts(tmp_path):
     """diffusers' folder and file, and TAESDXL's own pair, whose decoder counts one layer more."""
     from diffusers import AutoencoderTiny
@@ -611,7 +644,8 @@ def test_vae_from_folder_and_file(checkpoint, models, plain, tmp_path):
     _, config, tensors = checkpoint
     prefix = "first_stage_model."
     vae = {k.removeprefix(prefix): 2 * v for k, v in tensors.items() if k.startswith(prefix)}
-    save_file(vae, tmp_path / "vae.safetensors")
+    whole = {key: tensor.contiguous() for key, tensor in vae.items()}
+    save_file(whole, tmp_path / "vae.safetensors")
     loaded = injection.load_sdxl(
         models.sdxl, torch.float32, "cpu", tmp_path / "vae.safetensors", config
     )
