@@ -52,7 +52,8 @@ HERE = Path(__file__).resolve().parent
 TEMPLATES = HERE / "templates"
 GENERATOR = "eeg2image report.py"
 STAGES = ("train", "retrieval", "generate", "evaluate")  # whose runs are shown
-RECORDS = ("options.json", "env.json", "inputs.json", "DONE*", "metrics.jsonl", "images*.jsonl",
+# what a page is made from; not env.json, which grows with every start of a finished run
+RECORDS = ("options.json", "inputs.json", "DONE*", "metrics.jsonl", "images*.jsonl",
            "results.json", "comparison.json", "ranks.csv", "pictures.csv")  # fmt: skip
 PICTURE_BUDGET = 11_000_000  # characters of data URIs; the whole page is to stay below 15 MB
 # pixels and WebP quality, tried from the left until the budget holds
