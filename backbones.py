@@ -7,6 +7,7 @@ that need it are left out. Files are read as tensors only; the one that is an ar
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -247,7 +248,7 @@ def find_weights(name: str, weights_dir: Path | None) -> Path | None:
     places = [folder / file for folder in (weights_dir / "checkpoints", weights_dir)
               for file in names]  # fmt: skip
     path = next((place for place in places if place.is_file()), None)
-    if path and not (found := util.sha256(path)).startswith(network.sha256):
+    if path and not (found := weights_hash(path)).startswith(network.sha256):
         raise DataError(
             path,
             f"sha256 {found[:16]}…",
@@ -255,6 +256,17 @@ def find_weights(name: str, weights_dir: Path | None) -> Path | None:
             f"it was cut short or changed: download it again from {network.source}",
         )
     return path
+
+
+def weights_hash(path: Path) -> str:
+    """sha256 of a weight file, read once while it stays as it is: some have a gigabyte."""
+    about = path.stat()
+    return _hash_of(path, about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _hash_of(path: Path, _size: int, _modified_ns: int) -> str:
+    return util.sha256(path)
 
 
 # ---------------------------------------------------------------- pictures -> features
@@ -284,7 +296,7 @@ class Eye:
         cls, name: str, path: Path, protocol: str, device: torch.device, batch_size: int
     ) -> Eye:
         module = NETWORKS[name].build(path).to(device)
-        return cls(name, util.sha256(path), protocol, module, device, batch_size)
+        return cls(name, weights_hash(path), protocol, module, device, batch_size)
 
     def pixels(self, path: Path) -> torch.Tensor:
         """float32 [3, px, px], resized as the protocol says and normalised for the network."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import yaml
 
+import backbones
 import compare
 import controls
 import metrics
@@ -322,7 +323,7 @@ def score(run: Path, values: Any, opened: Opened, inputs: Mapping[str, Any]) -> 
         "simulated": is_simulated(values.data_path)
         or any(group.simulated for group in opened.groups),
         "inputs": dict(inputs),
-        "weights": {name: util.sha256(path) for name, path in opened.weights.items()},
+        "weights": {name: backbones.weights_hash(path) for name, path in opened.weights.items()},
         **util.environment(),
     }
 

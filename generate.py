@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -336,22 +336,35 @@ class Series:
     def title(self) -> str:
         return f"sweep of {self.sweep}" if self.sweep else self.mode
 
+    @cached_property
+    def preset(self) -> injection.InjectionMap:
+        return injection.load_injection(self.injection)
+
     def families(
         self, layers: Sequence[injection.Layer], gains: torch.Tensor | None
     ) -> list[sweeps.Family]:
-        preset = injection.load_injection(self.injection)
-        return sweeps.families(self.mode, self.sweep, preset, layers, self.strength, gains)
+        return sweeps.families(self.mode, self.sweep, self.preset, layers, self.strength, gains)
+
+    def pictures(
+        self, layers: Sequence[injection.Layer], gains: torch.Tensor | None
+    ) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+        """(names, scales [M, L]) of a row's distinct pictures; ``gains`` [M] of the row."""
+        kinds = self.families(layers, gains)
+        return sweeps.distinct([variant for kind in kinds for variant in kind.variants])
 
     def tasks(
         self, layers: Sequence[injection.Layer], gains: torch.Tensor | None, rows: Sequence[int]
     ) -> list[Task]:
         """Every distinct picture of every row. ``gains`` [n, M] of each row; None: registered."""
-        found = []
-        for place, row in enumerate(rows):
-            kinds = self.families(layers, None if gains is None else gains[place])
-            variants = list(chain(*(kind.variants for kind in kinds)))
-            found += [Task(row, names, table) for names, table in sweeps.distinct(variants)]
-        return found
+        if gains is None:  # the same for every row
+            of_row = [self.pictures(layers, None)] * len(rows)
+        else:
+            of_row = [self.pictures(layers, own) for own in gains]
+        return [
+            Task(row, names, table)
+            for row, pictures in zip(rows, of_row, strict=True)
+            for names, table in pictures
+        ]
 
 
 def fitting_batch(renderer: Renderer, draw: Callable[[Renderer, int], object], most: int) -> int:

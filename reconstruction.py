@@ -108,12 +108,17 @@ class Group:
         return tuple((row + shift) % n for row in self.owner)
 
 
-def read_run(images: Path) -> list[dict[str, Any]]:
-    """The journal of a generate.py run, a record per picture. Raises DataError."""
+def read_journal(images: Path) -> list[dict[str, Any]]:
+    """The journal of a generate.py run, of all its shards, a record per picture; [] without one."""
     records = [
         record for path in sorted(images.glob("images*.jsonl")) for record in util.read_jsonl(path)
     ]
-    records = list({(record["stimulus"], record["recipe"]): record for record in records}.values())
+    return list({(record["stimulus"], record["recipe"]): record for record in records}.values())
+
+
+def read_run(images: Path) -> list[dict[str, Any]]:
+    """As :func:`read_journal`. Raises DataError without a picture."""
+    records = read_journal(images)
     if not records:
         raise DataError(
             images,

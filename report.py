@@ -28,6 +28,7 @@ import numpy as np
 import dataset
 import figures
 import injection
+import reconstruction
 import superpixel
 import util
 from dataset import Stimulus
@@ -141,11 +142,7 @@ class Drawing:
 
 def read_drawing(run: Run) -> Drawing | None:
     """What a generate.py run has drawn so far, None before the first picture. Raises DataError."""
-    records = [
-        record
-        for path in sorted(run.path.glob("images*.jsonl"))
-        for record in util.read_jsonl(path)
-    ]
+    records = reconstruction.read_journal(run.path)
     if not records:
         return None
     files, cure = {}, "draw it again: the same generate.py command goes on where it stopped"

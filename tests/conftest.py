@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_drawing import five_copies
 
 import clip_feature_extractor
 import injection
@@ -15,7 +16,6 @@ import sampler
 import train
 from miniworld import models as miniature
 from miniworld.__main__ import main as build_world
-from modalities import NAMES
 
 
 @dataclass(frozen=True)
@@ -198,15 +198,7 @@ def reference(plain, weights):
     pipe = type(plain)(
         **{**plain.components, "unet": copy.deepcopy(plain.unet)}, add_watermarker=False
     )
-    adapter = {
-        "image_proj": dict(weights.projection),
-        "ip_adapter": {
-            f"{2 * layer + 1}.to_{kind}_ip.weight": tensor
-            for layer, pair in enumerate(weights.layers)
-            for kind, tensor in zip("kv", pair, strict=True)
-        },
-    }
-    pipe.unet._load_ip_adapter_weights([adapter] * len(NAMES), low_cpu_mem_usage=False)
+    pipe.unet._load_ip_adapter_weights(five_copies(weights), low_cpu_mem_usage=False)
     return pipe
 
 

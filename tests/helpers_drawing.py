@@ -43,6 +43,19 @@ def predict(injected, vectors: torch.Tensor, scale: torch.Tensor, inputs: dict) 
     return pipe.unet(**inputs).sample
 
 
+def five_copies(weights: injection.IPAdapterWeights) -> list[dict]:
+    """An adapter in its official layout, once per modality, as diffusers' own route loads it."""
+    adapter = {
+        "image_proj": dict(weights.projection),
+        "ip_adapter": {
+            f"{2 * layer + 1}.to_{kind}_ip.weight": tensor
+            for layer, pair in enumerate(weights.layers)
+            for kind, tensor in zip("kv", pair, strict=True)
+        },
+    }
+    return [adapter] * len(NAMES)
+
+
 def adapter_processors(pipe) -> list:
     return [processor for name, processor in pipe.unet.attn_processors.items() if "attn2" in name]
 

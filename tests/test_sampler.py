@@ -15,6 +15,7 @@ from helpers_drawing import (
     difference,
     drawn,
     embeddings,
+    five_copies,
 )  # fmt: skip
 
 import injection
@@ -259,15 +260,7 @@ def test_seventy_layers_equal_five_copies(weights):
     adapter = _adapter_for(ours, width=24, clip_dim=20)
     injector = injection.Injector.install(ours, adapter)
     assert len(injector.layers) == 70 and injector.layers == injection.sdxl_layers()
-    copies = {
-        "image_proj": dict(adapter.projection),
-        "ip_adapter": {
-            f"{2 * layer + 1}.to_{kind}_ip.weight": tensor
-            for layer, pair in enumerate(adapter.layers)
-            for kind, tensor in zip("kv", pair, strict=True)
-        },
-    }
-    theirs._load_ip_adapter_weights([copies] * len(NAMES), low_cpu_mem_usage=False)
+    theirs._load_ip_adapter_weights(five_copies(adapter), low_cpu_mem_usage=False)
     recipes = (FUSED, *modalities.recipes("separate"))
     table = torch.stack([injection.scales(item) for item in recipes])
     random = util.generator_for(0, "seventy layers")
