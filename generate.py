@@ -279,8 +279,32 @@ def drawn_already(out: Path, journal: Path) -> set[tuple[int, str]]:
     }
 
 
-def batches(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
-    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+def drawn_batches(
+    tasks: Sequence[Task], size: int, draw: Callable[[Sequence[Task]], np.ndarray], halve: bool
+) -> Iterator[tuple[Sequence[Task], np.ndarray]]:
+    """(tasks, pictures) of every batch. ``halve``: from where the GPU's memory does not suffice.
+
+    Raises UserError where it does not and the size is given, or is 1.
+    """
+    start = 0
+    while start < len(tasks):
+        batch = tasks[start : start + size]
+        try:
+            pictures = draw(batch)
+        except torch.cuda.OutOfMemoryError as error:
+            if not halve or len(batch) == 1:
+                raise util.UserError(
+                    "--batch_size",
+                    f"{len(batch)} pictures at once do not fit ({error})",
+                    "what the GPU's free memory holds",
+                    "give --batch_size auto, a smaller --size, or --offload",
+                ) from None
+            size = len(batch) // 2
+            torch.cuda.empty_cache()
+            util.LOG.warning("out of memory: going on with batches of %d", size)
+            continue
+        yield batch, pictures
+        start += len(batch)
 
 
 def write_pictures(
@@ -414,15 +438,15 @@ def render(
     def draw(by: Renderer, batch: Sequence[Task]) -> np.ndarray:
         return by.draw(batch, stacked, ids, places)
 
-    size = series.batch_size
-    if size is None and missing:
+    size, automatic = series.batch_size, series.batch_size is None
+    if automatic and missing:
         trial = [missing[k % len(missing)] for k in range(2)]
         size = fitting_batch(renderer, lambda by, n: draw(by, trial[:n]), len(missing))
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(missing), desc="drawing", unit="picture"
     ) as bar:
-        for batch in batches(missing, size or 1):
-            pictures = draw(renderer, batch)
+        made = drawn_batches(missing, size or 1, lambda batch: draw(renderer, batch), automatic)
+        for batch, pictures in made:
             write_pictures(out, journal, done, batch, pictures, test, active, about)
             bar.update(len(batch))
     write_sheets(series, out, test, rows, kinds, part)

@@ -490,8 +490,13 @@ class InjectedAttention(nn.Module):
         """The U-Net is given the rows from this one on: without the negative ones, say."""
         self._first = first
 
-    def set_tokens(self, tokens: torch.Tensor, scale: torch.Tensor) -> None:
-        """``tokens`` [B, M, T, W] in the U-Net's dtype and device; ``scale`` [B, M] on CPU."""
+    def set_tokens(
+        self, tokens: torch.Tensor, scale: torch.Tensor, device: torch.device | None = None
+    ) -> None:
+        """``tokens`` [B, M, T, W] where the weights are, in their dtype; ``scale`` [B, M] on CPU.
+
+        ``device``: where the U-Net computes; None: where the weights are.
+        """
         if tokens.ndim != 4 or scale.shape != tokens.shape[:2]:
             raise RuntimeError(
                 f"image tokens {tuple(tokens.shape)} with scale {tuple(scale.shape)}: "
@@ -508,8 +513,8 @@ class InjectedAttention(nn.Module):
         weight = scale[:, active].to(tokens)[:, :, None, None]
         key = self.to_k_ip(tokens).flatten(1, 2).unflatten(-1, (self.heads, -1))
         value = (self.to_v_ip(tokens) * weight).flatten(1, 2).unflatten(-1, (self.heads, -1))
-        self._key = key.transpose(1, 2).contiguous() * key.shape[-1] ** -0.5
-        self._value = value.transpose(1, 2).contiguous()
+        self._key = (key.transpose(1, 2).contiguous() * key.shape[-1] ** -0.5).to(device=device)
+        self._value = value.transpose(1, 2).contiguous().to(device=device)
 
     def injected(self, query: torch.Tensor) -> torch.Tensor:
         """sum_m scale_m * Attn(query, K_m, V_m). [B, heads, S, d] -> the same."""
@@ -529,9 +534,10 @@ class InjectedAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``hidden_states`` [B, S, C] or [B, C, h, w]; ``encoder_hidden_states`` [B, N, W].
+        """``hidden_states`` [B, S, C] or [B, C, h, w]; ``encoder_hidden_states`` [P, N, W].
 
-        diffusers calls this. Raises RuntimeError without image tokens for exactly these rows.
+        P prompts for B / P rows each, in their order: B for a prompt per row. diffusers calls this.
+        Raises RuntimeError without image tokens for exactly these rows.
         """
         if self._batch is None or len(hidden_states) != self._batch - self._first:
             state = (
@@ -585,10 +591,19 @@ class InjectedAttention(nn.Module):
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
+        if len(key) != len(query):  # a prompt's K and V are made once, not for each of its rows
+            rows_each = _rows_per_prompt(len(query), len(key))
+            key, value = (part.repeat_interleave(rows_each, dim=0) for part in (key, value))
         attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         if self._active:
             attended = attended + self.injected(query)
         return attended.transpose(1, 2).flatten(2).to(query.dtype)
+
+
+def _rows_per_prompt(rows: int, prompts: int) -> int:
+    if rows % prompts:
+        raise RuntimeError(f"{prompts} prompts for {rows} rows: expected a divisor of them")
+    return rows // prompts
 
 
 def _frozen_linear(weight: torch.Tensor) -> nn.Linear:
@@ -672,14 +687,16 @@ class Injector:
             )
         weight = self.processors[0].to_k_ip.weight
         device = weight.device if device is None else device
-        self.projection.to(device=device, dtype=weight.dtype)  # the U-Net may have moved since
-        embeddings, scales = embeddings.to(device), scales.float().cpu()
+        # Offloaded weights wait on the CPU, or nowhere until accelerate's hooks bring them in.
+        there = device if weight.is_meta else weight.device
+        self.projection.to(device=there, dtype=weight.dtype)  # the U-Net may have moved since
+        embeddings, scales = embeddings.to(there), scales.float().cpu()
         if guidance:
             embeddings = torch.cat([torch.zeros_like(embeddings), embeddings])
             scales = torch.cat([scales, scales])
         tokens = self.projection(embeddings)
         for layer, processor in enumerate(self.processors):
-            processor.set_tokens(tokens, scales[:, :, layer])
+            processor.set_tokens(tokens, scales[:, :, layer], device)
         self._guided_rows = len(embeddings) // 2 if guidance else 0
 
     def guide(self, on: bool) -> None:
@@ -847,7 +864,7 @@ def load_sdxl(
     """SDXL from a diffusers folder or a single .safetensors file, without network.
 
     ``vae_path``: folder or file of another VAE, e.g. the one repaired for float16. ``config``:
-    folder of the configs of a single file. The VAE decodes row by row. Raises DataError.
+    folder of the configs of a single file. Raises DataError.
     """
     check_sdxl(path, config)
     path = Path(path)
@@ -868,7 +885,6 @@ def load_sdxl(
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         _refuse_unfilled(path, part, getattr(pipe, part))
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.enable_slicing()
     for part in (pipe.unet, pipe.vae):  # convolutions are faster so, on CPUs and GPUs
         part.to(memory_format=torch.channels_last)
     return pipe.to(device)

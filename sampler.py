@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 SPACINGS = ("leading", "trailing", "linspace")
+DECODED_PX = (
+    256**2
+)  # pixels that the VAE decodes at once: small pictures together, large ones alone
 
 # ---------------------------------------------------------------- prompts and schedulers
 
@@ -38,12 +41,19 @@ class PromptEmbeds:
     pooled: torch.Tensor
     negative_pooled: torch.Tensor
 
-    def expanded(self, batch: int) -> PromptEmbeds:
-        """For ``batch`` rows. Raises ValueError if it holds neither 1 nor ``batch`` prompts."""
+    def check(self, batch: int) -> None:
+        """Raise ValueError if it holds neither 1 nor ``batch`` prompts."""
         if len(self.text) not in (1, batch):
             raise ValueError(f"{len(self.text)} prompts for {batch} rows: expected 1 or {batch}")
-        parts = (self.text, self.negative, self.pooled, self.negative_pooled)
-        return PromptEmbeds(*(part.expand(batch, *part.shape[1:]) for part in parts))
+
+    def conditions(self, guided: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(text, pooled) of the positive prompts, or of [negative; positive] ones."""
+        if not guided:
+            return self.text, self.pooled
+        return (
+            torch.cat([self.negative, self.text]),
+            torch.cat([self.negative_pooled, self.pooled]),
+        )
 
     def chosen(self, rows: Sequence[int]) -> PromptEmbeds:
         """The prompts of these rows, where there is one per row."""
@@ -134,9 +144,12 @@ def decode_latents(pipe: StableDiffusionXLPipeline, latents: torch.Tensor) -> to
         part.to(latents) if isinstance(part, torch.Tensor) else part
         for part in _latent_moments(vae)
     )
+    side = latents.shape[-1] * pipe.vae_scale_factor
+    together = max(1, DECODED_PX // side**2)
     with _precise(vae):
-        pixels = vae.decode((latents * std + mean).to(vae.dtype)).sample
-    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        rows = (latents * std + mean).to(vae.dtype).split(together)
+        pixels = torch.cat([vae.decode(part).sample.float() for part in rows])
+    return (pixels / 2 + 0.5).clamp(0, 1)
 
 
 class _precise:  # noqa: N801 - reads as what it does: with _precise(vae)
@@ -198,10 +211,10 @@ def draw(
     """
     if len(noise_seeds) != len(embeddings):
         raise ValueError(f"{len(noise_seeds)} noise seeds for {len(embeddings)} rows")
-    prompt = prompt_embeds.expanded(len(embeddings))
+    prompt_embeds.check(len(embeddings))
     generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
     injector.set(embeddings, scales, how.guidance > 1, pipe._execution_device)
-    latents = _denoise(pipe, injector, prompt, generators, how, start)
+    latents = _denoise(pipe, injector, prompt_embeds, generators, how, start)
     injector.clear()
     pictures = decode_latents(pipe, latents)
     if not pictures.isfinite().all():
@@ -261,11 +274,7 @@ def _predict(
     guided: bool,
 ) -> torch.Tensor:
     """The U-Net's output for [negative; positive] rows, or for the positive ones alone."""
-    text, pooled = prompt.text, prompt.pooled
-    if guided:
-        text, pooled = (
-            torch.cat(pair) for pair in ((prompt.negative, text), (prompt.negative_pooled, pooled))
-        )
+    text, pooled = prompt.conditions(guided)
     # SDXL's size conditioning: original size, crop corner, target size
     size = torch.tensor([how.size_px, how.size_px, 0, 0, how.size_px, how.size_px])
     return pipe.unet(
@@ -273,7 +282,7 @@ def _predict(
         timestep,
         encoder_hidden_states=text.to(rows),
         added_cond_kwargs={
-            "text_embeds": pooled.to(rows),
+            "text_embeds": pooled.to(rows).repeat_interleave(len(rows) // len(pooled), dim=0),
             "time_ids": size.to(rows).expand(len(rows), -1),
         },
         return_dict=False,
@@ -293,7 +302,12 @@ def largest_batch(draw_rows: Callable[[int], object], most: int, device: torch.d
     peaks = []
     for rows in (1, 2):
         forget_peak(device)
-        draw_rows(rows)
+        try:
+            draw_rows(rows)
+        except torch.cuda.OutOfMemoryError:
+            if rows == 1:
+                raise
+            return 1
         peaks.append(peak_memory(device))
     per_row = max(peaks[1] - peaks[0], 1 << 20)
     return int(max(1, min(most, 2 + 0.9 * (memory_limit(device) - peaks[1]) // per_row)))

@@ -284,13 +284,13 @@ class Stock:
         if self.encoded is None:
             texts = {"prompt": self.work.prompt, "negative_prompt": self.work.negative_prompt}
             return {key: [text] * rows for key, text in texts.items()}
-        encoded = self.encoded.expanded(rows)
-        return {
-            "prompt_embeds": encoded.text,
-            "pooled_prompt_embeds": encoded.pooled,
-            "negative_prompt_embeds": encoded.negative,
-            "negative_pooled_prompt_embeds": encoded.negative_pooled,
+        encoded = {
+            "prompt_embeds": self.encoded.text,
+            "pooled_prompt_embeds": self.encoded.pooled,
+            "negative_prompt_embeds": self.encoded.negative,
+            "negative_pooled_prompt_embeds": self.encoded.negative_pooled,
         }
+        return {key: part.expand(rows, *part.shape[1:]) for key, part in encoded.items()}
 
 
 # ---------------------------------------------------------------- pictures per second

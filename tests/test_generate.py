@@ -97,6 +97,41 @@ def test_batch_size_and_shards_do_not_change_a_picture(
     }
 
 
+def refuse_more_than(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Drawing more pictures at once fails as on a GPU that is too small. Returns what was asked."""
+    draw, asked = sampler.draw, []
+
+    def small(pipe, injector, embeddings, *rest):
+        asked.append(len(embeddings))
+        if len(embeddings) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return draw(pipe, injector, embeddings, *rest)
+
+    monkeypatch.setattr(sampler, "draw", small)
+    return asked
+
+
+def test_batches_are_halved_until_they_fit(
+    chain: Chain, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = refuse_more_than(monkeypatch, 2)
+    monkeypatch.setattr(generate, "fitting_batch", lambda *_: 8)  # of too hopeful an estimate
+    assert generate.main(chain.generate_flags(tmp_path / "run", "--batch_size", "auto")) == 0
+    assert asked[:3] == [8, 4, 2] and set(asked[3:]) <= {1, 2}
+    assert_same_pictures(drawn, tmp_path / "run", 1)
+
+
+def test_a_given_batch_size_that_does_not_fit_is_an_error(
+    chain: Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refuse_more_than(monkeypatch, 2)
+    assert generate.main(chain.generate_flags(tmp_path / "run", "--batch_size", 3)) == 2
+    assert "--batch_size auto" in capsys.readouterr().err
+
+
 def test_a_lost_picture_is_drawn_again_and_nothing_else(
     chain: Chain, drawn: Path, tmp_path: Path
 ) -> None:

@@ -204,6 +204,19 @@ def test_an_offloaded_unet_draws_the_same(plain, weights, prompt):
     assert difference(drawn(pair, prompt, 2, [1, 2]), expected).max() <= 1
 
 
+def test_keys_and_values_go_where_an_offloaded_unet_computes(plain, weights):
+    """Weights that wait on the CPU: "meta" stands for the GPU that they are brought to."""
+    import copy
+
+    injector = injection.Injector.install(copy.deepcopy(plain.unet), weights)
+    scales = torch.ones(1, len(modalities.NAMES), len(injector.layers))
+    injector.set(embeddings(1), scales, guidance=True, device=torch.device("meta"))
+    first = injector.processors[0]
+    assert first.to_k_ip.weight.device.type == "cpu"
+    query = torch.empty(2, first.heads, 6, len(first.to_k_ip.weight) // first.heads, device="meta")
+    assert first.injected(query).shape == query.shape
+
+
 def test_half_precision_draws_nearly_the_same(plain, weights, prompt):
     import copy
 
@@ -227,9 +240,7 @@ def test_latents_after_four_steps_equal_five_copies_in_a_mixed_batch(injected, r
     how = sampler.Denoising(4, 5.0, SIZE)
     injector.set(vectors, table, guidance=True)
     with torch.no_grad():
-        ours = sampler._denoise(
-            pipe, injector, prompt.expanded(len(recipes)), generators, how, None
-        )
+        ours = sampler._denoise(pipe, injector, prompt, generators, how, None)
     noise = torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(7))
     pair = torch.stack([torch.zeros_like(vectors[0]), vectors[0]])
     for row, scales in enumerate(table):
@@ -306,6 +317,35 @@ def _adapter_for(unet, width: int, clip_dim: int) -> injection.IPAdapterWeights:
     ]
     layers = tuple((tensor(size, width), tensor(size, width)) for size in hidden)
     return injection.IPAdapterWeights("memory", projection, layers)
+
+
+# --- prompts ------------------------------------------------------------------------------------
+
+
+def test_a_prompt_per_row_draws_what_one_for_all_draws(injected, prompt):
+    parts = (prompt.text, prompt.negative, prompt.pooled, prompt.negative_pooled)
+    each = sampler.PromptEmbeds(*(part.repeat_interleave(3, dim=0) for part in parts))
+    once, thrice = (drawn(injected, given, 3, [1, 2, 3]) for given in (prompt, each))
+    assert difference(once, thrice).max() <= 1
+
+
+def test_rows_read_their_own_prompt(injected, prompt):
+    """In another order the same pictures, each with its prompt."""
+    pipe, _ = injected
+    pair = sampler.encode_prompt(pipe, ["a red cross", "a sea of stars"], ["", ""])
+    vectors = embeddings(2)
+    straight = drawn(injected, pair, 2, [1, 1], vectors)
+    swapped = drawn(injected, pair.chosen([1, 0]), 2, [1, 1], vectors.flip(0))
+    assert difference(straight, swapped[::-1]).max() <= 1
+    same = drawn(injected, pair.chosen([0, 0]), 2, [1, 1], vectors)
+    assert difference(straight, same)[1].max() > 1
+
+
+def test_prompts_that_do_not_divide_the_rows_are_refused(injected, prompt):
+    parts = (prompt.text, prompt.negative, prompt.pooled, prompt.negative_pooled)
+    two = sampler.PromptEmbeds(*(part.repeat_interleave(2, dim=0) for part in parts))
+    with pytest.raises(ValueError, match="2 prompts for 3 rows"):
+        drawn(injected, two, 3, [1, 2, 3])
 
 
 # --- how many at once ---------------------------------------------------------------------------
