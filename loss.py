@@ -15,7 +15,7 @@ MSE_SHARE, COSINE_SHARE = 0.7, 0.3  # the published prior loss: 0.7 MSE + 0.3 (1
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Scalars of one modality: ``total`` = 0.7 ``mse`` + 0.3 (1 - ``cosine``)."""
+    """Scalars of one modality, or [M]: ``total`` = 0.7 ``mse`` + 0.3 (1 - ``cosine``)."""
 
     total: torch.Tensor
     mse: torch.Tensor
@@ -33,8 +33,18 @@ def check_pair(predicted: torch.Tensor, target: torch.Tensor) -> None:
 def prior_loss(predicted: torch.Tensor, target: torch.Tensor) -> LossTerms:
     """Loss of a predicted velocity or noise [B, D] against the true one [B, D]."""
     check_pair(predicted, target)
-    mse = F.mse_loss(predicted, target)
-    cosine = F.cosine_similarity(predicted, target, dim=1).mean()
+    terms = stacked_prior_loss(predicted[None], target[None])
+    return LossTerms(terms.total[0], terms.mse[0], terms.cosine[0])
+
+
+def stacked_prior_loss(predicted: torch.Tensor, target: torch.Tensor) -> LossTerms:
+    """:func:`prior_loss` of M modalities at once: [M, B, D] against [M, B, D] -> terms [M]."""
+    if predicted.ndim != 3 or predicted.shape != target.shape:
+        raise ValueError(
+            f"shapes {tuple(predicted.shape)} and {tuple(target.shape)}, expected the same [M, B, D]"
+        )
+    mse = (predicted - target).square().mean(dim=(1, 2))
+    cosine = F.cosine_similarity(predicted, target, dim=2).mean(dim=1)
     return LossTerms(MSE_SHARE * mse + COSINE_SHARE * (1 - cosine), mse, cosine)
 
 

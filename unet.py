@@ -10,14 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loss import LossTerms, prior_loss
+from loss import LossTerms, stacked_prior_loss
 from modalities import NAMES
+from stacked import keep_separate_state, stacked
 from util import generator_for
 
 if TYPE_CHECKING:
@@ -29,18 +30,18 @@ NOISE_SCHEDULE = {
     "beta_start": 1e-4,
     "beta_end": 2e-2,
     "beta_schedule": "linear",
-    "prediction_type": "v_prediction",  # see PriorBank.noise_from
+    "prediction_type": "v_prediction",  # see PriorBank.velocity_from
 }
 
 
 def timestep_features(t: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoids of integer timesteps t [B] -> float32 [B, width]: cosines first, then sines."""
+    """Sinusoids of integer timesteps t [...] -> float32 [..., width]: cosines, then sines."""
     half = width // 2
     frequency = torch.exp(
         torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(1e4) / half)
     )
-    angle = t[:, None].float() * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    angle = t[..., None].float() * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class TimeEmbedding(nn.Module):
@@ -68,6 +69,8 @@ class DiffusionPriorUNet(nn.Module):
     condition are added before each block. ``cond=None`` leaves the condition out, its bias too.
     Reference state dicts load by name. Raises ValueError for anything but matching 2-D tensors.
     """
+
+    stack: int | None = None  # M of :meth:`stack_of`: x is [M, B, D] and t [M, B] then
 
     def __init__(
         self,
@@ -99,6 +102,13 @@ class DiffusionPriorUNet(nn.Module):
         self.decode_layers = nn.ModuleList(_block(a, b, dropout) for a, b in pairwise(up))
         self.output_layer = nn.Linear(widths[0], embed_dim)
 
+    @classmethod
+    def stack_of(cls, priors: Sequence[DiffusionPriorUNet]) -> DiffusionPriorUNet:
+        """The priors of one build as one, which are given one condition: see ``stacked.py``."""
+        made = stacked(priors)
+        made.stack = len(priors)
+        return made
+
     def forward(
         self,
         x: torch.Tensor,
@@ -106,38 +116,62 @@ class DiffusionPriorUNet(nn.Module):
         cond: torch.Tensor | None = None,
         keep_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``keep_cond`` bool [B]: rows where it is False are computed as with ``cond=None``."""
+        """``keep_cond`` bool, as t: rows where it is False are computed as with ``cond=None``.
+
+        A stack takes cond [B / n, C] where n rows in turn share a condition.
+        """
         self._check(x, t, cond)
-        time = timestep_features(t, self.time_embed_dim).to(x.dtype)
-
-        def context(embed_time: nn.Module, embed_cond: nn.Module) -> torch.Tensor:
-            if cond is None:
-                return embed_time(time)
-            condition = embed_cond(cond)
+        conditions = None
+        if cond is not None:
+            conditions = self.embed_condition(cond, x.shape[-2] // len(cond))
             if keep_cond is not None:
-                condition = condition * keep_cond[:, None].to(condition.dtype)
-            return embed_time(time) + condition
+                conditions = [part * keep_cond[..., None].to(part.dtype) for part in conditions]
+        return self.denoise(x, self.embed_time(t, x.dtype), conditions)
 
+    def embed_condition(self, cond: torch.Tensor, rows_each: int = 1) -> list[torch.Tensor]:
+        """What cond [B, C] adds before each block, down then up, for ``rows_each`` rows of it."""
+        if self.stack:
+            cond = cond.expand(self.stack, -1, -1)
+        layers = (*self.encode_cond_embedding, *self.decode_cond_embedding)
+        return [layer(cond).repeat_interleave(rows_each, dim=-2) for layer in layers]
+
+    def embed_time(self, t: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What timesteps t add before each block, down then up."""
+        time = timestep_features(t, self.time_embed_dim).to(dtype)
+        layers = (*self.encode_time_embedding, *self.decode_time_embedding)
+        return [layer(time) for layer in layers]
+
+    def denoise(
+        self, x: torch.Tensor, times: list[torch.Tensor], conditions: list[torch.Tensor] | None
+    ) -> torch.Tensor:
+        """The network's output, given what time and condition add before each block."""
+        contexts = iter(
+            times if conditions is None else map(torch.add, times, conditions)  # one per block
+        )
         x, skips = self.input_layer(x), []
-        for layer, *embed in zip(
-            self.encode_layers, self.encode_time_embedding, self.encode_cond_embedding, strict=True
-        ):
+        for layer in self.encode_layers:
             skips.append(x)
-            x = layer(x + context(*embed))
-        for layer, *embed in zip(
-            self.decode_layers, self.decode_time_embedding, self.decode_cond_embedding, strict=True
-        ):
-            x = layer(x + context(*embed)) + skips.pop()
+            x = layer(x + next(contexts))
+        for layer in self.decode_layers:
+            x = layer(x + next(contexts)) + skips.pop()
         return self.output_layer(x)
 
     def _check(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> None:
-        if x.ndim != 2 or x.shape[1] != self.embed_dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, {self.embed_dim}]")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t has shape {tuple(t.shape)}, expected [{len(x)}]")
-        if cond is not None and cond.shape != (len(x), self.cond_dim):
+        stack = [] if self.stack is None else [self.stack]
+        if x.ndim != len(stack) + 2 or list(x.shape) != [*stack, x.shape[-2], self.embed_dim]:
             raise ValueError(
-                f"cond has shape {tuple(cond.shape)}, expected [{len(x)}, {self.cond_dim}]"
+                f"x has shape {tuple(x.shape)}, expected {[*stack, 'B', self.embed_dim]}"
+            )
+        if t.shape != x.shape[:-1]:
+            raise ValueError(f"t has shape {tuple(t.shape)}, expected {list(x.shape[:-1])}")
+        rows = x.shape[-2]
+        if cond is not None and (
+            cond.ndim != 2
+            or cond.shape[1] != self.cond_dim
+            or (rows % len(cond) if self.stack else rows != len(cond))
+        ):
+            raise ValueError(
+                f"cond has shape {tuple(cond.shape)}, expected [{rows}, {self.cond_dim}]"
             )
 
 
@@ -170,53 +204,19 @@ def sampler_named(name: str) -> SchedulerMixin:
     raise ValueError(f"unknown prior sampler {name!r}; expected dpm or ddim")
 
 
-class PriorBank(nn.Module):
-    """One independent prior per modality, with the modality's target mean and std [D] as buffers.
+class TargetSpace(nn.Module):
+    """The modalities' CLIP embeddings, standardised and back: mean and std [D] as buffers.
 
-    Targets come in and samples go out as stored: un-normalised CLIP embeddings. In between they are
-    standardised per dimension, so that unit noise fits them.
+    Targets come in and predictions go out as stored: un-normalised CLIP embeddings. In between they
+    are standardised per dimension, so that unit noise fits them.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        cond_dim: int,
-        dropout: float = 0.1,
-        condition_dropout: float = 0.1,
-        learned_weights: bool = False,
-        loss_on: str = "velocity",
-    ) -> None:
-        """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed.
-
-        ``loss_on``: what the losses compare, ``velocity`` or ``noise``.
-        """
+    def __init__(self, embed_dim: int) -> None:
         super().__init__()
-        self.embed_dim, self.cond_dim = embed_dim, cond_dim
-        self.dropout, self.condition_dropout = dropout, condition_dropout
-        self.loss_on = loss_on
-        self.priors = nn.ModuleDict(
-            {name: DiffusionPriorUNet(embed_dim, cond_dim, dropout=dropout) for name in NAMES}
-        )
-        self.log_variance = nn.Parameter(torch.zeros(len(NAMES))) if learned_weights else None
+        self.embed_dim = embed_dim
         for name in NAMES:
             self.register_buffer(f"{name}_mean", torch.zeros(embed_dim))
             self.register_buffer(f"{name}_std", torch.ones(embed_dim))
-        betas = torch.linspace(
-            NOISE_SCHEDULE["beta_start"], NOISE_SCHEDULE["beta_end"], TRAIN_STEPS
-        )
-        self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
-
-    @property
-    def config(self) -> dict[str, float | bool | str]:
-        """What rebuilds an empty bank of this shape."""
-        return {
-            "embed_dim": self.embed_dim,
-            "cond_dim": self.cond_dim,
-            "dropout": self.dropout,
-            "condition_dropout": self.condition_dropout,
-            "learned_weights": self.log_variance is not None,
-            "loss_on": self.loss_on,
-        }
 
     def fit_targets(self, features: Mapping[str, torch.Tensor]) -> None:
         """Set mean and std from training features {modality: [N, D]}.
@@ -242,6 +242,69 @@ class PriorBank(nn.Module):
     def restore(self, name: str, sample: torch.Tensor) -> torch.Tensor:
         return sample * getattr(self, f"{name}_std") + getattr(self, f"{name}_mean")
 
+    def standardised(self, targets: Mapping[str, torch.Tensor], cond: torch.Tensor) -> torch.Tensor:
+        """[M, B, D] of targets {modality: [B, D]}. ValueError unless they fit cond [B, C]."""
+        for name in NAMES:
+            if targets[name].shape != (len(cond), self.embed_dim):
+                raise ValueError(
+                    f"{name}: target {tuple(targets[name].shape)} for cond {tuple(cond.shape)}, "
+                    "expected [B, D]"
+                )
+        return torch.stack([self.standardise(name, targets[name]) for name in NAMES])
+
+
+QUANTITIES = ("velocity", "noise", "embedding")  # any of them follows from another, given x_t and t
+
+
+class PriorBank(TargetSpace):
+    """One independent prior per modality, computed together."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        cond_dim: int,
+        dropout: float = 0.1,
+        condition_dropout: float = 0.1,
+        learned_weights: bool = False,
+        loss_on: str = "velocity",
+        predicts: str = "velocity",
+        hidden_dim: Sequence[int] | None = None,
+    ) -> None:
+        """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed.
+
+        ``predicts``: what the networks put out; ``loss_on``: what the losses compare; each one of
+        QUANTITIES. ``hidden_dim``: as of :class:`DiffusionPriorUNet`.
+        """
+        super().__init__(embed_dim)
+        if not {loss_on, predicts} <= set(QUANTITIES):
+            raise ValueError(f"{loss_on!r} or {predicts!r} is none of {', '.join(QUANTITIES)}")
+        self.cond_dim, self.hidden_dim = cond_dim, hidden_dim
+        self.dropout, self.condition_dropout = dropout, condition_dropout
+        self.loss_on, self.predicts = loss_on, predicts
+        self.priors = DiffusionPriorUNet.stack_of(
+            [DiffusionPriorUNet(embed_dim, cond_dim, hidden_dim, dropout=dropout) for _ in NAMES]
+        )
+        keep_separate_state(self.priors, NAMES)
+        self.log_variance = nn.Parameter(torch.zeros(len(NAMES))) if learned_weights else None
+        betas = torch.linspace(
+            NOISE_SCHEDULE["beta_start"], NOISE_SCHEDULE["beta_end"], TRAIN_STEPS
+        )
+        self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What rebuilds an empty bank of this shape."""
+        return {
+            "embed_dim": self.embed_dim,
+            "cond_dim": self.cond_dim,
+            "dropout": self.dropout,
+            "condition_dropout": self.condition_dropout,
+            "learned_weights": self.log_variance is not None,
+            "loss_on": self.loss_on,
+            "predicts": self.predicts,
+            "hidden_dim": self.hidden_dim,
+        }
+
     def losses(
         self,
         targets: Mapping[str, torch.Tensor],
@@ -251,53 +314,76 @@ class PriorBank(nn.Module):
     ) -> dict[str, LossTerms]:
         """Losses of targets {modality: [B, D]} given cond [B, C]; gradients reach ``cond``.
 
-        Timesteps, noise and the dropped conditions are drawn from ``generator`` (CPU), ``draws``
-        times per sample. Compared on noise, a row's squared error counts a_t times what it counts
-        on velocity: next to nothing at high t, where only the condition knows the embedding.
+        Timesteps, noise and the dropped conditions are drawn from ``generator``, ``draws`` times
+        per sample. Compared on noise, a row's squared error counts a_t times what it counts on
+        velocity: next to nothing at high t, where only the condition knows the embedding.
         """
-        losses = {}
-        conditions = cond.repeat_interleave(draws, dim=0)
-        for name, prior in self.priors.items():
-            clean = self.standardise(name, targets[name])
-            if clean.ndim != 2 or len(clean) != len(cond):
-                raise ValueError(
-                    f"{name}: target {tuple(clean.shape)} for cond {tuple(cond.shape)}, "
-                    "expected [B, D]"
-                )
-            clean = clean.repeat_interleave(draws, dim=0)
-            rows = len(clean)
-            t = torch.randint(TRAIN_STEPS, (rows,), generator=generator).to(cond.device)
-            noise = torch.randn(clean.shape, generator=generator).to(clean)
-            keep = (torch.rand(rows, generator=generator) >= self.condition_dropout).to(cond.device)
-            noisy = self.add_noise(clean, noise, t)
-            velocity = prior(noisy, t, conditions, keep)
-            if self.loss_on == "noise":
-                losses[name] = prior_loss(self.noise_from(velocity, noisy, t), noise)
-            else:
-                losses[name] = prior_loss(velocity, self.velocity_of(clean, noise, t))
-        return losses
+        clean = self.standardised(targets, cond).repeat_interleave(draws, dim=1)
+        t, noise, keep = self._draw(clean, generator)
+        noisy = self.add_noise(clean, noise, t)
+        found = self.priors(noisy, t, cond, keep)
+        if self.loss_on != self.predicts:
+            found = self.quantity_from(self.velocity_from(found, noisy, t), noisy, t, self.loss_on)
+        true = {"noise": noise, "embedding": clean, "velocity": self.velocity_of(clean, noise, t)}
+        return terms_of(stacked_prior_loss(found, true[self.loss_on]))
+
+    def _draw(
+        self, clean: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(t [M, B], noise [M, B, D], keep [M, B]) for clean [M, B, D], modality by modality."""
+        where, (rows, width) = generator.device, clean.shape[1:]
+        drawn = [
+            (
+                torch.randint(TRAIN_STEPS, (rows,), generator=generator, device=where),
+                torch.randn(rows, width, generator=generator, device=where, dtype=clean.dtype),
+                torch.rand(rows, generator=generator, device=where) >= self.condition_dropout,
+            )
+            for _ in NAMES
+        ]
+        t, noise, keep = (torch.stack(parts).to(clean.device) for parts in zip(*drawn, strict=True))
+        return t, noise, keep
+
+    def _shares(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """sqrt(a_t) and sqrt(1 - a_t) of t [...], as factors of rows [..., D]."""
+        kept = self.alphas_cumprod[t][..., None].to(like.dtype)
+        return kept.sqrt(), (1 - kept).sqrt()
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """DDPM forward process: sqrt(a_t) clean + sqrt(1 - a_t) noise, per row."""
-        kept = self.alphas_cumprod[t][:, None].to(clean.dtype)
-        return kept.sqrt() * clean + (1 - kept).sqrt() * noise
+        kept, lost = self._shares(t, clean)
+        return kept * clean + lost * noise
 
     def velocity_of(
         self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """Velocity, which the networks learn: sqrt(a_t) noise - sqrt(1 - a_t) clean, per row."""
+        """Velocity: sqrt(a_t) noise - sqrt(1 - a_t) clean, per row."""
         return self.add_noise(noise, -clean, t)
 
-    def noise_from(
-        self, velocity: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor
+    def velocity_from(
+        self, output: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """The predicted noise, from a network that predicts velocity (Salimans & Ho 2022), per row.
+        """The velocity (Salimans & Ho 2022) that follows from what the networks predict, per row.
 
         A network that predicts noise itself turns an error e at t = 999 into 157 e in the sample:
-        unless x0 is clipped, samples come out many times too large.
+        unless x0 is clipped, samples come out many times too large. Hence velocity by default.
         """
-        kept = self.alphas_cumprod[t][:, None].to(noisy.dtype)
-        return kept.sqrt() * velocity + (1 - kept).sqrt() * noisy
+        if self.predicts == "velocity":
+            return output
+        kept, lost = self._shares(t, noisy)
+        if self.predicts == "noise":
+            return (output - lost * noisy) / kept
+        return (kept * noisy - output) / lost
+
+    def quantity_from(
+        self, velocity: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor, quantity: str
+    ) -> torch.Tensor:
+        """What follows from the velocity, per row: itself, the noise, or the embedding."""
+        if quantity == "velocity":
+            return velocity
+        kept, lost = self._shares(t, noisy)
+        if quantity == "noise":
+            return kept * velocity + lost * noisy
+        return kept * noisy - lost * velocity
 
     @torch.no_grad()
     def sample(
@@ -312,38 +398,53 @@ class PriorBank(nn.Module):
         """One embedding per modality and row: cond [B, C] -> {modality: [B, D]}, un-normalised.
 
         ``seeds``: one int per row, so that a row's sample depends on nothing but its own condition
-        and seed. ``guidance``: uncond + g (cond - uncond); 1 = off. ``draws``: the mean of so many
-        samples, which is nearer to the truth than any one of them. Call in eval mode.
+        and seed. ``guidance``: uncond + g (cond - uncond); 1 = off (Ho & Salimans 2022). ``draws``:
+        the mean of so many samples, which is nearer to the truth than any one of them. Call in eval
+        mode.
         """
         if cond.ndim != 2 or len(seeds) != len(cond):
             raise ValueError(
                 f"cond {tuple(cond.shape)} and {len(seeds)} seeds, expected [B, C] and B seeds"
             )
-        samples = {}
-        cond = cond.repeat_interleave(draws, dim=0)
-        for name, prior in self.priors.items():
-            scheduler = sampler_named(sampler)
-            scheduler.set_timesteps(steps)
-            x = torch.cat(
-                [
-                    torch.randn(draws, self.embed_dim, generator=generator_for(seed, "prior", name))
-                    for seed in seeds
-                ]
-            ).to(cond)
-            for t in scheduler.timesteps:
-                velocity = guided(prior, x, t.expand(len(x)).to(x.device), cond, guidance)
-                x = scheduler.step(velocity, t, x).prev_sample
-            samples[name] = self.restore(name, x).unflatten(0, (-1, draws)).mean(dim=1)
-        return samples
+        scheduler = sampler_named(sampler)
+        scheduler.set_timesteps(steps)
+        conditions = self.priors.embed_condition(cond, draws)  # the same at every step
+        x = self._start_noise(seeds, draws).to(cond)
+        for t in scheduler.timesteps:
+            velocity = self._guided(x, t.to(x.device).expand(len(NAMES), 1), conditions, guidance)
+            x = scheduler.step(velocity, t, x).prev_sample
+        return {
+            name: self.restore(name, rows).unflatten(0, (-1, draws)).mean(dim=1)
+            for name, rows in zip(NAMES, x, strict=True)
+        }
+
+    def _start_noise(self, seeds: Sequence[int], draws: int) -> torch.Tensor:
+        """[M, B * draws, D], a generator of its own for each modality and row."""
+        shape = (draws, self.embed_dim)
+        return torch.stack(
+            [
+                torch.cat(
+                    [torch.randn(shape, generator=generator_for(s, "prior", name)) for s in seeds]
+                )
+                for name in NAMES
+            ]
+        )
+
+    def _guided(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: list[torch.Tensor], guidance: float
+    ) -> torch.Tensor:
+        """Velocity for x [M, B, D] at t [M, 1]; with guidance both branches are one batch."""
+        times = self.priors.embed_time(t, x.dtype)
+        if guidance == 1.0:
+            return self.velocity_from(self.priors.denoise(x, times, conditions), x, t)
+        both = [torch.cat([part, torch.zeros_like(part)], dim=1) for part in conditions]
+        twice = torch.cat([x, x], dim=1)
+        output = self.priors.denoise(twice, times, both)
+        given, free = self.velocity_from(output, twice, t).chunk(2, dim=1)
+        return free + guidance * (given - free)
 
 
-def guided(
-    prior: DiffusionPriorUNet, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, guidance: float
-) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022) for x [B, D]; both branches in one batch."""
-    if guidance == 1.0:
-        return prior(x, t, cond)
-    keep = torch.arange(2 * len(x), device=x.device) < len(x)
-    both = prior(x.repeat(2, 1), t.repeat(2), cond.repeat(2, 1), keep)
-    given, free = both.chunk(2)
-    return free + guidance * (given - free)
+def terms_of(terms: LossTerms) -> dict[str, LossTerms]:
+    """{modality: its scalars} of terms [M]."""
+    parts = zip(terms.total, terms.mse, terms.cosine, strict=True)
+    return {name: LossTerms(*part) for name, part in zip(NAMES, parts, strict=True)}

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers_golden import assert_golden, golden_input, golden_state, prior_shapes
 
-from loss import prior_total
+import stacked
+from loss import LossTerms, prior_loss, prior_total
 from modalities import MODALITIES, NAMES
-from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank, guided, sampler_named
+from unet import QUANTITIES, TRAIN_STEPS, DiffusionPriorUNet, PriorBank, sampler_named
 
 D, C = 6, 5
 
@@ -32,6 +33,41 @@ def _bank(**options) -> PriorBank:
     bank = PriorBank(D, C, **{"dropout": 0.0, "condition_dropout": 0.0} | options)
     bank.fit_targets(_targets(64))
     return bank
+
+
+def own_prior(bank: PriorBank, name: str) -> DiffusionPriorUNet:
+    """A modality's prior as a network of its own, from the bank's state dict."""
+    prefix = f"priors.{name}."
+    state = {
+        key.removeprefix(prefix): value
+        for key, value in bank.state_dict().items()
+        if key.startswith(prefix)
+    }
+    prior = DiffusionPriorUNet(bank.embed_dim, bank.cond_dim, bank.hidden_dim, dropout=0.0)
+    prior.to(state["output_layer.weight"].dtype).load_state_dict(state)
+    return prior.eval()
+
+
+def five_losses(
+    bank: PriorBank,
+    priors: dict[str, DiffusionPriorUNet],
+    targets: dict[str, torch.Tensor],
+    cond: torch.Tensor,
+    generator: torch.Generator,
+    draws: int,
+) -> dict[str, LossTerms]:
+    """The oracle: five networks one after another, each sample repeated ``draws`` times."""
+    losses, cond = {}, cond.repeat_interleave(draws, dim=0)
+    for name, prior in priors.items():
+        clean = bank.standardise(name, targets[name]).repeat_interleave(draws, dim=0)
+        t = torch.randint(TRAIN_STEPS, (len(clean),), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+        keep = torch.rand(len(clean), generator=generator) >= bank.condition_dropout
+        kept = bank.alphas_cumprod[t][:, None].to(clean.dtype)
+        noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
+        velocity = kept.sqrt() * noise - (1 - kept).sqrt() * clean
+        losses[name] = prior_loss(prior(noisy, t, cond, keep), velocity)
+    return losses
 
 
 def _targets(rows: int) -> dict[str, torch.Tensor]:
@@ -150,6 +186,110 @@ def test_features_of_another_width_are_refused():
         _bank().fit_targets(_targets(8) | {"text": torch.randn(8, D + 1)})
 
 
+# --- five as one ------------------------------------------------------------------------------
+
+
+def test_the_state_dict_is_that_of_five_priors():
+    state = _bank().state_dict()
+    wanted = {f"priors.{name}.{key}" for name in NAMES for key in _names_of_one(D, C)}
+    assert {key for key in state if key.startswith("priors.")} == wanted
+    other = PriorBank(D, C)
+    other.load_state_dict(state)
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert not torch.equal(state["priors.text.output_layer.weight"],
+                           state["priors.image.output_layer.weight"])  # fmt: skip
+
+
+def _names_of_one(embed_dim: int, cond_dim: int) -> set[str]:
+    return set(DiffusionPriorUNet(embed_dim, cond_dim).state_dict())
+
+
+def test_a_state_dict_without_a_prior_s_weights_is_refused():
+    state = _bank().state_dict()
+    del state["priors.text.output_layer.weight"]
+    with pytest.raises(RuntimeError, match=r"output_layer\.weight"):
+        PriorBank(D, C).load_state_dict(state)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_bank_equals_five_networks_in_turn(draws):
+    """Losses and gradients, in float64, to 1e-6: what makes it fast changes no number."""
+    bank = _bank(condition_dropout=0.3).double()
+    priors = {name: own_prior(bank, name) for name in NAMES}
+    targets = {name: rows.double() for name, rows in _targets(8).items()}
+    conds = [_normal(8, C).double().requires_grad_() for _ in range(2)]
+    ours = bank.losses(targets, conds[0], _generator(), draws)
+    oracle = five_losses(bank, priors, targets, conds[1], _generator(), draws)
+    prior_total(ours).backward()
+    prior_total(oracle).backward()
+    for name in NAMES:
+        torch.testing.assert_close(ours[name].total, oracle[name].total, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours[name].cosine, oracle[name].cosine, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(conds[0].grad, conds[1].grad, rtol=1e-6, atol=1e-9)
+    stacks = dict(bank.priors.named_parameters())
+    for place, prior in enumerate(priors.values()):
+        for key, weight in prior.named_parameters():
+            torch.testing.assert_close(stacks[key].grad[place], weight.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_the_batched_product_of_gpus_equals_the_one_of_cpus():
+    """On the meta device there are shapes only; the numbers are compared by its formulas."""
+    x, weight, bias = _normal(5, 4, 3), _normal(5, 2, 3, seed=1), _normal(5, 2, seed=2)
+    parts = [part.double().requires_grad_() for part in (x, weight, bias)]
+    ours = stacked._Products.apply(*parts)
+    gradient = _normal(5, 4, 2, seed=3).double()
+    found = torch.autograd.grad(ours, parts, gradient)
+    batched = torch.baddbmm(parts[2][:, None], parts[0], parts[1].mT)
+    wanted = torch.autograd.grad(batched, parts, gradient)
+    torch.testing.assert_close(ours, batched)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    meta = [part.detach().to("meta").requires_grad_() for part in parts]
+    out = stacked._Products.apply(*meta)
+    made = torch.autograd.grad(out, meta, torch.empty_like(out))
+    assert [part.shape for part in made] == [part.shape for part in parts]
+
+
+def test_mixed_precision_computes_the_products_in_it():
+    bank, cond, targets = _bank(), _normal(8, C), _targets(8)
+    full = bank.losses(targets, cond, _generator())
+    seen = []
+    hook = bank.priors.output_layer.register_forward_hook(
+        lambda _m, _i, out: seen.append(out.dtype)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = bank.losses(targets, cond, _generator())
+    hook.remove()
+    assert seen == [torch.bfloat16]
+    prior_total(half).backward()
+    assert bank.priors.output_layer.weight.grad.dtype == torch.float32
+    for name in NAMES:
+        torch.testing.assert_close(half[name].total, full[name].total, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("predicts", QUANTITIES)
+@pytest.mark.parametrize("loss_on", QUANTITIES)
+def test_whatever_is_predicted_a_perfect_network_has_no_loss(predicts, loss_on, monkeypatch):
+    bank, cond, targets = (
+        _bank(predicts=predicts, loss_on=loss_on).double(),
+        _normal(4, C),
+        _targets(4),
+    )
+    clean = bank.standardised(targets, cond)
+    perfect = {}
+
+    def answer(noisy, t, _cond, _keep):
+        kept, lost = bank._shares(t, noisy)
+        noise = (noisy - kept * clean) / lost
+        perfect.update(noise=noise, embedding=clean, velocity=kept * noise - lost * clean)
+        return perfect[predicts]
+
+    monkeypatch.setattr(bank.priors, "forward", answer)
+    for name, terms in bank.losses(targets, cond.double(), _generator()).items():
+        assert terms.mse < 1e-12 and terms.cosine > 1 - 1e-9, name
+
+
 # --- losses -----------------------------------------------------------------------------------
 
 
@@ -192,9 +332,10 @@ def test_every_prior_trains_with_its_registry_weight():
     assert [key for key, gradient in joint.items() if gradient is None or not gradient.any()] == []
     alone = bank.losses(targets, cond, _generator())
     for modality in MODALITIES:
-        weight = bank.priors[modality.name].output_layer.weight
-        own = torch.autograd.grad(alone[modality.name].total, weight)[0]
-        torch.testing.assert_close(weight.grad, modality.loss_weight * own)
+        place, weight = NAMES.index(modality.name), bank.priors.output_layer.weight
+        own = torch.autograd.grad(alone[modality.name].total, weight, retain_graph=True)[0]
+        torch.testing.assert_close(weight.grad[place], modality.loss_weight * own[place])
+        assert not own[torch.arange(len(NAMES)) != place].any(), "it moves its own prior only"
 
 
 def test_losses_are_drawn_from_the_generator():
@@ -242,7 +383,7 @@ def test_losses_compare_the_velocity_or_the_noise_as_published():
     clean = bank.standardise(NAMES[0], targets[NAMES[0]])
     noisy = bank.add_noise(clean, noise, t)
     with torch.no_grad():
-        velocity = bank.priors[NAMES[0]](noisy, t, cond)
+        velocity = own_prior(bank, NAMES[0])(noisy, t, cond)
     error = (velocity - sampler_named("ddim").get_velocity(clean, noise, t)).square().mean(1)
     for kind, weight in (("velocity", torch.ones(64)), ("noise", bank.alphas_cumprod[t])):
         wanted = (weight * error).mean()
@@ -262,17 +403,21 @@ def test_noise_follows_from_the_velocity_as_samplers_read_it():
     bank, clean, noise = _bank(), _normal(3, D), _normal(3, D, seed=1)
     t = torch.tensor([0, 500, TRAIN_STEPS - 1])
     velocity = sampler_named("ddim").get_velocity(clean, noise, t)
-    found = bank.noise_from(velocity, bank.add_noise(clean, noise, t), t)
-    torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-4)
+    noisy = bank.add_noise(clean, noise, t)
+    for quantity, true in (("noise", noise), ("embedding", clean), ("velocity", velocity)):
+        found = bank.quantity_from(velocity, noisy, t, quantity)
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
 
 
 # --- samples ----------------------------------------------------------------------------------
 
 
 def _passes(bank: PriorBank, guidance: float) -> list[int]:
-    """Batch sizes of the image prior's forward passes during two steps for three rows."""
+    """Rows of the priors' forward passes during two steps for three rows."""
     sizes = []
-    hook = bank.priors["image"].register_forward_hook(lambda _m, _i, out: sizes.append(len(out)))
+    hook = bank.priors.output_layer.register_forward_hook(
+        lambda _m, _i, out: sizes.append(out.shape[1])
+    )
     bank.sample(_normal(3, C), 2, guidance, [0, 1, 2])
     hook.remove()
     return sizes
@@ -286,12 +431,16 @@ def test_guidance_of_one_costs_one_pass():
 
 @torch.no_grad()
 def test_guidance_is_the_stated_combination():
-    prior, x, cond = _prior(), _normal(4, D), _normal(4, C)
-    t = torch.tensor([10, 20, 30, 40])
-    given, free = prior(x, t, cond), prior(x, t)
-    for guidance in (0.0, 1.0, 3.0):
-        expected = free + guidance * (given - free)
-        torch.testing.assert_close(guided(prior, x, t, cond, guidance), expected)
+    bank, x, cond = _bank().eval(), _normal(len(NAMES) * 4, D).view(len(NAMES), 4, D), _normal(4, C)
+    t = torch.full((len(NAMES), 1), 30)
+    conditions = bank.priors.embed_condition(cond)
+    for place, name in enumerate(NAMES):
+        prior = own_prior(bank, name)
+        given, free = prior(x[place], t[0].expand(4), cond), prior(x[place], t[0].expand(4))
+        for guidance in (0.0, 1.0, 3.0):
+            expected = free + guidance * (given - free)
+            found = bank._guided(x, t, conditions, guidance)[place]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", ["dpm", "ddim"])
@@ -369,9 +518,7 @@ def _linear_targets(cond: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained():
     torch.manual_seed(0)
-    bank = PriorBank(WIDE, WIDE, dropout=0.0, condition_dropout=0.1)
-    for name in NAMES:  # small, for time
-        bank.priors[name] = DiffusionPriorUNet(WIDE, WIDE, (128, 64), 64, 0.0)
+    bank = PriorBank(WIDE, WIDE, dropout=0.0, condition_dropout=0.1, hidden_dim=(128, 64))
     cond, draw = _normal(2048, WIDE), _generator()
     targets = _linear_targets(cond)
     bank.fit_targets(targets)
