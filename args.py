@@ -46,6 +46,7 @@ CONTROLS = {  # of --control, with the mark that everything drawn or scored unde
 MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **CONTROLS}
 WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
 AUTO = "auto"
+EACH = "each"
 PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
     "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
     # distilled models: no guidance, few steps that start at pure noise
@@ -231,16 +232,31 @@ def _training(group: _Group) -> None:
     group.add("--epochs", type=positive_int, default=100, help="passes over the training stimuli")
     group.add("--batch_size", type=positive_int, default=16, help="samples per optimiser step")
     group.add("--learning_rate", type=positive, default=1e-4, help="AdamW peak learning rate")
+    group.add("--lr_eeg", type=positive, metavar="RATE",
+        help="peak learning rate of the EEG encoder; default: --learning_rate")
+    group.add("--schedule", choices=("constant", "cosine"), default="constant",
+        help="of the learning rates after the warm-up: as they are, or down to 0 at the end")
     group.add("--weight_decay", type=non_negative, default=0.01, help="AdamW weight decay")
-    group.add("--warmup_steps", type=count, default=0, help="linear warm-up; constant afterwards")
+    group.add("--warmup_steps", type=count, default=0, help="linear warm-up")
     group.add("--grad_clip", type=non_negative, default=1.0, help="gradient norm limit; 0 = none")
     group.add("--ema_decay", type=share, default=0.0,
         help="EMA of the weights, used for validation and saving; 0 = off")
     group.add("--seed", type=count, default=0, help="of initialisation, order, noise and masks")
+    group.add("--accumulate", type=positive_int, default=1, metavar="N",
+        help="compute a batch in N parts, for GPUs that are too small for it; negatives of the "
+        "contrastive loss are those of the same part")
+    group.add("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of the networks' products; weights, losses and the optimiser stay float32")
     group.add("--epochs_per_call", type=positive_int, metavar="N", per_call=True,
         help="save and stop after N epochs (exit code 75); the same command goes on")
     group.add("--save_every", type=positive_int, default=1, metavar="EPOCHS", per_call=True,
         help="epochs between checkpoints")
+    group.switch("--compile", help="torch.compile the networks: slow to start, then faster",
+        per_call=True)
+    group.add("--data_on_device", choices=(AUTO, "yes", "no"), default=AUTO, per_call=True,
+        help="keep the EEG on the GPU; auto: if it takes at most half of its free memory")
+    group.add("--report_to", choices=("none", "wandb", "trackio"), default="none", per_call=True,
+        help="also tell this tracker, which has to be installed; TensorBoard is always told")
 
 
 def _training_data(group: _Group) -> None:
@@ -253,6 +269,12 @@ def _training_data(group: _Group) -> None:
         help="run directory")
     group.add("--subjects", nargs="+", metavar="SUB",
         help="e.g. sub-01 sub-08; default: all that are there")
+    group.add("--leave_out", metavar=f"SUB|{EACH}",
+        help="train without this subject, whose EEG is never opened, to score it as a stranger; "
+        f"{EACH}: a model without each in turn, in RUN/without_SUB")
+    group.add("--subject_dropout", type=share, metavar="P",
+        help="probability that whose EEG a sample is stays unknown, which trains the token for "
+        "strangers; default: 0.2 with --leave_out, else 0")
     group.add("--trials", choices=("average", "single", "random"), default="random",
         help="a sample is the mean of all repetitions, one repetition, "
         "or the mean of a random subset")
@@ -333,6 +355,10 @@ def train() -> Parser:
     _training(group)
     group.add("--init_from", type=Path, per_call=True, metavar="RUN",
         help="start from the encoder of an ATMS_retrieval.py run")
+    group.add("--adapt_from", type=Path, per_call=True, metavar="RUN",
+        help="go on from this model with --subjects that it does not know")
+    group.add("--trainable", choices=("subject_layers", "encoder", "all"), default="all",
+        help="what changes with --adapt_from: the new subjects' layer and token, the encoder, all")
     group.switch("--low_level", per_call=True,
         help="at the end also fit the linear head that predicts a coarse picture, for "
         "generate.py --init superpixel; on a finished run fit only that")
@@ -796,6 +822,17 @@ def _validate(parser: Parser, values: argparse.Namespace) -> None:
         parser.error(f"--control {control} needs --clip_feature_path, where the embeddings are")
     if parser.stage == "evaluate":
         _validate_evaluate(parser, values)
+    if parser.stage == "train":
+        _validate_train(parser, values)
+
+
+def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
+    if values.adapt_from and not values.subjects:
+        parser.error("--adapt_from needs --subjects: the people that the model does not know")
+    if values.adapt_from and (values.init_from or values.leave_out):
+        parser.error("--adapt_from goes with neither --init_from nor --leave_out")
+    if values.trainable != "all" and not values.adapt_from:
+        parser.error(f"--trainable {values.trainable} freezes parts of a model: needs --adapt_from")
 
 
 def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
