@@ -372,11 +372,7 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
             "a published EEG file",
             "check --data_path and the subject's name",
         )
-    stat = source.stat()
-    key = util.json_hash([_CACHE_VERSION, util.file_hash(source), stat.st_size, stat.st_mtime_ns])[
-        :16
-    ]
-    copy = Path(cache_dir) / f"{source.parent.name}_{source.stem}_{key}.npy"
+    copy = copy_of(source, cache_dir)
     about = copy.with_suffix(".json")
     if not about.exists():  # written last: a copy without it is unfinished
         _convert(source, copy, about)
@@ -388,6 +384,13 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
             copy, f"unreadable ({error})", "the float32 copy of a recording", f"delete {about}"
         ) from None
     return Recording(eeg, record["channels"], record["times"], record["hash"], source)
+
+
+def copy_of(source: Path, cache_dir: Path) -> Path:
+    """Where the float32 copy of a recording lies, as long as the recording is the same."""
+    stat = source.stat()
+    known = [_CACHE_VERSION, util.file_hash(source), stat.st_size, stat.st_mtime_ns]
+    return Path(cache_dir) / f"{source.parent.name}_{source.stem}_{util.json_hash(known)[:16]}.npy"
 
 
 def _convert(source: Path, copy: Path, about: Path) -> None:

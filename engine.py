@@ -34,6 +34,7 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 READ_EVERY = 16  # steps between reading losses off a GPU: each read waits for it
 HELD_SHARE = 0.5  # of a GPU's free memory that EEG may take with --data_on_device auto
 SANITY_STEPS = 30  # after which the first batch is looked at again
+WITHOUT = "without_"  # folder of a model + the subject that it never saw
 UNKNOWN_SHARE = 0.2  # of samples whose subject stays unknown, where one is left out
 
 
@@ -122,7 +123,7 @@ def folds(options: args.Options) -> Iterator[args.Options]:
         changed = vars(values) | {
             "leave_out": name,
             "subjects": [other for other in names if other != name],
-            "output_dir": values.output_dir / f"without_{name}" if each else values.output_dir,
+            "output_dir": values.output_dir / f"{WITHOUT}{name}" if each else values.output_dir,
         }
         yield replace(options, values=argparse.Namespace(**changed))
 

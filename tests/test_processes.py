@@ -118,8 +118,10 @@ def test_one_process_asks_nobody():
 KILLS, EPOCHS = 20, 60
 
 
-def test_kills_at_any_moment_lose_nothing_beyond_the_last_checkpoint(world, tmp_path):
+def test_kills_at_any_moment_lose_nothing_beyond_the_last_checkpoint(world, tmp_path, monkeypatch):
     """20 times SIGTERM or SIGKILL; then the run ends as if it had never been stopped."""
+    # its server, which imports torch once for all children, knows no other path
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{ROOT}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers_training"])
     run, lots, reached, saved = tmp_path / "run", random.Random(0), 0, []
