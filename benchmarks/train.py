@@ -306,7 +306,7 @@ def opened(root: Path) -> dict[str, float]:
 
 
 def everything_into_memory(root: Path, subjects: int) -> float:
-    """Seconds to unpickle float64, cast and join, as the common recipe starts: a part of the rows."""
+    """Seconds to unpickle float64, cast and join, as the common recipe starts; of some rows."""
     shape = (SOME_ROWS, REPETITIONS, CHANNELS, SAMPLES)
     content = {"preprocessed_eeg_data": np.random.default_rng(0).standard_normal(shape)}
     path = root / "published.npy"
