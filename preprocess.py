@@ -385,8 +385,6 @@ def write_streamed(
 
 def merge_subject(subject: Subject, settings: Settings, run: util.RunDirectory) -> None:
     """Whiten, join and write both partitions, and what to look at."""
-    from tqdm import tqdm
-
     folder = run.path / "parts"
     parts = {
         partition: {
@@ -397,26 +395,42 @@ def merge_subject(subject: Subject, settings: Settings, run: util.RunDirectory) 
         for partition in PARTITIONS
     }
     matrices = whiteners(parts["training"]) if settings.whiten else {}
+    shapes = {}
     for partition, by_session in parts.items():
-        if not by_session:
+        if by_session:
+            shapes[partition] = merge_partition(
+                subject, partition, by_session, matrices, settings, run.path
+            )
+        else:
             LOG.warning("%s: no %s trials, so no %s", subject.name, partition, EEG_FILE[partition])
-            continue
-        own = list(by_session.values())
-        pictures = subject.rows.get(partition)
-        where = run.path / EEG_FILE[partition]
-        at = places(own, pictures, bool(subject.repetitions), settings.seed, where)
-        shape = (len(at), len(at[0]), len(settings.channels), settings.kept)
-        of = [matrices.get(name, matrices.get("")) for name in by_session]
-        rows = tqdm(
-            merged(own, of, at, settings),
-            desc=f"{subject.name} {partition}",
-            total=len(at) * len(at[0]),
-            unit="trial",
-            leave=False,
-        )
-        about = {"ch_names": list(settings.channels), "times": own[0].times}
-        write_streamed(where, shape, settings.dtype, iter(rows), about)
-    raw_quality.write(run.path, subject.name, settings.channels, parts, subject.simulated)
+    raw_quality.write(run.path, subject.name, settings.channels, parts, shapes, subject.simulated)
+
+
+def merge_partition(
+    subject: Subject,
+    partition: str,
+    parts: Mapping[str, Part],
+    matrices: Mapping[str, np.ndarray],
+    settings: Settings,
+    folder: Path,
+) -> tuple[int, int, int, int]:
+    """Write one of the two files; its shape."""
+    from tqdm import tqdm
+
+    own, path = list(parts.values()), folder / EEG_FILE[partition]
+    at = places(own, subject.rows.get(partition), bool(subject.repetitions), settings.seed, path)
+    shape = (len(at), len(at[0]), len(settings.channels), settings.kept)
+    of = [matrices.get(name, matrices.get("")) for name in parts]
+    rows = tqdm(
+        merged(own, of, at, settings),
+        desc=f"{subject.name} {partition}",
+        total=shape[0] * shape[1],
+        unit="trial",
+        leave=False,
+    )
+    about = {"ch_names": list(settings.channels), "times": own[0].times}
+    write_streamed(path, shape, settings.dtype, iter(rows), about)
+    return shape
 
 
 # ---------------------------------------------------------------- the stage
@@ -515,6 +529,12 @@ def process_subject(subject: Subject, settings: Settings, run: util.RunDirectory
     shutil.rmtree(folder)
 
 
+def forget_if_fresh(run: util.RunDirectory) -> None:
+    """Remove a run whose first session failed, so that it can be begun with mended flags."""
+    if not any((run.path / "parts").glob("ses-*.json")):
+        shutil.rmtree(run.path)
+
+
 @util.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Preprocess all subjects, or go on, or do nothing for those that are finished."""
@@ -535,7 +555,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for subject in subjects:
         run = util.open_run(options, root / subject.name, inputs[subject.name], plan)
         if not run.finished:
-            process_subject(subject, settings, run)
+            try:
+                process_subject(subject, settings, run)
+            except util.StageError:
+                forget_if_fresh(run)
+                raise
         print((run.path / raw_quality.TEXT).read_text(encoding="utf-8"), end="")
     return 0
 

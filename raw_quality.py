@@ -74,11 +74,12 @@ def write(
     subject: str,
     channels: Sequence[str],
     parts: Mapping[str, Mapping[str, Any]],
+    shapes: Mapping[str, Sequence[int]],
     simulated: Path | None,
 ) -> None:
     """``quality.md``, ``quality.json`` and ``evoked.png`` in a subject's folder.
 
-    ``parts``: {partition: {session: preprocess.Part}}.
+    ``parts``: {partition: {session: preprocess.Part}}; ``shapes``: of what was written of each.
     """
     files = sorted((folder / "parts").glob("ses-*.json"))
     rows = [row for path in files for row in util.read_json(path)]
@@ -97,10 +98,23 @@ def write(
         ]
         for row in rows
     ]
-    lines = [f"# {subject}: {len(channels)} channels{mark}", "", *tables.table(head, cells)]
+    written = [written_line(name, shape, parts[name]) for name, shape in shapes.items()]
+    lines = [f"# {subject}: {len(channels)} channels{mark}", "", *written, ""]
+    lines += tables.table(head, cells)
     with util.atomic_write(folder / TEXT) as file:
         file.write("\n".join(lines) + "\n")
     draw(folder / FIGURE, f"{subject}{mark}", channels, parts)
+
+
+def written_line(partition: str, shape: Sequence[int], parts: Mapping[str, Any]) -> str:
+    """What the file holds, and what was left out so that each picture has as many trials."""
+    pictures, repetitions, channels, samples = shape
+    left = sum(len(part.conditions) for part in parts.values()) - pictures * repetitions
+    more = f"; {left} trials left out, as all pictures keep as many as the rarest" if left else ""
+    return (
+        f"- {partition}: {pictures} pictures x {repetitions} repetitions x {channels} channels x "
+        f"{samples} samples{more}"
+    )
 
 
 def draw(

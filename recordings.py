@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -304,30 +305,45 @@ def read_raw(path: Path, bids: Path | None = None) -> mne.io.BaseRaw:
 
     Raises UserError for a missing file or package, DataError for an unreadable or odd one.
     """
-    import mne
-
     if not path.exists():
         raise UserError("--raw", f"{path}: no such file", "a recording", "check the path")
-    try:
-        if bids is None:
-            raw = mne.io.read_raw(path, preload=False, verbose="error")
-        else:
-            mne_bids = import_mne_bids()
-            raw = mne_bids.read_raw_bids(mne_bids.get_bids_path_from_fname(path), verbose="error")
-    except ImportError as error:
-        raise UserError(
-            "--raw", f"{path}: {error}", "the package that reads this format", "pip install it"
-        ) from None
-    except _UNREADABLE as error:
-        raise DataError(
-            path,
-            f"MNE cannot read it: {str(error).splitlines()[0] if str(error) else type(error)}",
-            "a whole recording: .vhdr, .edf, .bdf, .set, .fif or another format of MNE",
-            "copy it again with all files that belong to it, or convert it",
-        ) from None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            raw = _open_any(path, bids)
+        except ImportError as error:
+            raise UserError(
+                "--raw", f"{path}: {error}", "the package that reads this format", "pip install it"
+            ) from None
+        except _UNREADABLE as error:
+            _refuse_duplicates(path, told)
+            raise DataError(
+                path,
+                f"MNE cannot read it: {str(error).splitlines()[0] if str(error) else type(error)}",
+                "a whole recording: .vhdr, .edf, .bdf, .set, .fif or another format of MNE",
+                "copy it again with all files that belong to it, or convert it",
+            ) from None
+    _refuse_duplicates(path, told)
     check_files(raw, path, bids)
     rename_channels(raw, path)
     return raw
+
+
+def _open_any(path: Path, bids: Path | None) -> mne.io.BaseRaw:
+    import mne
+
+    if bids is None:
+        return mne.io.read_raw(path, preload=False, verbose="warning")
+    mne_bids = import_mne_bids()
+    return mne_bids.read_raw_bids(mne_bids.get_bids_path_from_fname(path), verbose="warning")
+
+
+def _refuse_duplicates(path: Path, told: Sequence[warnings.WarningMessage]) -> None:
+    """Raise DataError if MNE has said that it numbers channels of one name."""
+    for warning in told:
+        found = re.search(r"not unique, found duplicates for: \{(.*?)\}", str(warning.message))
+        if found:
+            check_unique(path, re.findall(r"'(.*?)'", found[1]) * 2)
 
 
 def import_mne_bids() -> Any:

@@ -142,13 +142,17 @@ class Pictures:
             raise DataError(
                 where, f"{event.stimulus!r}, which may be {keys}", "one picture", "name its folder"
             )
-        known = [item.key for items in self.rows.values() for item in items]
-        near = difflib.get_close_matches("/".join(asked), known, n=1, cutoff=0.4)
+        known = {
+            "/".join(item.key.split("/")[-len(asked) :]): item.key
+            for items in self.rows.values()
+            for item in items
+        }
+        near = difflib.get_close_matches("/".join(asked), known, n=1)
         raise DataError(
             where,
             f"unknown stimulus {event.stimulus!r}",
-            f"one of the {len(known)} pictures below {self.data_path}"
-            + (f", perhaps {near[0]}" if near else ""),
+            f"one of the {sum(self.counts.values())} pictures below {self.data_path}"
+            + (f", perhaps {known[near[0]]}" if near else ""),
             "mend the name, or put the picture there",
         )
 

@@ -104,3 +104,44 @@ def write_subject(
             path = session_file(root, subject, session, partition)
             write_raw(path, published_raw(raw, events))
     return root
+
+
+# --- own recordings -----------------------------------------------------------------------------
+
+# fmt: off
+CAP_32 = (
+    "Fp1", "Fp2", "F7", "F3", "Fz", "F4", "F8", "FC5", "FC1", "FC2", "FC6", "T7", "C3", "Cz", "C4",
+    "T8", "TP9", "CP5", "CP1", "CP2", "CP6", "TP10", "P7", "P3", "Pz", "P4", "P8", "PO9", "O1",
+    "Oz", "O2", "PO10",
+)
+# fmt: on
+
+
+def write_brainvision(folder: Path, raw: mne.io.BaseRaw, markers: np.ndarray) -> Path:
+    """A BrainVision recording (header, markers, float32 µV) as the format's description has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    channels = "\n".join(f"Ch{i}={name},,1,µV" for i, name in enumerate(raw.ch_names, start=1))
+    (folder / "a.vhdr").write_text(
+        "Brain Vision Data Exchange Header File Version 1.0\n\n[Common Infos]\nCodepage=UTF-8\n"
+        "DataFile=a.eeg\nMarkerFile=a.vmrk\nDataFormat=BINARY\nDataOrientation=MULTIPLEXED\n"
+        f"NumberOfChannels={len(raw.ch_names)}\nSamplingInterval={1e6 / raw.info['sfreq']:.10g}\n\n"
+        f"[Binary Infos]\nBinaryFormat=IEEE_FLOAT_32\n\n[Channel Infos]\n{channels}\n",
+        encoding="utf-8",
+    )
+    lines = "\n".join(
+        f"Mk{i}=Stimulus,S{code:3d},{onset + 1},1,0"
+        for i, (onset, _, code) in enumerate(markers.tolist(), start=1)
+    )
+    (folder / "a.vmrk").write_text(
+        "Brain Vision Data Exchange Marker File, Version 1.0\n\n[Common Infos]\nCodepage=UTF-8\n"
+        f"DataFile=a.eeg\n\n[Marker Infos]\n{lines}\n",
+        encoding="utf-8",
+    )
+    (raw.get_data().T * 1e6).astype("<f4").tofile(folder / "a.eeg")
+    return folder / "a.vhdr"
+
+
+def write_events(path: Path, head: str, rows: Sequence[str], ends: str = "\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(ends.join([head, *rows, ""]).encode())
+    return path
