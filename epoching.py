@@ -113,7 +113,9 @@ def _epochs(piece: Piece, window: Window) -> object:
 
 def cut_all(pieces: Iterator[Piece], window: Window, dtype: str, n_jobs: int) -> Iterator[Chunk]:
     """The chunks of all pieces in order, made by ``n_jobs`` processes, few of them at a time."""
-    from joblib import Parallel, delayed
+    from joblib import Parallel, delayed, parallel_config
 
-    pool = Parallel(n_jobs=n_jobs, return_as="generator", pre_dispatch=n_jobs)
+    # a process each: threads inside them would only be in each other's way
+    with parallel_config(backend="loky", inner_max_num_threads=1):
+        pool = Parallel(n_jobs=n_jobs, return_as="generator", pre_dispatch=n_jobs)
     yield from pool(delayed(cut)(piece, window, dtype) for piece in pieces)

@@ -283,7 +283,7 @@ def whiteners(parts: Mapping[str, Part]) -> dict[str, np.ndarray]:
 
 
 def places(
-    parts: Sequence[Part], pictures: int | None, fixed: bool, seed: int, where: Path
+    parts: Sequence[Part], pictures: int | None, fixed: bool, seed: int, where: str
 ) -> list[list[tuple[int, int]]]:
     """[picture][repetition] -> (part, row in it), sessions in order; all as often as the rarest.
 
@@ -295,10 +295,10 @@ def places(
             found.setdefault(condition, []).append((number, row))
     expected = pictures or max(found) + 1
     lost = sorted(set(range(expected)) - found.keys())
-    if lost or len(found) > expected:
+    if lost:
         raise DataError(
             where,
-            f"no trial of {len(lost)} pictures, e.g. picture {(lost or [expected])[0] + 1}",
+            f"no trial of {len(lost)} pictures, e.g. picture {lost[0] + 1}",
             f"trials of pictures 1 to {expected}",
             "add the sessions in which they were shown (--sessions), or remove the pictures",
         )
@@ -418,7 +418,8 @@ def merge_partition(
     from tqdm import tqdm
 
     own, path = list(parts.values()), folder / EEG_FILE[partition]
-    at = places(own, subject.rows.get(partition), bool(subject.repetitions), settings.seed, path)
+    where = f"{subject.name}: {partition} trials of all sessions"
+    at = places(own, subject.rows.get(partition), bool(subject.repetitions), settings.seed, where)
     shape = (len(at), len(at[0]), len(settings.channels), settings.kept)
     of = [matrices.get(name, matrices.get("")) for name in parts]
     rows = tqdm(

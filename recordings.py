@@ -157,13 +157,10 @@ def _published_content(path: Path) -> tuple[np.ndarray, list[str], list[str], fl
             cure,
         )
     check_unique(path, names)
-    if len(kinds) != len(names) or not 1 <= rate_hz <= 1e6:
-        raise DataError(
-            path,
-            f"{len(kinds)} ch_types for {len(names)} channels, sfreq {rate_hz:g}",
-            "a type per channel, and a sampling rate in Hz",
-            cure,
-        )
+    if not 1 <= rate_hz <= 1e6:
+        raise DataError(path, f"sfreq {rate_hz:g}", "a sampling rate in Hz", cure)
+    if len(kinds) != len(names):
+        raise DataError(path, f"{len(kinds)} ch_types", f"one for each of {len(names)}", cure)
     return data, names, kinds, rate_hz
 
 

@@ -222,8 +222,6 @@ def test_a_header_that_points_elsewhere_is_refused(data, capsys):
 @pytest.mark.parametrize(("suffix", "package"), [("edf", "edfio"), ("set", "eeglabio")])
 def test_other_formats(data, suffix, package):
     pytest.importorskip(package, reason=f"{package} writes the file; pip install {package}")
-    if suffix == "set":
-        pytest.importorskip("pymatreader", reason="MNE reads .set with it")
     raw, _, lines = recording()
     path = data / f"a.{suffix}"
     mne.export.export_raw(path, raw, verbose="error")

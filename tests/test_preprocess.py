@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
 from pathlib import Path
 
 import mne
@@ -187,7 +188,9 @@ def test_the_test_partition_does_not_whiten(tmp_path):
 # --- options ------------------------------------------------------------------------------------
 
 
-def test_options_change_what_they_say(noisy, tmp_path):
+def test_options_change_what_they_say(tmp_path):
+    noisy = write_subject(tmp_path, sessions=1, training=2, test=1, noise=NOISE)
+
     def made(name: str, *flags: object):
         out = ("--output_path", tmp_path / name)
         assert run(noisy, *out, "--no-whiten", *flags, sessions=1) == 0
@@ -338,6 +341,30 @@ def test_simulated_recordings_stay_called_simulated(tmp_path, capsys):
     assert dataset.is_simulated(tmp_path)
 
 
+def test_the_slurm_script_processes_its_tasks_subject(tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$ASKED"\n')
+    python.chmod(0o755)
+    asked = tmp_path / "asked"
+    environment = os.environ | {
+        "VENV": str(tmp_path),
+        "ASKED": str(asked),
+        "DATA": "/my data",
+        "SUBJECTS": "sub-01 sub-02",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SLURM_CPUS_PER_TASK": "3",
+        "PREPROCESS_FLAGS": "--dtype float32",
+    }
+    script = ["bash", "slurm/preprocess.sbatch"]
+    root = Path(__file__).parents[1]
+    subprocess.run(script, cwd=root, env=environment, check=True, capture_output=True)
+    program, *tokens = asked.read_text().splitlines()
+    values = args.resolve("preprocess", tokens).values
+    assert program == "preprocess.py" and str(values.data_path) == "/my data"
+    assert (values.subjects, values.n_jobs, values.dtype) == (["sub-02"], 3, "float32")
+
+
 # --- faults -------------------------------------------------------------------------------------
 
 
@@ -406,7 +433,7 @@ def test_faults_of_a_raw_file_are_told(clean, tmp_path, capsys, fault):
     write_raw(session_file(tmp_path, "sub-01", 1, "test"), clean["test"])
     message = _refused(capsys, 1, tmp_path)
     assert told in message
-    assert "raw_eeg_training.npy" in message or "preprocessed_eeg_training.npy" in message
+    assert "raw_eeg_training.npy" in message or "sub-01: training trials" in message
 
 
 def _bomb(path: Path) -> None:
