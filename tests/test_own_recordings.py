@@ -19,6 +19,7 @@ import channels
 import dataset
 import generate
 import preprocess
+import raw_quality
 import train
 
 PICTURES = (
@@ -28,6 +29,12 @@ PICTURES = (
     "test_images/00001_boat/boat.png",
 )
 CODES = [1, 2, 3, 4] * 3  # 1-based places in PICTURES
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch) -> None:
+    """Drawing is two thirds of so small a run; test_preprocess.noisy draws for all."""
+    monkeypatch.setattr(raw_quality, "draw", lambda *_: None)
 
 
 def write_data(root: Path) -> Path:
