@@ -215,14 +215,14 @@ def _partition(
     trials = recorded.trials[partition]
     inside = settings.window(signal.rate_hz).fits(trials.onsets, signal.samples)
     fitting = Trials(trials.onsets[inside], trials.conditions[inside])
-    kept = choose(fitting, subject.repetitions.get(partition), settings.seed, recorded.path)
-    if not len(kept):
+    if not len(fitting.onsets):
         raise DataError(
             recorded.path,
             f"no whole {partition} trial among {len(trials.onsets)}",
             f"{settings.epoch_s[0]:g} to {settings.epoch_s[1]:g} s of recording around an event",
             "shorten --epoch, or check the onsets",
         )
+    kept = choose(fitting, subject.repetitions.get(partition), settings.seed, recorded.path)
     check_disk(folder, len(kept) * settings.trial_bytes * (sessions_left + len(subject.sessions)))
     part = extract(
         signal,
@@ -234,9 +234,9 @@ def _partition(
     )
     part.save()
     dropped = {"at the edge": int((~inside).sum()), "surplus": len(fitting.onsets) - len(kept)}
-    return raw_quality.record(
-        session.name, partition, signal, len(kept), recorded.dropped | dropped, part.evoked
-    )
+    if partition == next(iter(recorded.trials)):  # events that are no trials are counted once
+        dropped = dict(recorded.dropped) | dropped
+    return raw_quality.record(session.name, partition, signal, len(kept), dropped, part.evoked)
 
 
 def part_path(folder: Path, session: Session, partition: str) -> Path:

@@ -224,7 +224,9 @@ class OwnTake:
     bids: Path | None = None
 
     def files(self) -> list[Path]:
-        return [Path(name) for name in raw_files(self._read())] + [self.table]
+        markers = self.path.with_suffix(".vmrk")  # BrainVision has three files, MNE names one
+        read = [self.path, *map(Path, raw_files(self._read())), self.table]
+        return list(dict.fromkeys([*read, markers] if markers.exists() else read))
 
     def _read(self) -> mne.io.BaseRaw:
         return read_raw(self.path, self.bids)

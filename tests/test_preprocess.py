@@ -389,6 +389,8 @@ def _change(content):
     fz = ["Fz" if name == "Cz" else name for name in names]
     few = data.copy()
     few[-1] = np.where(few[-1] == 2, 0, few[-1])
+    blank = data.copy()
+    blank[-1] = 0
     once = data.copy()
     once[-1, np.flatnonzero(once[-1] == 2)[0]] = 0
     return {
@@ -402,6 +404,7 @@ def _change(content):
         "Fz for Cz": ({"ch_names": fz}, "no channel Cz"),
         "shape": ({"raw_eeg_data": data[:5]}, "for 64 names"),
         "picture lost": ({"raw_eeg_data": few}, "no trial of 1 pictures, e.g. picture 2"),
+        "no trials": ({"raw_eeg_data": blank}, "no whole training trial among 0"),
         "shown once": ({"raw_eeg_data": once}, "picture 2 was shown 1 times"),
     }
 
@@ -424,6 +427,7 @@ FAULTS = (
     "flat",
     "NaN",
     "no stim",
+    "no trials",
     "Fz for Cz",
     "shape",
     "picture lost",
