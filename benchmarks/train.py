@@ -314,8 +314,8 @@ def everything_into_memory(root: Path, subjects: int) -> float:
     started = time.perf_counter()
     parts = []
     for _ in range(subjects):
-        with open(path, "rb") as file:
-            parts.append(torch.from_numpy(pickle.load(file)["preprocessed_eeg_data"]).float())
+        eeg = dataset.read_pickled_dict(path)["preprocessed_eeg_data"]
+        parts.append(torch.from_numpy(eeg).float())
     torch.cat(parts)
     return time.perf_counter() - started
 

@@ -82,6 +82,14 @@ model_of() {
 # The functions below fill COMMAND. pipeline.sh checks the same commands before it queues anything.
 # The user's flags come last: of a flag that is given twice, the last counts.
 
+# of SUBJECT
+preprocess_command() {
+    needs DATA SUBJECTS
+    split_flags "${PREPROCESS_FLAGS:-}"
+    COMMAND=(preprocess.py --data_path "$DATA" --subjects "$SUBJECT"
+        --n_jobs "${SLURM_CPUS_PER_TASK:-1}" "${FLAGS[@]}")
+}
+
 features_command() {
     needs DATA OUT
     split_flags "${FEATURES_FLAGS:-}"
