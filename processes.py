@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,20 @@ def gathered(rows: torch.Tensor) -> torch.Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return rows
-    from torch.distributed.nn.functional import all_gather
+    return _Gather.apply(rows)
 
-    return torch.cat(all_gather(rows.contiguous()))
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        ctx.rows = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        first = dist.get_rank() * ctx.rows
+        return total[first : first + ctx.rows]

@@ -114,15 +114,12 @@ train_command() {
 }
 
 # launch_on_all_gpus -> LAUNCH: one process for each GPU of each node of this job. Together they
-# compute one batch, so their number has to divide --batch_size. FLAGS are those of train_command.
+# compute one batch, so their number has to divide --batch_size.
 launch_on_all_gpus() {
-    local gpus=${SLURM_GPUS_ON_NODE:-1} nodes=${SLURM_NNODES:-1} head kind=--multi_gpu
+    local gpus=${SLURM_GPUS_ON_NODE:-1} nodes=${SLURM_NNODES:-1} head
     LAUNCH=(python)
     if ((gpus * nodes == 1)); then
         return
-    fi
-    if [[ " ${FLAGS[*]} " == *" --device cpu "* ]]; then
-        kind=--cpu
     fi
     LAUNCH=(python -m accelerate.commands.launch)
     if ((nodes > 1)); then # a launcher on each node; only there it is known which one it is
@@ -132,7 +129,7 @@ launch_on_all_gpus() {
             bash -c 'exec "${@:2:3}" --machine_rank "$SLURM_NODEID" --main_process_ip "$1" "${@:5}"'
             launcher "$head" "${LAUNCH[@]}")
     fi
-    LAUNCH+=("$kind" --num_machines "$nodes" --num_processes "$((gpus * nodes))"
+    LAUNCH+=(--multi_gpu --num_machines "$nodes" --num_processes "$((gpus * nodes))"
         --mixed_precision no --dynamo_backend no
         --main_process_port "$((20000 + ${SLURM_JOB_ID:-$$} % 20000))")
 }

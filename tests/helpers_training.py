@@ -125,7 +125,8 @@ def steps_of_the_real_model(root: Path, out: Path, steps: int, accumulate: int) 
     means = processes.mean(list(sums.values()))
     if processes.first:
         losses = dict(zip(sums, means, strict=True))
-        util.save_tensors(out / "model.safetensors", decoder.state_dict(), {"losses": losses})
+        about = {"losses": losses, "processes": processes.count}
+        util.save_tensors(out / "model.safetensors", decoder.state_dict(), about)
     processes.wait()
 
 

@@ -23,7 +23,7 @@ from processes import Processes
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 LAUNCH = (
-    sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1",
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no",
 )  # fmt: skip
 
@@ -58,8 +58,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def result(out: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def result(out: Path, processes: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     tensors, header = util.load_tensors(out / "model.safetensors")
+    assert header["processes"] == processes
     return tensors, header["losses"]
 
 
@@ -69,7 +70,7 @@ def test_two_processes_compute_what_one_does(world, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run([sys.executable, str(steps), str(world), str(one)], check=True, timeout=300)
     launched(2, steps, world, two, port=free_port())
-    (weights, losses), (others, other_losses) = result(one), result(two)
+    (weights, losses), (others, other_losses) = result(one), result(two, processes=2)
     assert losses.keys() == other_losses.keys() and "contrast" in losses
     for name, value in losses.items():
         assert other_losses[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
@@ -85,6 +86,7 @@ def test_training_runs_in_two_processes_and_writes_once(features, tmp_path):
     assert [record["epoch"] for record in records] == [1, 2] and "val_loss" in records[-1]
     assert (tmp_path / "run" / "DONE").exists()
     assert len(util.read_json(tmp_path / "run" / "env.json")) == 1
+    assert "in 2 processes" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(features, tmp_path, capsys):
