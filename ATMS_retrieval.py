@@ -20,16 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import aligners
 import engine
 import util
 from dataset import Batch, TestEEG, TrainingData, open_training
-from loss import contrastive_total
+from loss import Contrast, embedding_losses
 from masking import Masking
 from metrics import retrieval_topk
 from modalities import NAMES
 from subject_layers.subject import SubjectLinear
 from subject_layers.transformer import ChannelTransformer
-from unet import PriorBank, Sampling
+from unet import Sampling, TargetSpace
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
 
@@ -246,7 +247,7 @@ def model_file(run: Path, checkpoint: str) -> Path:
 
 
 class Decoder(nn.Module):
-    """An encoder with its prior bank; ``bank`` is None after contrastive pre-training alone.
+    """An encoder with its aligner; ``bank`` is None after contrastive pre-training alone.
 
     ``signal``: what the EEG must look like ({channels, times, subjects}); ``clip``: identity of the
     encoder that made the targets. Both are kept in the checkpoint's header and checked against
@@ -256,14 +257,16 @@ class Decoder(nn.Module):
     def __init__(
         self,
         encoder: ATMS,
-        bank: PriorBank | None,
+        bank: TargetSpace | None,
         signal: Mapping[str, Any],
         clip: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.encoder, self.bank = encoder, bank
         self.signal, self.clip = dict(signal), dict(clip)
-        self.calibration: dict[str, dict[str, float]] | None = None  # of fusion.py, by validation
+        # by validation, for fusion.py and for aligners.spread_factors
+        self.calibration: dict[str, dict[str, float]] | None = None
+        self.held_out: list[list[float]] | None = None
 
     def header(self) -> dict[str, Any]:
         return {
@@ -272,6 +275,7 @@ class Decoder(nn.Module):
             "signal": self.signal,
             "clip": self.clip,
             "calibration": self.calibration,
+            "held_out": self.held_out,
         }
 
     def subject_index(self, subject: str) -> int:
@@ -291,9 +295,10 @@ class Decoder(nn.Module):
                 "a model of train.py",
                 "give the run directory that train.py wrote",
             )
-        bank = PriorBank(**header["bank"]) if header["bank"] else None
+        bank = aligners.aligner_from(header["bank"]) if header["bank"] else None
         decoder = cls(ATMS(**header["encoder"]), bank, header["signal"], header["clip"])
         decoder.calibration = header["calibration"]
+        decoder.held_out = header.get("held_out")  # headers of older models have none
         try:
             decoder.load_state_dict(state)
         except RuntimeError as error:
@@ -332,9 +337,8 @@ class Decoder(nn.Module):
         """
         condition = self.condition(test, rows).to(next(self.parameters()).device)
         seeds = [util.seed_for(seed, "prior", test.ids[row]) for row in rows]
-        samples = self.bank.sample(
-            condition, sampling.steps, sampling.guidance, seeds, sampling.sampler, sampling.draws
-        )
+        held_out = None if self.held_out is None else torch.tensor(self.held_out)
+        samples = aligners.predict(self.bank, condition, seeds, sampling, seed, held_out)
         return {name: values.cpu() for name, values in samples.items()}
 
 
@@ -363,15 +367,14 @@ def validation_retrieval(embeddings: torch.Tensor, data: TrainingData) -> dict[s
 class ContrastiveObjective:
     """Loss and validation of encoder-only training, for :func:`engine.fit`."""
 
-    def __init__(self, decoder: Decoder, data: TrainingData, text_share: float) -> None:
-        self.decoder, self.data, self.text_share = decoder, data, text_share
+    def __init__(self, decoder: Decoder, data: TrainingData, contrast: Contrast) -> None:
+        self.decoder, self.data, self.contrast = decoder, data, contrast
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         embedding = self.decoder.encoder(batch.eeg, batch.subject)
-        total = contrastive_total(
-            embedding, batch.targets, self.decoder.encoder.similarity_scale, self.text_share
-        )
-        return {"loss": total}
+        groups = self.data.groups(batch.stimulus, self.contrast.positives)
+        scale = self.decoder.encoder.similarity_scale
+        return embedding_losses(embedding, batch.targets, scale, self.contrast, groups, 1.0)
 
     def validate(self) -> dict[str, float]:
         """Held-out concepts only; ``select`` (higher is better) chooses ``best``."""
@@ -404,10 +407,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parameters = engine.describe_parameters(decoder)
     plan = [*data.describe(), f"train {parameters} on {device} for {values.epochs} epochs"]
     run = util.open_run(options, values.output_dir, data.hashes, plan)
+    contrast = Contrast(
+        values.text_contrast,
+        values.contrast_normalise,
+        values.contrast_positives,
+        values.target_mse,
+    )
     engine.fit(
         run,
         decoder,
-        ContrastiveObjective(decoder, data, values.text_contrast),
+        ContrastiveObjective(decoder, data, contrast),
         data,
         masking,
         engine.schedule_from(values),

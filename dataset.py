@@ -728,6 +728,7 @@ class TrainingData:
     """Recordings of all subjects, joined with their targets, split by concept.
 
     ``signal``: {channels, times, subjects}; ``targets`` {modality: [N, D]} in stimulus row order;
+    ``stimulus`` and ``concept`` int64 [N]: their ids and the number of each one's concept;
     ``train_rows`` and ``val_rows`` int64: rows of disjoint concepts.
     """
 
@@ -735,6 +736,7 @@ class TrainingData:
     cuts: list[Signal]
     signal: dict[str, Any]
     stimulus: torch.Tensor
+    concept: torch.Tensor
     targets: dict[str, torch.Tensor]
     train_rows: torch.Tensor
     val_rows: torch.Tensor
@@ -802,6 +804,16 @@ class TrainingData:
         shape = (-1, len(self.signal["channels"]), len(self.signal["times"]))
         return torch.from_numpy(np.asarray(eeg, np.float32).reshape(shape)), subject
 
+    def groups(self, stimulus: torch.Tensor, positives: str) -> torch.Tensor | None:
+        """Group numbers int64 [B] of rows with these stimulus ids [B], by ``--contrast_positives``.
+
+        None for ``pair``: each row is alone, even beside the same stimulus.
+        """
+        if positives != "concept":
+            return stimulus if positives == "stimulus" else None
+        ids, place = self.stimulus.sort()
+        return self.concept[place[torch.searchsorted(ids, stimulus.cpu())]].to(stimulus.device)
+
     def describe(self) -> Iterator[str]:
         """The plan of a run, for people."""
         yield (
@@ -855,12 +867,14 @@ def open_training(
     cuts = [match_signal(recording, cut.channels, cut.times) for recording in recordings]
     held_out = split_concepts([item.concept for item in stimuli], val_fraction, seed)
     is_val = torch.tensor([item.concept in held_out for item in stimuli])
+    number = {name: place for place, name in enumerate(sorted({s.concept for s in stimuli}))}
     hashes = {f"eeg_{name}": item.hash for name, item in zip(names, recordings, strict=True)}
     return TrainingData(
         recordings,
         cuts,
         {"channels": cut.channels, "times": cut.times, "subjects": names},
         torch.tensor([item.id for item in stimuli]),
+        torch.tensor([number[item.concept] for item in stimuli]),
         targets,
         (~is_val).nonzero().squeeze(1),
         is_val.nonzero().squeeze(1),

@@ -254,7 +254,11 @@ def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], 
     decoder, bank = opened.decoder, opened.bank
     decoder.to(util.pick_device(values.device))
     sampling = Sampling(
-        values.prior_steps, values.prior_guidance, values.prior_sampler, values.prior_draws
+        values.prior_steps,
+        values.prior_guidance,
+        values.prior_sampler,
+        values.prior_draws,
+        values.restore_variance,
     )
     rows, lines, occluded = [], [], []
     for test in opened.tests:

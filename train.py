@@ -1,4 +1,4 @@
-"""Stage 2: fit the EEG encoder and the five diffusion priors jointly, under one optimiser step."""
+"""Stage 2: fit the EEG encoder and the aligner to five embeddings jointly, by one optimiser."""
 
 from __future__ import annotations
 
@@ -12,58 +12,64 @@ if __name__ == "__main__":
 
 import torch
 
+import aligners
 import engine
 import fusion
 import lowlevel
 import util
 from ATMS_retrieval import Decoder, new_encoder, validation_retrieval
 from dataset import Batch, TrainingData, list_stimuli, open_training
-from loss import contrastive_total, prior_total
+from loss import Contrast, embedding_losses, prior_total
 from masking import Masking
 from modalities import NAMES
-from unet import PriorBank
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
 
 
 class JointObjective:
-    """Sum of registry weight x prior loss, plus ``contrast_weight`` x CLIP loss.
+    """Sum of registry weight x aligner's loss, plus ``contrast_weight`` x CLIP loss.
 
-    Gradients reach the encoder from all of them. ``noise_draws``: timesteps and noises at which
-    the priors see each sample of a batch.
+    Gradients reach the encoder from all of them. ``contrast``: how its output itself is drawn to
+    the targets; ``noise_draws``: timesteps and noises at which priors see each sample of a batch.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         data: TrainingData,
+        contrast: Contrast,
         contrast_weight: float,
-        text_share: float,
         noise_draws: int,
     ) -> None:
         self.decoder, self.data = decoder, data
-        self.contrast_weight, self.text_share = contrast_weight, text_share
+        self.contrast, self.contrast_weight = contrast, contrast_weight
         self.noise_draws = noise_draws
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         embedding = self.decoder.encoder(batch.eeg, batch.subject)
-        return self._losses(embedding, batch.targets, generator, self.noise_draws)
+        return self._losses(embedding, batch.targets, batch.stimulus, generator, self.noise_draws)
 
     def _losses(
         self,
         embedding: torch.Tensor,
         targets: dict[str, torch.Tensor],
+        stimulus: torch.Tensor,
         generator: torch.Generator,
         noise_draws: int,
     ) -> dict[str, torch.Tensor]:
         terms = self.decoder.bank.losses(targets, embedding, generator, noise_draws)
-        contrast = contrastive_total(
-            embedding, targets, self.decoder.encoder.similarity_scale, self.text_share
+        own = embedding_losses(
+            embedding,
+            targets,
+            self.decoder.encoder.similarity_scale,
+            self.contrast,
+            self.data.groups(stimulus, self.contrast.positives),
+            self.contrast_weight,
         )
         parts = {f"prior_{name}": terms[name].total for name in NAMES}
         parts |= {f"cosine_{name}": terms[name].cosine for name in NAMES}
         total = prior_total(terms, self.decoder.bank.log_variance)
-        return parts | {"contrast": contrast, "loss": total + self.contrast_weight * contrast}
+        return parts | own | {"loss": total + own["loss"]}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -76,9 +82,12 @@ class JointObjective:
         rows = self.data.val_rows.repeat(len(self.data.signal["subjects"]))
         targets = {name: features[rows].to(device) for name, features in self.data.targets.items()}
         generator = util.generator_for(self.data.seed, "validation noise")
-        losses = self._losses(embeddings.to(device), targets, generator, VALIDATION_DRAWS)
+        losses = self._losses(
+            embeddings.to(device), targets, self.data.stimulus[rows], generator, VALIDATION_DRAWS
+        )
         scores = {f"val_{name}": float(value) for name, value in losses.items()}
         self.decoder.calibration = self._calibrate(embeddings.to(device), targets)
+        self.decoder.held_out = aligners.held_out_rows(embeddings)
         scores |= {
             f"val_{name}_skill": of["skill"] for name, of in self.decoder.calibration.items()
         }
@@ -97,14 +106,9 @@ class JointObjective:
 
 
 def new_decoder(
-    data: TrainingData,
-    seed: int,
-    condition_dropout: float,
-    loss_weights: str,
-    prior_loss: str,
-    init_from: Path | None,
+    data: TrainingData, seed: int, alignment: aligners.Alignment, init_from: Path | None
 ) -> Decoder:
-    """A fresh decoder, its bank standardised on the training rows.
+    """A fresh decoder, its aligner standardised on the training rows.
 
     ``init_from``: a run of ATMS_retrieval.py whose encoder it starts from. Raises UserError.
     """
@@ -119,16 +123,8 @@ def new_decoder(
                 "pre-train with the same subjects, channels and time window",
             )
         encoder.load_state_dict(donor.encoder.state_dict())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(util.seed_for(seed, "priors"))
-        width = data.targets["image"].shape[1]
-        bank = PriorBank(
-            width,
-            encoder.embed_dim,
-            condition_dropout=condition_dropout,
-            learned_weights=loss_weights == "uncertainty",
-            loss_on=prior_loss,
-        )
+    width = data.targets["image"].shape[1]
+    bank = aligners.new_aligner(width, encoder.embed_dim, alignment, seed)
     bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
     return Decoder(encoder, bank, data.signal, data.clip)
 
@@ -150,21 +146,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.seed,
         values.cache_dir,
     )
-    decoder = new_decoder(
-        data,
-        values.seed,
+    alignment = aligners.Alignment(
+        values.aligner,
+        values.loss_weights == "uncertainty",
         values.condition_dropout,
-        values.loss_weights,
+        values.prior_predicts,
         values.prior_loss,
-        values.init_from,
     )
+    decoder = new_decoder(data, values.seed, alignment, values.init_from)
     masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
     parameters = engine.describe_parameters(decoder)
     plan = [*data.describe(), f"train {parameters} on {device} for {values.epochs} epochs"]
     run = util.open_run(options, values.output_dir, data.hashes, plan)
-    objective = JointObjective(
-        decoder, data, values.contrast_weight, values.text_contrast, values.noise_draws
+    contrast = Contrast(
+        values.text_contrast,
+        values.contrast_normalise,
+        values.contrast_positives,
+        values.target_mse,
     )
+    objective = JointObjective(decoder, data, contrast, values.contrast_weight, values.noise_draws)
     engine.fit(run, decoder, objective, data, masking, engine.schedule_from(values), device)
     if values.low_level and not (run.path / lowlevel.FILE).exists():
         best = Decoder.load(run.path, "best").to(device)

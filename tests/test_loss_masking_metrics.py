@@ -14,6 +14,7 @@ from PIL import Image
 
 import metrics
 from loss import (
+    Contrast,
     LossTerms,
     check_pair,
     clip_loss,
@@ -89,10 +90,9 @@ def test_contrastive_total_weighs_images_and_texts():
     eeg, scale = _normal(5, 4), torch.tensor(10.0)
     targets = {name: _normal(5, 4, seed=i) for i, name in enumerate(NAMES, start=1)}
     image, text = (clip_loss(eeg, targets[name], scale) for name in ("image", "text"))
-    torch.testing.assert_close(contrastive_total(eeg, targets, scale, 0.0), image)
-    torch.testing.assert_close(contrastive_total(eeg, targets, scale, 1.0), text)
-    expected = 0.99 * image + 0.01 * text
-    torch.testing.assert_close(contrastive_total(eeg, targets, scale, 0.01), expected)
+    for share, expected in ((0.0, image), (1.0, text), (0.01, 0.99 * image + 0.01 * text)):
+        found = contrastive_total(eeg, targets, scale, Contrast(share), None)
+        torch.testing.assert_close(found, expected)
 
 
 def test_first_non_finite_names_the_part():

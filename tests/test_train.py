@@ -15,8 +15,10 @@ import ATMS_retrieval
 import engine
 import train
 import util
+from aligners import Alignment
 from ATMS_retrieval import Decoder
 from dataset import open_training
+from loss import Contrast
 from modalities import NAMES
 
 # dropout, masks, trial subsets and EMA: everything that draws or remembers
@@ -172,10 +174,11 @@ def joint(features: Chain) -> tuple[train.JointObjective, object]:
     data = open_training(
         features.data, features.features, None, None, None, "average", 0.2, 0, None
     )
-    decoder = train.new_decoder(
-        data, 0, condition_dropout=0.0, loss_weights="fixed", prior_loss="velocity", init_from=None
+    alignment = Alignment(
+        "prior", learned_weights=False, condition_dropout=0.0, predicts="velocity", loss_on=None
     )
-    return train.JointObjective(decoder, data, 1.0, 0.01, noise_draws=2), data
+    decoder = train.new_decoder(data, 0, alignment, init_from=None)
+    return train.JointObjective(decoder, data, Contrast(0.01), 1.0, noise_draws=2), data
 
 
 @pytest.mark.parametrize("part", [*(f"prior_{name}" for name in NAMES), "contrast"])
@@ -272,7 +275,8 @@ def test_pretraining_then_joint_training_from_its_encoder(features: Chain, tmp_p
     data = open_training(
         features.data, features.features, None, None, None, "average", 0.2, 0, None
     )
-    started = train.new_decoder(data, 0, 0.1, "fixed", "velocity", encoder_run)
+    alignment = Alignment("prior", False, 0.1, "velocity", None)
+    started = train.new_decoder(data, 0, alignment, encoder_run)
     for name, value in donor.encoder.state_dict().items():
         assert torch.equal(value, started.encoder.state_dict()[name])
 
