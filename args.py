@@ -281,9 +281,9 @@ def _contrast(group: _Group) -> None:
     group.add("--contrast_normalise", choices=("both", "targets"), default="both",
         help="what the contrastive loss brings to unit length; targets: the EEG side keeps its "
         "own, as in ATM's published code")
-    group.add("--contrast_positives", choices=("pair", "stimulus", "concept"), default="pair",
+    group.add("--contrast_positives", choices=("pair", "concept"), default="pair",
         help="which rows of a batch the contrastive loss draws together: an EEG and its own "
-        "target, all of the same stimulus, or all of the same concept; the rest is pushed apart")
+        "target, or all of the same concept; the rest is pushed apart")
     group.add("--target_mse", type=non_negative, default=0.0, metavar="WEIGHT",
         help="weight of the MSE between the encoder's output and the un-normalised image "
         "embedding, beside the contrastive loss; 0 = off")

@@ -807,10 +807,11 @@ class TrainingData:
     def groups(self, stimulus: torch.Tensor, positives: str) -> torch.Tensor | None:
         """Group numbers int64 [B] of rows with these stimulus ids [B], by ``--contrast_positives``.
 
-        None for ``pair``: each row is alone, even beside the same stimulus.
+        None for ``pair``: each row is alone. Rows of one stimulus, having one target, then get the
+        loss and gradients that grouping them would give.
         """
-        if positives != "concept":
-            return stimulus if positives == "stimulus" else None
+        if positives == "pair":
+            return None
         ids, place = self.stimulus.sort()
         return self.concept[place[torch.searchsorted(ids, stimulus.cpu())]].to(stimulus.device)
 

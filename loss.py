@@ -95,8 +95,8 @@ def clip_loss(
 class Contrast:
     """How EEG embeddings are drawn to their targets: the flags of ``args.py``, in short.
 
-    ``positives`` (``pair``, ``stimulus`` or ``concept``): which rows :func:`clip_loss` groups;
-    ``target_mse``: weight of the MSE to the un-normalised image target.
+    ``positives`` (``pair`` or ``concept``): which rows :func:`clip_loss` groups; ``target_mse``:
+    weight of the MSE to the un-normalised image target.
     """
 
     text_share: float

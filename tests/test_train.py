@@ -17,8 +17,8 @@ import train
 import util
 from aligners import Alignment
 from ATMS_retrieval import Decoder
-from dataset import open_training
-from loss import Contrast
+from dataset import list_stimuli, open_training
+from loss import Contrast, contrastive_total
 from modalities import NAMES
 
 # dropout, masks, trial subsets and EMA: everything that draws or remembers
@@ -194,6 +194,30 @@ def test_gradients_reach_the_encoder_from_every_part(features: Chain, part: str)
     silent = [name for name, value in gradients.items() if not value.abs().max() > 0]
     assert [name for name in silent if "shared_embedding" not in name and "conv" not in name] == []
     assert any("proj_eeg" in name for name in gradients)
+
+
+def test_positives_are_rows_of_the_same_concept(features: Chain) -> None:
+    _, data = joint(features)
+    batch = next(iter(data.batches(0, 24)))
+    keys = {item.id: item.folder for item in list_stimuli(features.data, "training")}
+    folders = [keys[one] for one in batch.stimulus.tolist()]
+    assert data.groups(batch.stimulus, "pair") is None
+    concepts = data.groups(batch.stimulus, "concept")
+    together = (concepts[:, None] == concepts).tolist()
+    assert together == [[one == other for other in folders] for one in folders]
+    assert len(set(folders)) < len(set(batch.stimulus.tolist())) < len(folders)
+
+
+def test_the_objective_groups_its_batch(features: Chain) -> None:
+    objective, data = joint(features)
+    objective.decoder.eval()
+    batch = next(iter(data.batches(0, 24)))
+    objective.contrast = Contrast(0.01, positives="concept")
+    found = objective.losses(batch, util.generator_for(0, "test"))["contrast"]
+    encoder, groups = objective.decoder.encoder, data.groups(batch.stimulus, "concept")
+    given = (encoder(batch.eeg, batch.subject), batch.targets, encoder.similarity_scale)
+    torch.testing.assert_close(found, contrastive_total(*given, Contrast(0.01), groups))
+    assert not torch.allclose(found, contrastive_total(*given, Contrast(0.01), None), atol=1e-4)
 
 
 def test_the_total_is_the_registry_sum_plus_the_contrast(features: Chain) -> None:
