@@ -39,7 +39,7 @@ from dataset import (
     open_test,
 )
 from modalities import MODALITIES, NAMES
-from unet import Sampling
+from unet import PriorBank, Sampling
 from util import UserError
 
 LITERATURE = Path(__file__).parent / "configs" / "literature.yaml"
@@ -277,6 +277,10 @@ def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], 
 def protocol_of(values: Any, opened: Opened) -> dict[str, str]:
     """What the numbers mean, for the table's foot."""
     protocol = dict(PROTOCOL)
+    if opened.decoder and opened.decoder.bank and opened.decoder.bank.kind != PriorBank.kind:
+        protocol["prior"] = (
+            f"here what the model's own aligner predicts: {opened.decoder.bank.kind}"
+        )
     if not opened.groups:
         return protocol
     protocol["pictures"] = f"{values.protocol}: {PICTURE_PROTOCOL[values.protocol]}"

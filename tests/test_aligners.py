@@ -11,6 +11,7 @@ from torch import nn
 
 import aligners
 import args
+import evaluate
 import fusion
 import generate
 import train
@@ -283,6 +284,10 @@ def test_train_and_generate_with_each_aligner(features: Chain, tmp_path: Path, k
     assert train.main(features.train_flags(model, *more)) == 0
     record = util.read_jsonl(model / "metrics.jsonl")[-1]
     assert record["target_mse"] > 0 and record["val_target_mse"] > 0
+    scores = tmp_path / "scores"
+    flags = features.evaluate_flags(scores, "--restore_variance", "--model_path", model)
+    assert evaluate.main(flags) == 0
+    assert f"own aligner predicts: {kind}" in (scores / "table.md").read_text(encoding="utf-8")
     flags = features.generate_flags(images, "--mode", "fused", "--restore_variance",
                                     "--fusion_weights", "confidence")  # fmt: skip
     assert generate.main([*flags, "--model_path", str(model)]) == 0
