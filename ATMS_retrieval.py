@@ -23,14 +23,15 @@ from torch import nn
 import aligners
 import engine
 import util
-from dataset import Batch, TestEEG, TrainingData, open_training
+from dataset import Batch, TestEEG, TrainingData
 from loss import Contrast, embedding_losses
-from masking import Masking
 from metrics import retrieval_topk
 from modalities import NAMES
+from processes import Processes, gathered
 from subject_layers.subject import SubjectLinear
 from subject_layers.transformer import ChannelTransformer
 from unet import Sampling, TargetSpace
+from util import WHOLE, Part
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
 
@@ -163,6 +164,19 @@ class ATMS(nn.Module):
             eeg = self.subject_layer(eeg, subject)
         return self.proj_eeg(self.enc_eeg(self.encoder(eeg, subject)))
 
+    @torch.no_grad()
+    def add_subjects(self, count: int) -> None:
+        """Rows for ``count`` more subjects, that compute what an unknown one (-1) gets."""
+        self.subject_layer.add_subjects(count)
+        self.encoder.enc_embedding.subject_embedding.add_subjects(count)
+        self.n_subjects += count
+        self.config["n_subjects"] = self.n_subjects
+
+    def subject_parameters(self) -> list[nn.Parameter]:
+        """What belongs to subjects: their layers and tokens."""
+        embedding = self.encoder.enc_embedding.subject_embedding
+        return [*self.subject_layer.parameters(), *embedding.parameters()]
+
     @property
     def similarity_scale(self) -> torch.Tensor:
         """What multiplies cosines in the contrastive loss: exp of the parameter, at most 100."""
@@ -278,10 +292,25 @@ class Decoder(nn.Module):
             "held_out": self.held_out,
         }
 
+    def networks(self) -> list[nn.Module]:
+        """Where the time of a training step goes."""
+        return [self.encoder, *(self.bank.networks() if self.bank else [])]
+
     def subject_index(self, subject: str) -> int:
         """Row of a subject's own parameters; -1 for a person the model was not trained on."""
         names = self.signal["subjects"]
         return names.index(subject) if subject in names else -1
+
+    def train_only(self, trainable: str) -> None:
+        """Freeze all but the ``subject_layers``, all but the ``encoder``, or nothing (``all``)."""
+        chosen = {
+            "subject_layers": self.encoder.subject_parameters(),
+            "encoder": list(self.encoder.parameters()),
+            "all": list(self.parameters()),
+        }[trainable]
+        self.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
 
     @classmethod
     def load(cls, run: Path, checkpoint: str) -> Decoder:
@@ -356,12 +385,42 @@ def new_encoder(data: TrainingData, seed: int) -> ATMS:
 
 def validation_retrieval(embeddings: torch.Tensor, data: TrainingData) -> dict[str, float]:
     """Retrieval per modality of held-out stimuli by EEG embeddings [stimuli x subjects, D]."""
-    truth = torch.arange(len(data.val_rows)).repeat(len(data.signal["subjects"]))
+    truth = torch.arange(len(data.val_rows)).repeat(len(data.recordings))
     scores = {}
     for name in NAMES:
         result = retrieval_topk(embeddings, data.targets[name][data.val_rows], truth)
         scores |= {f"val_{name}_top1": result["top1"], f"val_{name}_top5": result["top5"]}
     return scores | {"val_gallery": len(data.val_rows)}
+
+
+def contrast_from(values: Any) -> Contrast:
+    """The contrast that the flags ask for."""
+    return Contrast(
+        values.text_contrast,
+        values.contrast_normalise,
+        values.contrast_positives,
+        values.target_mse,
+    )
+
+
+def global_losses(
+    encoder: ATMS,
+    embedding: torch.Tensor,
+    targets: Mapping[str, torch.Tensor],
+    how: Contrast,
+    groups: torch.Tensor | None,
+    contrast_weight: float,
+) -> dict[str, torch.Tensor]:
+    """:func:`loss.embedding_losses` over the rows of all processes.
+
+    In float32 whatever autocast says: cosines times 100 need it.
+    """
+    with torch.autocast(embedding.device.type, enabled=False):
+        wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+        everyone = {name: gathered(targets[name]) for name in ("image", "text")}
+        together = None if groups is None else gathered(groups)
+        scale = encoder.similarity_scale
+        return embedding_losses(gathered(wide), everyone, scale, how, together, contrast_weight)
 
 
 class ContrastiveObjective:
@@ -370,11 +429,13 @@ class ContrastiveObjective:
     def __init__(self, decoder: Decoder, data: TrainingData, contrast: Contrast) -> None:
         self.decoder, self.data, self.contrast = decoder, data, contrast
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        embedding = self.decoder.encoder(batch.eeg, batch.subject)
+    def losses(
+        self, batch: Batch, generator: torch.Generator, part: Part = WHOLE
+    ) -> dict[str, torch.Tensor]:
+        encoder = self.decoder.encoder
         groups = self.data.groups(batch.stimulus, self.contrast.positives)
-        scale = self.decoder.encoder.similarity_scale
-        return embedding_losses(embedding, batch.targets, scale, self.contrast, groups, 1.0)
+        embedding = encoder(batch.eeg, batch.subject)
+        return global_losses(encoder, embedding, batch.targets, self.contrast, groups, 1.0)
 
     def validate(self) -> dict[str, float]:
         """Held-out concepts only; ``select`` (higher is better) chooses ``best``."""
@@ -389,39 +450,13 @@ class ContrastiveObjective:
 def main(argv: Sequence[str] | None = None) -> int:
     """Contrastive pre-training of the encoder alone, scored on held-out training concepts."""
     options = args.resolve("retrieval", argv)
-    values = options.values
-    device = util.pick_device(values.device)
-    data = open_training(
-        values.data_path,
-        values.clip_feature_path,
-        values.subjects,
-        values.channels,
-        values.time_window,
-        values.trials,
-        values.val_fraction,
-        values.seed,
-        values.cache_dir,
-    )
-    decoder = Decoder(new_encoder(data, values.seed), None, data.signal, data.clip)
-    masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
-    parameters = engine.describe_parameters(decoder)
-    plan = [*data.describe(), f"train {parameters} on {device} for {values.epochs} epochs"]
-    run = util.open_run(options, values.output_dir, data.hashes, plan)
-    contrast = Contrast(
-        values.text_contrast,
-        values.contrast_normalise,
-        values.contrast_positives,
-        values.target_mse,
-    )
-    engine.fit(
-        run,
-        decoder,
-        ContrastiveObjective(decoder, data, contrast),
-        data,
-        masking,
-        engine.schedule_from(values),
-        device,
-    )
+    processes = Processes.join(options.values.device)
+    for fold in engine.folds(options):
+        values = fold.values
+        data = engine.open_data(values)
+        decoder = Decoder(new_encoder(data, values.seed), None, data.signal, data.clip)
+        objective = ContrastiveObjective(decoder, data, contrast_from(values))
+        engine.train(fold, decoder, objective, data, processes)
     return 0
 
 

@@ -18,6 +18,7 @@ from loss import LossTerms, stacked_prior_loss
 from modalities import NAMES
 from stacked import keep_separate_state, stacked
 from unet import PriorBank, Sampling, TargetSpace, terms_of
+from util import WHOLE, Part
 
 HELD_OUT_ROWS = 64  # a spread over so many stimuli and all dimensions is known to a few per cent
 
@@ -37,12 +38,14 @@ class Regression(TargetSpace):
         cond: torch.Tensor,
         generator: torch.Generator,
         draws: int = 1,
+        part: Part = WHOLE,
     ) -> dict[str, LossTerms]:
         """0.7 MSE + 0.3 (1 - cos) on standardised targets {modality: [B, D]}, given cond [B, C].
 
-        ``generator`` and ``draws`` are the priors': here nothing is drawn.
+        ``generator``, ``draws`` and ``part`` are the priors': here nothing is drawn.
         """
-        return terms_of(stacked_prior_loss(self.predict(cond), self.standardised(targets, cond)))
+        clean = self.standardised(targets, cond)
+        return terms_of(stacked_prior_loss(self.predict(cond).to(clean.dtype), clean))
 
     @torch.no_grad()
     def sample(
@@ -94,6 +97,9 @@ class SharedMLP(Regression):
     @property
     def config(self) -> dict[str, Any]:
         return super().config | {"hidden_dim": self.hidden_dim, "dropout": self.dropout}
+
+    def networks(self) -> list[nn.Module]:
+        return [self.trunk, self.heads]
 
     def predict(self, cond: torch.Tensor) -> torch.Tensor:
         """The five heads are one batched product."""

@@ -6,8 +6,9 @@ import os
 import pickle
 import platform
 import tokenize
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +18,7 @@ import torch
 
 import util
 from modalities import NAMES
-from util import DataError, UserError
+from util import WHOLE, DataError, Part, UserError
 
 EEG_FOLDER = "Preprocessed_data_250Hz"
 PARTITIONS = ("training", "test")
@@ -371,11 +372,7 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
             "a published EEG file",
             "check --data_path and the subject's name",
         )
-    stat = source.stat()
-    key = util.json_hash([_CACHE_VERSION, util.file_hash(source), stat.st_size, stat.st_mtime_ns])[
-        :16
-    ]
-    copy = Path(cache_dir) / f"{source.parent.name}_{source.stem}_{key}.npy"
+    copy = copy_of(source, cache_dir)
     about = copy.with_suffix(".json")
     if not about.exists():  # written last: a copy without it is unfinished
         _convert(source, copy, about)
@@ -387,6 +384,13 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
             copy, f"unreadable ({error})", "the float32 copy of a recording", f"delete {about}"
         ) from None
     return Recording(eeg, record["channels"], record["times"], record["hash"], source)
+
+
+def copy_of(source: Path, cache_dir: Path) -> Path:
+    """Where the float32 copy of a recording lies, as long as the recording is the same."""
+    stat = source.stat()
+    known = [_CACHE_VERSION, util.file_hash(source), stat.st_size, stat.st_mtime_ns]
+    return Path(cache_dir) / f"{source.parent.name}_{source.stem}_{util.json_hash(known)[:16]}.npy"
 
 
 def _convert(source: Path, copy: Path, about: Path) -> None:
@@ -646,6 +650,8 @@ class Bank:
 
     def rows_for(self, stimuli: Sequence[Stimulus]) -> dict[str, torch.Tensor]:
         """Features in the order of ``stimuli``, joined by id. DataError for stimuli it lacks."""
+        if [item.id for item in stimuli] == self.ids:
+            return self.features  # the usual case: no copy of what may be half of all memory
         place = {stimulus: row for row, stimulus in enumerate(self.ids)}
         lost = [item.key for item in stimuli if item.id not in place]
         if lost:
@@ -714,6 +720,11 @@ class Batch:
     stimulus: torch.Tensor
     targets: dict[str, torch.Tensor]
 
+    def part(self, part: Part) -> Batch:
+        """A part of the rows."""
+        targets = {name: part.of(rows) for name, rows in self.targets.items()}
+        return Batch(part.of(self.eeg), part.of(self.subject), part.of(self.stimulus), targets)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(
             self.eeg.to(device),
@@ -721,6 +732,13 @@ class Batch:
             self.stimulus.to(device),
             {name: rows.to(device) for name, rows in self.targets.items()},
         )
+
+
+def _as_tensor(eeg: np.ndarray) -> torch.Tensor:
+    """A view of a memory-mapped array, which nothing writes to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(eeg)
 
 
 @dataclass(frozen=True)
@@ -744,6 +762,8 @@ class TrainingData:
     seed: int
     clip: dict[str, Any]
     hashes: dict[str, str] = field(default_factory=dict)
+    first_subject: int = 0  # the model's index of the first subject here
+    held: list[torch.Tensor] | None = None  # on a device: EEG [N, R, C, T] per subject, cut
 
     @cached_property
     def samples(self) -> torch.Tensor:
@@ -761,34 +781,95 @@ class TrainingData:
         """Whole batches only, so that every step sees the same number of negatives."""
         return max(1, len(self.samples) // batch_size)
 
-    def batches(self, epoch: int, batch_size: int, first: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from number ``first`` on.
+    def batches(
+        self, epoch: int, batch_size: int, first: int = 0, part: Part = WHOLE
+    ) -> Iterator[Batch]:
+        """The epoch's batches from number ``first`` on, or this process' part of each.
 
         Order and trial subsets depend on (seed, epoch) alone.
         """
         order = torch.randperm(
             len(self.samples), generator=util.generator_for(self.seed, "order", epoch)
         )
+        kept = self._kept_trials(epoch)
         for index in range(first, self.steps_per_epoch(batch_size)):
-            chosen = self.samples[order[index * batch_size : (index + 1) * batch_size]]
-            subject, row, _ = chosen.unbind(1)
-            eeg = np.stack([self._sample(epoch, *one) for one in chosen.tolist()])
+            numbers = part.of(order[index * batch_size : (index + 1) * batch_size])
+            subject, row, repetition = self.samples[numbers].unbind(1)
+            eeg = self._gather(subject, row, repetition, None if kept is None else kept[numbers])
             yield Batch(
-                torch.from_numpy(eeg),
-                subject,
+                eeg,
+                subject + self.first_subject,
                 self.stimulus[row],
                 {name: rows[row] for name, rows in self.targets.items()},
             )
 
-    def _sample(self, epoch: int, subject: int, row: int, repetition: int) -> np.ndarray:
-        """EEG float32 [C, T] of one sample."""
-        trials = self.cuts[subject].cut(self.recordings[subject].eeg[row])
+    def _kept_trials(self, epoch: int) -> torch.Tensor | None:
+        """bool [S, R]: of which repetitions a sample is the mean in this epoch; None: a single one.
+
+        ``random``: as many as a fair die says, drawn without replacement.
+        """
         if self.trials == "single":
-            return np.asarray(trials[repetition])
-        if self.trials == "random":
-            draw = util.numpy_generator_for(self.seed, "trials", epoch, subject, row)
-            trials = trials[draw.permutation(len(trials))[: draw.integers(1, len(trials) + 1)]]
-        return trials.mean(axis=0, dtype=np.float32)
+            return None
+        counts = torch.tensor([item.eeg.shape[1] for item in self.recordings])
+        most = int(counts.max())
+        count = counts[self.samples[:, 0], None]  # of each sample's subject
+        exists = torch.arange(most) < count
+        if self.trials == "average":
+            return exists
+        draw = util.generator_for(self.seed, "trials", epoch)
+        lots = torch.rand(len(self.samples), most, generator=draw).masked_fill(~exists, 2.0)
+        size = 1 + (torch.rand(len(self.samples), 1, generator=draw) * count).long()
+        return lots.argsort(dim=1).argsort(dim=1) < size
+
+    def _gather(
+        self,
+        subject: torch.Tensor,
+        row: torch.Tensor,
+        repetition: torch.Tensor,
+        kept: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """EEG float32 [B, C, T] of samples, where the EEG is held: one read for each subject."""
+        shape = (len(row), len(self.signal["channels"]), len(self.signal["times"]))
+        found = None
+        for index in subject.unique().tolist():
+            rows = (subject == index).nonzero().squeeze(1)
+            source, cut = self._source(index)
+            chosen = row[rows].to(source.device)
+            if kept is None:
+                eeg = source[chosen, repetition[rows].to(source.device)]
+            else:
+                weight = kept[rows, : source.shape[1]].to(source)
+                eeg = torch.einsum("br,brct->bct", weight, source[chosen])
+                eeg = eeg / weight.sum(dim=1)[:, None, None]
+            found = torch.empty(shape, device=source.device) if found is None else found
+            found[rows.to(source.device)] = eeg if cut is None else cut.cut(eeg)
+        return found
+
+    def _source(self, index: int) -> tuple[torch.Tensor, Signal | None]:
+        """A subject's EEG [N, R, channels, samples], and how it still has to be cut."""
+        if self.held is not None:
+            return self.held[index], None
+        return _as_tensor(self.recordings[index].eeg), self.cuts[index]
+
+    @property
+    def held_bytes(self) -> int:
+        """What :meth:`held_on` takes."""
+        each = 4 * len(self.signal["channels"]) * len(self.signal["times"])
+        repetitions = (
+            1 if self.trials == "average" else item.eeg.shape[1] for item in self.recordings
+        )
+        return sum(len(self.stimulus) * count * each for count in repetitions)
+
+    def held_on(self, device: torch.device) -> TrainingData:
+        """The same with all EEG on a device; averaged there is one repetition."""
+        held = []
+        for item, cut in zip(self.recordings, self.cuts, strict=True):
+            if self.trials == "average":
+                eeg = average_trials(item, cut)[:, None]
+            else:
+                eeg = torch.from_numpy(np.ascontiguousarray(cut.cut(item.eeg)))
+            held.append(eeg.to(device))
+        return replace(self, held=held)
 
     def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out stimuli averaged over repetitions: EEG [subjects x V, C, T], subject ids.
@@ -802,7 +883,9 @@ class TrainingData:
         ]
         subject = torch.arange(len(self.recordings)).repeat_interleave(len(self.val_rows))
         shape = (-1, len(self.signal["channels"]), len(self.signal["times"]))
-        return torch.from_numpy(np.asarray(eeg, np.float32).reshape(shape)), subject
+        return torch.from_numpy(np.asarray(eeg, np.float32).reshape(shape)), (
+            subject + self.first_subject
+        )
 
     def groups(self, stimulus: torch.Tensor, positives: str) -> torch.Tensor | None:
         """Group numbers int64 [B] of rows with these stimulus ids [B], by ``--contrast_positives``.

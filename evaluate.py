@@ -20,6 +20,7 @@ import yaml
 import backbones
 import compare
 import controls
+import engine
 import metrics
 import occlusion
 import reconstruction
@@ -105,6 +106,23 @@ def retrieval_row(query: Query, seed: int, permutations: int) -> dict[str, Any]:
     return row
 
 
+def across_subjects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per query of two subjects or more: mean of every score, and the standard error over them."""
+    found = []
+    for query in dict.fromkeys(row["query"] for row in rows):
+        own = [row for row in rows if row["query"] == query]
+        if len(own) < 2:
+            continue
+        scores = {}
+        for name in ("top1", "top5", "top1_shuffled", "top5_shuffled", "top1_chance",
+                     "top5_chance", "mrr", "back_top1", "back_top5"):  # fmt: skip
+            values = np.array([row[name] for row in own])
+            error = values.std(ddof=1) / np.sqrt(len(values))
+            scores[name] = {"mean": float(values.mean()), "se": float(error)}
+        found.append({"query": query, "subjects": len(own), "scores": scores})
+    return found
+
+
 def shuffled_top_k(
     similarity: torch.Tensor, truth: torch.Tensor, k: int, seed: int, permutations: int
 ) -> np.ndarray:
@@ -168,8 +186,9 @@ def rank_lines(query: Query, stimuli: Sequence[Stimulus]) -> list[dict[str, Any]
 class Opened:
     """All that is scored, found and checked before anything is computed."""
 
-    decoder: Decoder | None = None
     bank: Bank | None = None
+    models: dict[str, Decoder] = field(default_factory=dict)  # of each subject, or one for all
+    hashes: dict[str, str] = field(default_factory=dict)  # of the models' files
     tests: list[TestEEG] = field(default_factory=list)
     groups: list[reconstruction.Group] = field(default_factory=list)
     weights: dict[str, Path] = field(default_factory=dict)
@@ -185,23 +204,47 @@ class Opened:
         return lines + [line.removeprefix("- ") for line in tables.skipped_lines(self.skipped)]
 
 
-def open_retrieval(values: Any, opened: Opened) -> None:
-    """Model, gallery and test EEG, checked against each other. Raises UserError / DataError."""
-    opened.decoder = decoder = Decoder.load(values.model_path, values.checkpoint)
-    opened.bank = open_bank(values.clip_feature_path, "test")
-    check_clip(opened.bank, decoder.clip, values.model_path)
-    names = list_subjects(values.data_path, values.subjects or decoder.signal["subjects"])
-    opened.tests = [
-        open_test(
-            eeg_file(values.data_path, name, "test"),
-            name,
-            values.data_path,
-            values.cache_dir,
-            decoder.signal["channels"],
-            decoder.signal["times"],
+def runs_of(model_path: Path, subjects: Sequence[str] | None) -> dict[str | None, Path]:
+    """{subject: run trained without it} below a ``--leave_out each`` folder, else {None: run}.
+
+    Raises UserError for a subject without a run.
+    """
+    runs = {
+        folder.name.removeprefix(engine.WITHOUT): folder
+        for folder in sorted(model_path.glob(f"{engine.WITHOUT}*"))
+    }
+    lost = [name for name in subjects or [] if name not in runs]
+    if runs and lost:
+        raise UserError(
+            "--subjects",
+            f"no {engine.WITHOUT}{lost[0]} in {model_path}",
+            f"some of {', '.join(runs)}",
+            "choose among them, or train that fold",
         )
-        for name in names
-    ]
+    return {name: runs[name] for name in subjects or runs} if runs else {None: model_path}
+
+
+def open_retrieval(values: Any, opened: Opened) -> None:
+    """Models, gallery and test EEG, checked against each other. Raises UserError / DataError."""
+    opened.bank = open_bank(values.clip_feature_path, "test")
+    for left_out, run in runs_of(values.model_path, values.subjects).items():
+        decoder = Decoder.load(run, values.checkpoint)
+        check_clip(opened.bank, decoder.clip, run)
+        wanted = [left_out] if left_out else values.subjects or decoder.signal["subjects"]
+        key = f"model_{left_out}" if left_out else "model"
+        opened.hashes[key] = util.file_hash(model_file(run, values.checkpoint))
+        for name in list_subjects(values.data_path, wanted):
+            opened.models[name] = decoder
+            opened.tests.append(
+                open_test(
+                    eeg_file(values.data_path, name, "test"),
+                    name,
+                    values.data_path,
+                    values.cache_dir,
+                    decoder.signal["channels"],
+                    decoder.signal["times"],
+                )
+            )
 
 
 def check_folder(flag: str, folder: Path, expected: str) -> None:
@@ -231,9 +274,8 @@ def open_pictures(values: Any, opened: Opened) -> None:
 def identities(values: Any, opened: Opened) -> dict[str, Any]:
     """Hashes of everything that is scored."""
     inputs: dict[str, Any] = {}
-    if opened.decoder:
-        model = model_file(values.model_path, values.checkpoint)
-        inputs |= {"model": util.file_hash(model), "clip_features": opened.bank.hash}
+    if opened.models:
+        inputs |= {**opened.hashes, "clip_features": opened.bank.hash}
         inputs |= {f"eeg_{test.subject}": test.hash for test in opened.tests}
     shown = {item.key: item.path for group in opened.groups for item in group.stimuli}
     drawn = [path for group in opened.groups for path in group.pictures]
@@ -251,8 +293,7 @@ def identities(values: Any, opened: Opened) -> dict[str, Any]:
 
 def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], ...]:
     """(rows for results.json, lines of ranks.csv, rows of occlusion) of every subject."""
-    decoder, bank = opened.decoder, opened.bank
-    decoder.to(util.pick_device(values.device))
+    bank, device = opened.bank, util.pick_device(values.device)
     sampling = Sampling(
         values.prior_steps,
         values.prior_guidance,
@@ -263,6 +304,7 @@ def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], 
     rows, lines, occluded = [], [], []
     for test in opened.tests:
         util.LOG.info("retrieval: %s", test.subject)
+        decoder = opened.models[test.subject].to(device)
         found = subject_queries(decoder, test, bank, sampling, values.seed, values.control)
         rows += [retrieval_row(query, values.seed, values.permutations) for query in found]
         lines += [line for query in found for line in rank_lines(query, test.stimuli)]
@@ -277,10 +319,9 @@ def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], 
 def protocol_of(values: Any, opened: Opened) -> dict[str, str]:
     """What the numbers mean, for the table's foot."""
     protocol = dict(PROTOCOL)
-    if opened.decoder and opened.decoder.bank and opened.decoder.bank.kind != PriorBank.kind:
-        protocol["prior"] = (
-            f"here what the model's own aligner predicts: {opened.decoder.bank.kind}"
-        )
+    kinds = {model.bank.kind for model in opened.models.values() if model.bank is not None}
+    if kinds - {PriorBank.kind}:
+        protocol["prior"] = f"here what the model's own aligner predicts: {', '.join(kinds)}"
     if not opened.groups:
         return protocol
     protocol["pictures"] = f"{values.protocol}: {PICTURE_PROTOCOL[values.protocol]}"
@@ -301,7 +342,7 @@ def score(run: Path, values: Any, opened: Opened, inputs: Mapping[str, Any]) -> 
     Returns the content of ``results.json``.
     """
     retrieval, occluded, pictures = [], [], []
-    if opened.decoder:
+    if opened.models:
         retrieval, lines, occluded = score_retrieval(values, opened)
         util.write_csv(run / "ranks.csv", lines)
     if opened.groups:
@@ -317,6 +358,7 @@ def score(run: Path, values: Any, opened: Opened, inputs: Mapping[str, Any]) -> 
         util.write_csv(run / "pictures.csv", lines)
     return {
         "retrieval": retrieval,
+        "across_subjects": across_subjects(retrieval),
         "pictures": pictures,
         "metrics": reconstruction.described(pictures, values.protocol),
         "occlusion": {"how": occlusion.HOW, "rows": occluded} if occluded else None,

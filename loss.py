@@ -40,10 +40,8 @@ def prior_loss(predicted: torch.Tensor, target: torch.Tensor) -> LossTerms:
 def stacked_prior_loss(predicted: torch.Tensor, target: torch.Tensor) -> LossTerms:
     """:func:`prior_loss` of M modalities at once: [M, B, D] against [M, B, D] -> terms [M]."""
     if predicted.ndim != 3 or predicted.shape != target.shape:
-        raise ValueError(
-            f"shapes {tuple(predicted.shape)} and {tuple(target.shape)}, "
-            "expected the same [M, B, D]"
-        )
+        shapes = f"{tuple(predicted.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"shapes {shapes}, expected the same [M, B, D]")
     mse = (predicted - target).square().mean(dim=(1, 2))
     cosine = F.cosine_similarity(predicted, target, dim=2).mean(dim=1)
     return LossTerms(MSE_SHARE * mse + COSINE_SHARE * (1 - cosine), mse, cosine)

@@ -15,17 +15,18 @@ class Masking:
     """Stated probabilities, each per sample and element.
 
     ``channel``: a channel is masked; ``time``: a span of ``span`` samples is masked for all
-    channels; ``patch``: a ``span``-long piece of one channel is masked. Raises ValueError outside
-    0..1.
+    channels; ``patch``: a ``span``-long piece of one channel is masked; ``subject``: whose EEG it
+    is stays unknown. Raises ValueError outside 0..1.
     """
 
     channel: float = 0.0
     time: float = 0.0
     patch: float = 0.0
     span: int = 25
+    subject: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("channel", "time", "patch"):
+        for name in ("channel", "time", "patch", "subject"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(
                     f"masking: {name} = {getattr(self, name)}, expected a probability in 0..1"
@@ -35,6 +36,7 @@ class Masking:
 
     @property
     def active(self) -> bool:
+        """Whether any EEG is masked."""
         return max(self.channel, self.time, self.patch) > 0
 
 
@@ -51,11 +53,36 @@ def keep_mask(
     return keep_channel & keep_time
 
 
-def mask_eeg(eeg: torch.Tensor, masking: Masking, generator: torch.Generator) -> torch.Tensor:
-    """A masked copy of ``eeg`` [B, C, T], which stays as it is; without masking, ``eeg`` itself."""
+def mask_eeg(
+    eeg: torch.Tensor, masking: Masking, generator: torch.Generator, index: int = 0, count: int = 1
+) -> torch.Tensor:
+    """A masked copy of ``eeg`` [B, C, T], which stays as it is; without masking, ``eeg`` itself.
+
+    ``eeg`` is the ``index``-th of ``count`` parts of a batch, for all of which is drawn.
+    """
     if eeg.ndim != 3:
         raise ValueError(f"eeg has shape {tuple(eeg.shape)}, expected [B, C, T]")
     if not masking.active:
         return eeg
-    keep = keep_mask((eeg.shape[0], eeg.shape[1], eeg.shape[2]), masking, generator)
+    rows, channels, times = eeg.shape
+    keep = keep_mask((count * rows, channels, times), masking, generator)
+    keep = keep[index * rows : (index + 1) * rows]
     return eeg * keep.to(device=eeg.device, dtype=eeg.dtype)
+
+
+def mask_subject(
+    subject: torch.Tensor,
+    probability: float,
+    generator: torch.Generator,
+    index: int = 0,
+    count: int = 1,
+) -> torch.Tensor:
+    """Subject ids [B], some of them -1 = unknown; parts as in :func:`mask_eeg`.
+
+    So the token for people the model has not seen is trained, too.
+    """
+    if probability == 0:
+        return subject
+    rows = len(subject)
+    unknown = torch.rand(count * rows, generator=generator) < probability
+    return subject.masked_fill(unknown[index * rows : (index + 1) * rows].to(subject.device), -1)

@@ -56,6 +56,26 @@ def retrieval_table(rows: Sequence[Row]) -> list[str]:
     return table(head, lines)
 
 
+def across_subjects_table(rows: Sequence[Row]) -> list[str]:
+    """One line per query: mean ± standard error over subjects, controls beside it."""
+    names = {
+        "top1": "top-1", "top1_shuffled": "shuffled EEG", "top1_chance": "chance",
+        "top5": "top-5", "top5_shuffled": "shuffled EEG", "top5_chance": "chance",
+        "mrr": "MRR", "back_top1": "back: top-1", "back_top5": "back: top-5",
+    }  # fmt: skip
+    lines = [
+        [row["query"], f"{row['subjects']}"]
+        + [
+            f"{number(score['mean'])} ± {number(score['se'])}"
+            if not name.endswith("_chance")
+            else number(score["mean"])
+            for name, score in ((name, row["scores"][name]) for name in names)
+        ]
+        for row in rows
+    ]
+    return table(["query", "subjects", *names.values()], lines)
+
+
 # ---------------------------------------------------------------- pictures
 
 
@@ -172,6 +192,9 @@ def as_table(results: Row) -> str:
         lines += ["**The EEG is simulated.**", ""]
     if results["retrieval"]:
         lines += ["## Retrieval", "", *retrieval_table(results["retrieval"]), ""]
+    if results["across_subjects"]:
+        means = across_subjects_table(results["across_subjects"])
+        lines += ["## Retrieval over subjects, mean ± SE", "", *means, ""]
     for title, paired in (("Pictures", True), ("Distributions of pictures", False)):
         found = picture_table(results["pictures"], results["metrics"], paired=paired)
         lines += [f"## {title}", "", *found, ""] if found else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import args
@@ -17,11 +18,19 @@ import engine
 import fusion
 import lowlevel
 import util
-from ATMS_retrieval import Decoder, new_encoder, validation_retrieval
-from dataset import Batch, TrainingData, list_stimuli, open_training
-from loss import Contrast, embedding_losses, prior_total
-from masking import Masking
+from ATMS_retrieval import (
+    Decoder,
+    contrast_from,
+    global_losses,
+    model_file,
+    new_encoder,
+    validation_retrieval,
+)
+from dataset import Batch, TrainingData, list_stimuli
+from loss import Contrast, prior_total
 from modalities import NAMES
+from processes import Processes
+from util import WHOLE, Part
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
 
@@ -45,9 +54,13 @@ class JointObjective:
         self.contrast, self.contrast_weight = contrast, contrast_weight
         self.noise_draws = noise_draws
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def losses(
+        self, batch: Batch, generator: torch.Generator, part: Part = WHOLE
+    ) -> dict[str, torch.Tensor]:
         embedding = self.decoder.encoder(batch.eeg, batch.subject)
-        return self._losses(embedding, batch.targets, batch.stimulus, generator, self.noise_draws)
+        return self._losses(
+            embedding, batch.targets, batch.stimulus, generator, self.noise_draws, part
+        )
 
     def _losses(
         self,
@@ -56,12 +69,13 @@ class JointObjective:
         stimulus: torch.Tensor,
         generator: torch.Generator,
         noise_draws: int,
+        part: Part = WHOLE,
     ) -> dict[str, torch.Tensor]:
-        terms = self.decoder.bank.losses(targets, embedding, generator, noise_draws)
-        own = embedding_losses(
+        terms = self.decoder.bank.losses(targets, embedding, generator, noise_draws, part)
+        own = global_losses(
+            self.decoder.encoder,
             embedding,
             targets,
-            self.decoder.encoder.similarity_scale,
             self.contrast,
             self.data.groups(stimulus, self.contrast.positives),
             self.contrast_weight,
@@ -79,7 +93,7 @@ class JointObjective:
             return {}
         embeddings = self.decoder.embed(eeg, subject)
         device = next(self.decoder.parameters()).device
-        rows = self.data.val_rows.repeat(len(self.data.signal["subjects"]))
+        rows = self.data.val_rows.repeat(len(self.data.recordings))
         targets = {name: features[rows].to(device) for name, features in self.data.targets.items()}
         generator = util.generator_for(self.data.seed, "validation noise")
         losses = self._losses(
@@ -129,49 +143,89 @@ def new_decoder(
     return Decoder(encoder, bank, data.signal, data.clip)
 
 
+def adapted(run: Path, data: TrainingData, trainable: str) -> tuple[TrainingData, Decoder]:
+    """(the data with the model's numbering of subjects, the model of ``run`` with them added).
+
+    New subjects begin as an unknown one is computed: with the mean layer and the shared token.
+    ``trainable``: subject_layers, encoder or all; the rest stays as it is. Raises UserError for
+    subjects that the model knows already, and for another signal.
+    """
+    decoder = Decoder.load(run, "best")
+    known, new = decoder.signal["subjects"], data.signal["subjects"]
+    for name in ("channels", "times"):
+        if decoder.signal[name] != data.signal[name]:
+            raise util.UserError(
+                f"--adapt_from {run}",
+                f"{name} {decoder.signal[name][:3]}..., {len(decoder.signal[name])} of them",
+                f"{data.signal[name][:3]}..., {len(data.signal[name])} as in the data",
+                "choose the model's own with --channels and --time_window",
+            )
+    if set(known) & set(new):
+        raise util.UserError(
+            "--subjects",
+            f"{', '.join(sorted(set(known) & set(new)))}: in the model already",
+            f"subjects other than {', '.join(known)}",
+            "name the new ones alone",
+        )
+    check_clip_of(data, decoder, run)
+    decoder.encoder.add_subjects(len(new))
+    decoder.signal["subjects"] = [*known, *new]
+    decoder.train_only(trainable)
+    return replace(
+        data,
+        signal=data.signal | {"subjects": decoder.signal["subjects"]},
+        first_subject=len(known),
+        hashes=data.hashes | {"adapt_from": util.file_hash(model_file(run, "best"))},
+    ), decoder
+
+
+def check_clip_of(data: TrainingData, decoder: Decoder, run: Path) -> None:
+    """Raise UserError if the features are of another CLIP than the model's."""
+    if data.clip != decoder.clip:
+        raise util.UserError(
+            "--clip_feature_path",
+            f"features of {data.clip}",
+            f"{decoder.clip}, as {run} was trained on",
+            "use the features that the model was trained on",
+        )
+
+
 @util.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, or go on training, or do nothing when the run is finished."""
     options = args.resolve("train", argv)
+    processes = Processes.join(options.values.device)
+    for fold in engine.folds(options):
+        train_one(fold, processes)
+    return 0
+
+
+def train_one(options: args.Options, processes: Processes) -> None:
+    """One model."""
     values = options.values
-    device = util.pick_device(values.device)
-    data = open_training(
-        values.data_path,
-        values.clip_feature_path,
-        values.subjects,
-        values.channels,
-        values.time_window,
-        values.trials,
-        values.val_fraction,
-        values.seed,
-        values.cache_dir,
+    data = engine.open_data(values)
+    if values.adapt_from is not None:
+        data, decoder = adapted(values.adapt_from, data, values.trainable)
+    else:
+        alignment = aligners.Alignment(
+            values.aligner,
+            values.loss_weights == "uncertainty",
+            values.condition_dropout,
+            values.prior_predicts,
+            values.prior_loss,
+        )
+        decoder = new_decoder(data, values.seed, alignment, values.init_from)
+    objective = JointObjective(
+        decoder, data, contrast_from(values), values.contrast_weight, values.noise_draws
     )
-    alignment = aligners.Alignment(
-        values.aligner,
-        values.loss_weights == "uncertainty",
-        values.condition_dropout,
-        values.prior_predicts,
-        values.prior_loss,
-    )
-    decoder = new_decoder(data, values.seed, alignment, values.init_from)
-    masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
-    parameters = engine.describe_parameters(decoder)
-    plan = [*data.describe(), f"train {parameters} on {device} for {values.epochs} epochs"]
-    run = util.open_run(options, values.output_dir, data.hashes, plan)
-    contrast = Contrast(
-        values.text_contrast,
-        values.contrast_normalise,
-        values.contrast_positives,
-        values.target_mse,
-    )
-    objective = JointObjective(decoder, data, contrast, values.contrast_weight, values.noise_draws)
-    engine.fit(run, decoder, objective, data, masking, engine.schedule_from(values), device)
+    run = engine.train(options, decoder, objective, data, processes)
+    if not processes.first:
+        return
     if values.low_level and not (run.path / lowlevel.FILE).exists():
-        best = Decoder.load(run.path, "best").to(device)
+        best = Decoder.load(run.path, "best").to(processes.device)
         stimuli = list_stimuli(values.data_path, "training")
         lowlevel.fit_head(best, data, stimuli).save(run.path, data.clip)
-    print(f"model: {values.output_dir / 'checkpoints' / 'best' / 'model.safetensors'}")
-    return 0
+    print(f"model: {model_file(run.path, 'best')}")
 
 
 if __name__ == "__main__":

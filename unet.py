@@ -19,7 +19,7 @@ from torch import nn
 from loss import LossTerms, stacked_prior_loss
 from modalities import NAMES
 from stacked import keep_separate_state, stacked
-from util import generator_for
+from util import WHOLE, Part, generator_for
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -240,6 +240,10 @@ class TargetSpace(nn.Module):
             "learned_weights": self.log_variance is not None,
         }
 
+    def networks(self) -> list[nn.Module]:
+        """Where the time of a training step goes: what is worth compiling."""
+        return []
+
     def fit_targets(self, features: Mapping[str, torch.Tensor]) -> None:
         """Set mean and std from training features {modality: [N, D]}.
 
@@ -331,33 +335,38 @@ class PriorBank(TargetSpace):
             "hidden_dim": self.hidden_dim,
         }
 
+    def networks(self) -> list[nn.Module]:
+        return [self.priors]
+
     def losses(
         self,
         targets: Mapping[str, torch.Tensor],
         cond: torch.Tensor,
         generator: torch.Generator,
         draws: int = 1,
+        part: Part = WHOLE,
     ) -> dict[str, LossTerms]:
         """Losses of targets {modality: [B, D]} given cond [B, C]; gradients reach ``cond``.
 
         Timesteps, noise and the dropped conditions are drawn from ``generator``, ``draws`` times
-        per sample. Compared on noise, a row's squared error counts a_t times what it counts on
-        velocity: next to nothing at high t, where only the condition knows the embedding.
+        per sample, for the batch that this is a ``part`` of. Compared on noise, a row's squared
+        error counts a_t times what it counts on velocity: next to nothing at high t, where only
+        the condition knows the embedding.
         """
         clean = self.standardised(targets, cond).repeat_interleave(draws, dim=1)
-        t, noise, keep = self._draw(clean, generator)
+        t, noise, keep = self._draw(clean, generator, part)
         noisy = self.add_noise(clean, noise, t)
-        found = self.priors(noisy, t, cond, keep)
+        found = self.priors(noisy, t, cond, keep).to(clean.dtype)
         if self.loss_on != self.predicts:
             found = self.quantity_from(self.velocity_from(found, noisy, t), noisy, t, self.loss_on)
         true = {"noise": noise, "embedding": clean, "velocity": self.velocity_of(clean, noise, t)}
         return terms_of(stacked_prior_loss(found, true[self.loss_on]))
 
     def _draw(
-        self, clean: torch.Tensor, generator: torch.Generator
+        self, clean: torch.Tensor, generator: torch.Generator, part: Part
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(t [M, B], noise [M, B, D], keep [M, B]) for clean [M, B, D], modality by modality."""
-        where, (rows, width) = generator.device, clean.shape[1:]
+        where, rows, width = generator.device, part.count * clean.shape[1], clean.shape[2]
         drawn = [
             (
                 torch.randint(TRAIN_STEPS, (rows,), generator=generator, device=where),
@@ -366,7 +375,10 @@ class PriorBank(TargetSpace):
             )
             for _ in NAMES
         ]
-        t, noise, keep = (torch.stack(parts).to(clean.device) for parts in zip(*drawn, strict=True))
+        t, noise, keep = (
+            torch.stack([part.of(rows) for rows in kind]).to(clean.device)
+            for kind in zip(*drawn, strict=True)
+        )
         return t, noise, keep
 
     def _shares(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -275,6 +276,28 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         ) from None
 
 
+@dataclass(frozen=True)
+class Part:
+    """The ``index``-th of ``count`` equal parts of a batch: of processes, or of accumulation."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Its rows. Raises ValueError if they cannot be shared equally."""
+        if len(rows) % self.count:
+            raise ValueError(f"{len(rows)} rows cannot be shared among {self.count} equally")
+        size = len(rows) // self.count
+        return rows[self.index * size : (self.index + 1) * size]
+
+    def within(self, index: int, count: int) -> Part:
+        """The ``index``-th of ``count`` parts of this part."""
+        return Part(self.index * count + index, self.count * count)
+
+
+WHOLE = Part()
+
+
 # ---------------------------------------------------------------- seeds
 
 
@@ -284,9 +307,12 @@ def seed_for(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator_for(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator seeded ``seed_for(seed, *names)``: ``generator_for(0, "sdxl", stimulus)``."""
-    return torch.Generator().manual_seed(seed_for(seed, *names))
+def generator_for(seed: int, *names: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded ``seed_for(seed, *names)``: ``generator_for(0, "sdxl", stimulus)``.
+
+    Another kind of ``device`` draws other numbers.
+    """
+    return torch.Generator(device).manual_seed(seed_for(seed, *names))
 
 
 def numpy_generator_for(seed: int, *names: object) -> np.random.Generator:

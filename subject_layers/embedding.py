@@ -28,6 +28,15 @@ class SubjectEmbedding(nn.Module):
         self.shared_embedding = nn.Parameter(torch.randn(1, width))
         self.subject_embedding = nn.Embedding(n_subjects, width)
 
+    @torch.no_grad()
+    def add_subjects(self, count: int) -> None:
+        """Further subjects, that begin with the shared token."""
+        table = self.subject_embedding.weight
+        more = self.shared_embedding.expand(count, -1)
+        self.subject_embedding = nn.Embedding.from_pretrained(
+            torch.cat([table, more]), freeze=False
+        )
+
     def forward(self, subject: torch.Tensor) -> torch.Tensor:
         """subject: int64 [B], -1 = unknown -> [B, 1, width]. Each row by its own id."""
         own = self.subject_embedding(subject.clamp(min=0))

@@ -17,6 +17,14 @@ class SubjectLinear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(n_subjects, n_times, n_times))
         self.bias = nn.Parameter(torch.zeros(n_subjects, n_times))
 
+    @torch.no_grad()
+    def add_subjects(self, count: int) -> None:
+        """Further subjects, that begin with the mean layer."""
+        for name in ("weight", "bias"):
+            old = getattr(self, name)
+            mean = old.mean(0, keepdim=True).expand(count, *old.shape[1:])
+            setattr(self, name, nn.Parameter(torch.cat([old, mean])))
+
     def forward(self, eeg: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
         """eeg [B, C, T], subject int64 [B] -> [B, C, T]."""
         # one product per subject present, not a [B, T, T] gather

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: dict[str, float] = {
     **dict.fromkeys(("modalities", "masking"), 0),
     **dict.fromkeys(("args", "util", "loss", "superpixel", "metrics", "scalp", "tables"), 1),
-    "stacked": 1,
+    **dict.fromkeys(("stacked", "processes", "optimisation", "checkpoints"), 1.5),
     **dict.fromkeys(("subject_layers", "unet", "dataset", "injection"), 2),
     **dict.fromkeys(("backbones", "compare"), 2),
     **dict.fromkeys(("engine", "fusion", "figures", "sampler", "sweeps"), 2.5),

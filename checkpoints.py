@@ -1,0 +1,80 @@
+"""Checkpoints of a training run: whole folders and moving pointers, readable after any kill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import util
+
+
+class Checkpoints:
+    """``checkpoints/step-NNNNNNNN/`` with model.safetensors and state.pt.
+
+    ``latest`` and ``best`` point to them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, torch.Tensor],
+        header: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        best: bool,
+    ) -> None:
+        """Write a whole new folder, then move the pointers.
+
+        A kill at any moment leaves a readable ``latest``.
+        """
+        target = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".{target.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        util.save_tensors(temporary / "model.safetensors", model, header)
+        with util.atomic_write(temporary / "state.pt", "wb") as file:
+            torch.save(dict(state), file)
+        shutil.rmtree(target, ignore_errors=True)  # left there by a kill before its pointer moved
+        os.replace(temporary, target)
+        for name in ("best", "latest") if best else ("latest",):
+            self._point(name, target.name)
+        self._prune()
+
+    def _point(self, name: str, target: str) -> None:
+        link = self.folder / f".{name}.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        os.replace(link, self.folder / name)
+
+    def _prune(self) -> None:
+        kept = {
+            os.readlink(self.folder / name)
+            for name in ("best", "latest")
+            if (self.folder / name).is_symlink()
+        }
+        for folder in self.folder.glob("step-*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The ``latest`` model and training state, None before the first. Raises DataError."""
+        latest = self.folder / "latest"
+        if not latest.is_symlink():
+            return None
+        model, _ = util.load_tensors(latest / "model.safetensors")
+        try:
+            return model, torch.load(latest / "state.pt", weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            raise util.DataError(
+                latest / "state.pt",
+                f"unreadable ({error})",
+                "a whole checkpoint",
+                "delete the run directory and train again",
+            ) from None

@@ -1,0 +1,71 @@
+"""The processes of one training run, as ``accelerate launch`` starts them; usually one.
+
+Each computes its part of every batch. The first alone writes files and validates.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+import util
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process: the ``index``-th of ``count``, and where it computes."""
+
+    index: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str) -> Processes:
+        """The processes that a launcher started, or this one alone. ``device``: the flag."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(0, 1, util.pick_device(device))
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        return cls(state.process_index, state.num_processes, state.device)
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds in any process, told to all of them."""
+        if self.count == 1:
+            return here
+        flag = torch.tensor(float(here), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Over the processes, number by number."""
+        if self.count == 1:
+            return values
+        found = torch.tensor(values, device=self.device)
+        dist.all_reduce(found)
+        return (found / self.count).tolist()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def gathered(rows: torch.Tensor) -> torch.Tensor:
+    """The rows [b, ...] of all processes [count * b, ...], in their order, with gradients.
+
+    A loss of all rows that every process computes sends each process ``count`` times its gradient;
+    DDP's mean over processes makes it the gradient of one loss.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(rows.contiguous()))
