@@ -452,6 +452,58 @@ def _superpixel_size(group: _Group) -> None:
 # ---------------------------------------------------------------- the stages
 
 
+def preprocess() -> Parser:
+    parser = Parser(
+        "preprocess",
+        "Stage 0: raw EEG -> DATA/Preprocessed_data_250Hz/sub-XX, which all later stages read.\n"
+        "Without --raw: the raw THINGS-EEG2 recordings in DATA/Raw_data. With --raw: your own, in\n"
+        "any format that MNE reads; see docs/own_recordings.md.",
+        "python preprocess.py --data_path DATA --n_jobs 4\n"
+        "  python preprocess.py --data_path DATA --raw a.vhdr b.vhdr --events a.csv b.csv "
+        "--subjects sub-01",
+    )
+    group = parser.flags("data")
+    group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
+        help="folder with Raw_data/, or with --raw your training_images/ and test_images/")
+    group.add("--output_path", type=Path, per_call=True, metavar="DIR",
+        help="Preprocessed_data_250Hz/ is written here; default: DATA")
+    group.add("--subjects", nargs="+", metavar="SUB", per_call=True,
+        help="e.g. sub-01 sub-08; default: all that are there. With --raw FILE: its name")
+    group.add("--sessions", type=positive_int, default=4, metavar="N",
+        help="of each subject of THINGS-EEG2: ses-01 to ses-0N")
+    group = parser.flags("your own recordings")
+    group.add("--raw", type=Path, nargs="+", metavar="FILE|DIR", per_call=True,
+        help="one subject's recordings in order (.vhdr, .edf, .bdf, .set, .fif, ...), or one BIDS "
+        "folder, which takes mne-bids")
+    group.add("--events", type=Path, nargs="+", metavar="TABLE", per_call=True,
+        help="CSV or TSV per recording: column stimulus (a picture of DATA) beside onset (s), "
+        "sample or marker; default: *_events.tsv beside the recording, as in BIDS")
+    group = parser.flags("signal")
+    group.add("--channels", nargs="+", metavar="NAME",
+        help="by name, in this order; or things (the 63), posterior (the 17 of parietal and "
+        "occipital cortex), all; default: things, with --raw all EEG channels")
+    group.switch("--interpolate_missing",
+        help="channels that are missing, flat or marked as bad: spherical splines from the rest")
+    group.add("--reference", nargs="+", metavar="NAME",
+        help="average, or channels whose mean is subtracted; default: as recorded")
+    group.add("--band_pass", nargs=2, type=non_negative, metavar=("LOW_HZ", "HIGH_HZ"),
+        help="zero-phase FIR of the continuous recording, LOW 0 = low-pass; default: none")
+    group.add("--epoch", nargs=2, type=seconds, default=[-0.2, 1.0], metavar=("START_S", "END_S"),
+        help="around the onset; the mean before the onset is subtracted, what follows it is kept")
+    group.add("--rate", type=positive, default=250.0, metavar="HZ", help="sampling rate written")
+    group.switch("--whiten", default=True,
+        help="multivariate noise normalisation, per session, from its training trials")
+    group.add("--dtype", choices=("float64", "float32"), default="float64",
+        help="of the file: as published, or half the size")
+    group.add("--seed", type=count, default=20200220,
+        help="of the choice and the order of repetitions")
+    group = parser.flags("work")
+    group.add("--n_jobs", type=positive_int, default=1, metavar="N", per_call=True,
+        help="processes that cut and resample trials")
+    _common(parser, device=False)
+    return parser
+
+
 def features() -> Parser:
     parser = Parser(
         "features",
@@ -1271,6 +1323,7 @@ def demo() -> Parser:
 
 
 STAGES: dict[str, Callable[[], Parser]] = {
+    "preprocess": preprocess,
     "features": features,
     "train": train,
     "retrieval": retrieval,
@@ -1282,6 +1335,7 @@ STAGES: dict[str, Callable[[], Parser]] = {
     "demo": demo,
 }
 _PROGRAMS = {
+    "preprocess": "preprocess.py",
     "features": "clip_feature_extractor.py",
     "train": "train.py",
     "retrieval": "ATMS_retrieval.py",
@@ -1418,6 +1472,8 @@ def _validate(parser: Parser, values: argparse.Namespace) -> None:
         _validate_evaluate(parser, values)
     if parser.stage == "train":
         _validate_train(parser, values)
+    if parser.stage == "preprocess":
+        _validate_preprocess(parser, values)
 
 
 def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
@@ -1430,6 +1486,21 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
     for flag, default in (("prior_predicts", "velocity"), ("prior_loss", None)):
         if values.aligner != "prior" and getattr(values, flag) != default:
             parser.error(f"--{flag} is of --aligner prior, not of --aligner {values.aligner}")
+
+
+def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:
+    start, end = values.epoch
+    if not start < 0 < end:
+        parser.error(f"--epoch {start} {end}: must begin before the onset at 0, for the baseline, "
+            "and end after it")
+    if values.band_pass and values.band_pass[0] >= values.band_pass[1]:
+        low, high = values.band_pass
+        parser.error(f"--band_pass {low} {high}: LOW_HZ must be below HIGH_HZ")
+    if values.events and not values.raw:
+        parser.error("--events belongs to your own recordings: name them with --raw")
+    if values.events and len(values.events) != len(values.raw):
+        parser.error(f"--events names {len(values.events)} tables for {len(values.raw)} "
+            "recordings of --raw: one each, in the same order")
 
 
 def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:

@@ -243,21 +243,22 @@ _DAMAGED = (
 )
 
 
-def read_pickled_dict(path: Path) -> dict[str, Any]:
+def read_pickled_dict(
+    path: Path,
+    expected: str = "a pickled dict with preprocessed_eeg_data, ch_names and times",
+    where_cure: str = "check --data_path and the subject's name",
+) -> dict[str, Any]:
     """Read a dict of arrays from a pickle, or from ``np.save`` of a 0-d object array.
 
     Nothing in it is run. Raises DataError for a missing, empty, cut or other file, and for one
     that asks for more than arrays.
     """
-    expected = "a pickled dict with preprocessed_eeg_data, ch_names and times"
     try:
         with open(path, "rb") as file:
             _skip_npy_header(file)
             content = _to_numpy(_RestrictedUnpickler(file).load())
     except FileNotFoundError:
-        raise DataError(
-            path, "no such file", expected, "check --data_path and the subject's name"
-        ) from None
+        raise DataError(path, "no such file", expected, where_cure) from None
     except _DAMAGED as error:
         raise DataError(
             path,

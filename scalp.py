@@ -50,3 +50,9 @@ def positions(channels: Sequence[str]) -> dict[str, np.ndarray]:
     """
     known = {name.upper(): place for name, place in _montage_positions().items()}
     return {name: known[name.upper()] for name in channels if name.upper() in known}
+
+
+def standard_names(channels: Sequence[str]) -> dict[str, str]:
+    """{channel: its 10-05 spelling} of the channels that 10-05 knows (``FP1`` -> ``Fp1``)."""
+    spelling = {name.upper(): name for name in _montage_positions()}
+    return {name: spelling[name.upper()] for name in channels if name.upper() in spelling}

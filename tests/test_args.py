@@ -18,6 +18,7 @@ GENERATE = [
 ]
 EVALUATE = ["--data_path", "D", "--output_dir", "O", "--images", "I"]
 MINIMAL = {
+    "preprocess": ["--data_path", "D"],
     "features": FEATURES,
     "train": TRAIN,
     "retrieval": TRAIN,

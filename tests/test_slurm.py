@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from slurm_standin.cluster import Cluster, install
 
 import train
 import util
+from checkpoints import Checkpoints
 from modalities import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +40,7 @@ def shellcheck() -> str | None:
 def test_shellcheck_has_nothing_to_say() -> None:
     found = [*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")]
     scripts = [str(path.relative_to(ROOT)) for path in found]
-    assert len(scripts) == 7
+    assert len(scripts) == 8
     call = subprocess.run(
         [str(shellcheck()), *scripts], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -247,6 +249,111 @@ def test_a_joint_model_is_what_all_subjects_are_drawn_and_scored_with(
     for line, subject in zip(calls["evaluate.py"], ("sub-01", "sub-02"), strict=True):
         assert f"--model_path {out}/model " in line and f"--subjects {subject} " in line
     assert f"--runs {out}/model {out}/images/sub-01 {out}/scores/sub-01" in calls["report.py"][0]
+
+
+def test_strangers_are_scored_by_the_model_that_never_saw_them(
+    cluster: Cluster, pretend: dict, tmp_path: Path
+) -> None:
+    python, out = tmp_path / "venv/bin/python", pretend["OUT"]
+    python.unlink()
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *--print_config*) ;; *) echo "$*" >> \'{out}.log\';; esac'
+    )
+    python.chmod(0o755)
+    assert pipeline(cluster, "--leave_out", "--shards", 1, **pretend).returncode == 0
+    cluster.run(at_once=1)
+    lines = Path(f"{out}.log").read_text().splitlines()
+    calls = {name: [line for line in lines if line.startswith(name)] for name in PROGRAMS}
+    for index, subject in enumerate(("sub-01", "sub-02")):
+        where = f"{out}/model/without_{subject}"
+        assert (
+            f"--output_dir {where} --subjects sub-01 sub-02 --leave_out {subject}"
+            in (calls["train.py"][index])
+        )
+        assert f"--model_path {where} " in calls["generate.py"][index]
+        assert f"--model_path {where} " in calls["evaluate.py"][index]
+    call = pipeline(cluster, "--leave_out", "--joint", **pretend)
+    assert call.returncode == 2 and "choose one" in call.stderr
+
+
+# ---------------------------------------------------------------- several GPUs and nodes
+
+LAUNCH = """
+set -euo pipefail
+source slurm/common.sh
+SUBJECT=sub-01
+train_command
+launch_on_all_gpus
+"""
+
+
+def in_shell(script: str, folder: Path, **variables: object) -> subprocess.Popen:
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    environment["PATH"] = (
+        f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}" + (os.environ["PATH"])
+    )
+    return subprocess.Popen(
+        ["bash", "-c", script], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def launch_variables(tmp_path: Path, **more: object) -> dict[str, object]:
+    return {"DATA": "data", "OUT": tmp_path, "SUBJECTS": "sub-01", "SLURM_JOB_ID": 7} | more
+
+
+def test_one_process_for_each_gpu_of_a_node(tmp_path: Path) -> None:
+    script = LAUNCH + 'echo "${LAUNCH[@]}"'
+    alone, _ = in_shell(script, tmp_path, **launch_variables(tmp_path)).communicate()
+    assert alone.strip() == "python"
+    four = launch_variables(tmp_path, SLURM_GPUS_ON_NODE=4)
+    words, _ = in_shell(script, tmp_path, **four).communicate()
+    assert "launch --multi_gpu --num_machines 1 --num_processes 4 " in words
+
+
+def test_each_node_launches_with_its_own_rank(tmp_path: Path) -> None:
+    """srun starts what it is given on every node; scontrol names the first of them."""
+    for name, text in {
+        "srun": 'shift 2; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "scontrol": 'printf "node5\nnode6\n"',
+        "python": 'echo "python $*"',
+    }.items():
+        program = tmp_path / name
+        program.write_text(f"#!/bin/bash\n{text}\n")
+        program.chmod(0o755)
+    two = {"SLURM_GPUS_ON_NODE": 4, "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[5-6]"}
+    script = LAUNCH + '"${LAUNCH[@]}" train.py --flag "two words"'
+    call = in_shell(script, tmp_path, **launch_variables(tmp_path, **two))
+    lines = call.communicate()[0].splitlines()
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert f"launch --machine_rank {rank} --main_process_ip node5 --multi_gpu" in line
+        assert "--num_machines 2 --num_processes 8 " in line
+        assert line.endswith("train.py --flag two words")
+
+
+def test_a_warning_stops_all_processes_and_the_job_comes_back(
+    features: Chain, tmp_path: Path
+) -> None:
+    """SIGUSR1 to the batch shell, as SLURM sends it: saved, code 75, and the same command ends."""
+    more = "--epochs 400 --batch_size 8 --val_every 400 --save_every 400 --val_fraction 0.2"
+    variables = launch_variables(
+        tmp_path, DATA=features.data, SLURM_GPUS_ON_NODE=2, OMP_NUM_THREADS=1,
+        TRAIN_FLAGS=f"{more} --device cpu --clip_feature_path '{features.features}'",
+    )  # fmt: skip
+    del variables["SLURM_JOB_ID"]
+    job = in_shell(LAUNCH + 'run_stage "${COMMAND[@]}"', tmp_path, **variables)
+    log = tmp_path / "model" / "sub-01" / "log.txt"
+    for _ in range(600):
+        if log.exists() and "in 2 processes" in log.read_text():
+            break
+        time.sleep(0.2)
+    time.sleep(2)
+    job.send_signal(signal.SIGUSR1)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == util.PREEMPTED, errors[-2000:]
+    _, state = Checkpoints(tmp_path / "model" / "sub-01" / "checkpoints").load()
+    assert state["step"] > 0 and not (tmp_path / "model" / "sub-01" / "DONE").exists()
 
 
 # ---------------------------------------------------------------- mistakes, told at once

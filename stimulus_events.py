@@ -1,0 +1,207 @@
+"""Which picture was shown when: tables of events, joined to the pictures of DATA by name."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import math
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from dataset import IMAGE_FOLDER, PARTITIONS, Stimulus, check_disjoint, list_stimuli
+from util import DataError, json_hash
+
+STIMULUS_COLUMNS = ("stimulus", "stim_file", "image", "picture")
+TIME_COLUMNS = ("onset", "sample", "marker")  # the first that a table has counts
+NOTHING = ("", "n/a", "na", "nan", "none")  # an event without a picture, as BIDS writes it
+CURE = "see docs/own_recordings.md for the columns"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One line of a table: the picture, and when. ``when``: s, a sample, or a marker."""
+
+    line: int
+    when: str
+    stimulus: str
+
+
+@dataclass(frozen=True)
+class EventTable:
+    """``kind``: what ``when`` means, one of TIME_COLUMNS; ``skipped``: lines without a picture."""
+
+    path: Path
+    kind: str
+    shown: list[Shown]
+    skipped: int
+
+
+def read_table(path: Path) -> EventTable:
+    """A CSV or TSV with a header, in UTF-8, with any line ends. Raises DataError."""
+    rows = list(_rows(path))
+    head = [name.strip().lower() for name in rows[0]] if rows else []
+    stimulus = next((name for name in STIMULUS_COLUMNS if name in head), None)
+    kind = next((name for name in TIME_COLUMNS if name in head), None)
+    if stimulus is None or kind is None:
+        raise DataError(
+            path,
+            f"columns {', '.join(head) or '(none)'}",
+            f"{' or '.join(STIMULUS_COLUMNS)}, beside {' or '.join(TIME_COLUMNS)}",
+            CURE,
+        )
+    shown, skipped = [], 0
+    for line, cells in enumerate(rows[1:], start=2):
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(head):
+            raise DataError(
+                f"{path}, line {line}", f"{len(cells)} cells", f"{len(head)}, as in line 1", CURE
+            )
+        of = dict(zip(head, (cell.strip() for cell in cells), strict=True))
+        if of[stimulus].lower() in NOTHING:
+            skipped += 1
+        else:
+            shown.append(Shown(line, of[kind], of[stimulus]))
+    if not shown:
+        raise DataError(path, "no event with a picture", "a line per event", CURE)
+    return EventTable(path, kind, shown, skipped)
+
+
+def _rows(path: Path) -> Iterator[list[str]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
+    except FileNotFoundError:
+        raise DataError(path, "no such file", "a CSV or TSV table of events", CURE) from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(
+            path, f"unreadable ({error})", "a CSV or TSV table in UTF-8", "save it as UTF-8"
+        ) from None
+    lines = text.splitlines()
+    first = lines[0] if lines else ""
+    separator = max("\t;,", key=first.count)
+    try:
+        yield from csv.reader(lines, delimiter=separator, strict=True)
+    except csv.Error as error:
+        raise DataError(path, f"not CSV ({error})", "a CSV or TSV table", CURE) from None
+
+
+def as_number(event: Shown, table: EventTable) -> float:
+    """The onset in s, or the sample. Raises DataError."""
+    try:
+        value = float(event.when)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise DataError(
+            f"{table.path}, line {event.line}",
+            f"{table.kind} {event.when!r}",
+            "seconds, or samples, since the recording began",
+            "mend the line; an event that is none has n/a as its stimulus",
+        )
+    return value
+
+
+# ---------------------------------------------------------------- the pictures
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of DATA by partition, in EEG row order."""
+
+    rows: Mapping[str, Sequence[Stimulus]]
+    data_path: Path
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {partition: len(items) for partition, items in self.rows.items()}
+
+    @property
+    def hash(self) -> str:
+        """Of their names in row order: rows of the EEG belong to them."""
+        return json_hash([item.key for items in self.rows.values() for item in items])
+
+    def find(self, event: Shown, table: EventTable) -> tuple[str, int]:
+        """(partition, row) of the picture that a line names. Raises DataError.
+
+        It may be named by its file alone, or with as many of its folders as make it unique.
+        """
+        where = f"{table.path}, line {event.line}"
+        asked = _parts(event.stimulus, where)
+        found = [
+            (partition, row)
+            for partition, row, key in self._by_file.get(asked[-1], [])
+            if key[-len(asked) :] == asked or asked[-len(key) :] == key
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            keys = ", ".join(self.rows[partition][row].key for partition, row in found[:3])
+            raise DataError(
+                where, f"{event.stimulus!r}, which may be {keys}", "one picture", "name its folder"
+            )
+        known = {
+            "/".join(item.key.split("/")[-len(asked) :]): item.key
+            for items in self.rows.values()
+            for item in items
+        }
+        near = difflib.get_close_matches("/".join(asked), known, n=1)
+        raise DataError(
+            where,
+            f"unknown stimulus {event.stimulus!r}",
+            f"one of the {sum(self.counts.values())} pictures below {self.data_path}"
+            + (f", perhaps {known[near[0]]}" if near else ""),
+            "mend the name, or put the picture there",
+        )
+
+    @cached_property
+    def _by_file(self) -> dict[str, list[tuple[str, int, tuple[str, ...]]]]:
+        """{file name: [(partition, row, parts of the key)]}."""
+        index: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {}
+        for partition, items in self.rows.items():
+            for row, item in enumerate(items):
+                key = _parts(item.key, item.key)
+                index.setdefault(key[-1], []).append((partition, row, key))
+        return index
+
+
+def list_pictures(data_path: Path) -> Pictures:
+    """Those of training_images/ and test_images/, whichever exist.
+
+    Raises DataError where there are none, or where one is a link that leads out of its folder.
+    """
+    there = [name for name in PARTITIONS if (Path(data_path) / IMAGE_FOLDER[name]).is_dir()]
+    if not there:
+        raise DataError(
+            data_path,
+            "neither training_images/ nor test_images/",
+            "your pictures as training_images/NNNNN_concept/*.jpg and test_images/...",
+            "arrange them so; docs/own_recordings.md shows how",
+        )
+    rows = {name: list_stimuli(data_path, name) for name in there}
+    for name, items in rows.items():
+        root = (Path(data_path) / IMAGE_FOLDER[name]).resolve()
+        for item in items:
+            target = item.path.resolve()
+            if not target.is_relative_to(root):
+                raise DataError(
+                    item.path, f"a link to {target}", f"a picture inside {root}", "copy it there"
+                )
+    if len(rows) == len(PARTITIONS):
+        check_disjoint(rows["training"], rows["test"])
+    return Pictures(rows, Path(data_path))
+
+
+def _parts(text: str, where: str) -> tuple[str, ...]:
+    """A relative path's parts, Unicode composed. Raises DataError for one that leads elsewhere."""
+    path = PurePosixPath(unicodedata.normalize("NFC", text.replace("\\", "/")))
+    if path.is_absolute() or PureWindowsPath(text).drive or ".." in path.parts or not path.parts:
+        raise DataError(
+            where,
+            f"stimulus {text!r}",
+            "a path inside DATA, without '..' and not absolute",
+            "name the picture by its file, or by folder and file",
+        )
+    return path.parts
