@@ -209,178 +209,78 @@ def _did_you_mean(found: str, known: Sequence[str]) -> str:
 
 def _common(parser: Parser, *, device: bool = True) -> None:
     group = parser.flags("this call")
-    group.add(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        per_call=True,
-        help="YAML or JSON with option names as keys, or the options.json of a run",
-    )
+    group.add("--config", type=Path, metavar="FILE", per_call=True,
+        help="YAML or JSON with option names as keys, or the options.json of a run")
     group.switch(
-        "--dry_run", help="check everything, say what would be done, write nothing", per_call=True
-    )
+        "--dry_run", help="check everything, say what would be done, write nothing", per_call=True)
     group.switch(
-        "--print_config", help="print the resolved options as YAML and stop", per_call=True
-    )
+        "--print_config", help="print the resolved options as YAML and stop", per_call=True)
     if device:
-        group.add(
-            "--device",
-            default="auto",
-            metavar="auto|cpu|cuda[:N]",
-            per_call=True,
-            help="where to compute",
-        )
+        group.add("--device", default="auto", metavar="auto|cpu|cuda[:N]", per_call=True,
+            help="where to compute")
 
 
 def _eeg_selection(group: _Group) -> None:
-    group.add(
-        "--channels",
-        nargs="+",
-        metavar="NAME",
-        help="EEG channels by name; default: all in the file",
-    )
-    group.add(
-        "--time_window",
-        nargs=2,
-        type=seconds,
-        metavar=("START_S", "END_S"),
-        help="seconds after stimulus onset, end exclusive; default: all in the file",
-    )
-    group.add(
-        "--cache_dir",
-        type=Path,
-        metavar="DIR",
-        per_call=True,
-        help="where the float32 copies of the EEG live; default: DATA/eeg_cache",
-    )
+    group.add("--channels", nargs="+", metavar="NAME",
+        help="EEG channels by name; default: all in the file")
+    group.add("--time_window", nargs=2, type=seconds, metavar=("START_S", "END_S"),
+        help="seconds after stimulus onset, end exclusive; default: all in the file")
+    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
+        help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
 
 
 def _training(group: _Group) -> None:
     group.add("--epochs", type=positive_int, default=100, help="passes over the training stimuli")
     group.add("--batch_size", type=positive_int, default=16, help="samples per optimiser step")
     group.add("--learning_rate", type=positive, default=1e-4, help="AdamW peak learning rate")
-    group.add(
-        "--lr_eeg",
-        type=positive,
-        metavar="RATE",
-        help="peak learning rate of the EEG encoder; default: --learning_rate",
-    )
-    group.add(
-        "--schedule",
-        choices=("constant", "cosine"),
-        default="constant",
-        help="of the learning rates after the warm-up: as they are, or down to 0 at the end",
-    )
+    group.add("--lr_eeg", type=positive, metavar="RATE",
+        help="peak learning rate of the EEG encoder; default: --learning_rate")
+    group.add("--schedule", choices=("constant", "cosine"), default="constant",
+        help="of the learning rates after the warm-up: as they are, or down to 0 at the end")
     group.add("--weight_decay", type=non_negative, default=0.01, help="AdamW weight decay")
     group.add("--warmup_steps", type=count, default=0, help="linear warm-up")
     group.add("--grad_clip", type=non_negative, default=1.0, help="gradient norm limit; 0 = none")
-    group.add(
-        "--ema_decay",
-        type=share,
-        default=0.0,
-        help="EMA of the weights, used for validation and saving; 0 = off",
-    )
+    group.add("--ema_decay", type=share, default=0.0,
+        help="EMA of the weights, used for validation and saving; 0 = off")
     group.add("--seed", type=count, default=0, help="of initialisation, order, noise and masks")
-    group.add(
-        "--accumulate",
-        type=positive_int,
-        default=1,
-        metavar="N",
+    group.add("--accumulate", type=positive_int, default=1, metavar="N",
         help="compute a batch in N parts, for GPUs that are too small for it; negatives of the "
-        "contrastive loss are those of the same part",
-    )
-    group.add(
-        "--precision",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the networks' products; weights, losses and the optimiser stay float32",
-    )
-    group.add(
-        "--epochs_per_call",
-        type=positive_int,
-        metavar="N",
-        per_call=True,
-        help="save and stop after N epochs (exit code 75); the same command goes on",
-    )
-    group.add(
-        "--save_every",
-        type=positive_int,
-        default=1,
-        metavar="EPOCHS",
-        per_call=True,
-        help="epochs between checkpoints",
-    )
-    group.switch(
-        "--compile", help="torch.compile the networks: slow to start, then faster", per_call=True
-    )
-    group.add(
-        "--data_on_device",
-        choices=(AUTO, "yes", "no"),
-        default=AUTO,
-        per_call=True,
-        help="keep the EEG on the GPU; auto: if it takes at most half of its free memory",
-    )
-    group.add(
-        "--report_to",
-        choices=("none", "wandb", "trackio"),
-        default="none",
-        per_call=True,
-        help="also tell this tracker, which has to be installed; TensorBoard is always told",
-    )
+        "contrastive loss are those of the same part")
+    group.add("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of the networks' products; weights, losses and the optimiser stay float32")
+    group.add("--epochs_per_call", type=positive_int, metavar="N", per_call=True,
+        help="save and stop after N epochs (exit code 75); the same command goes on")
+    group.add("--save_every", type=positive_int, default=1, metavar="EPOCHS", per_call=True,
+        help="epochs between checkpoints")
+    group.switch("--compile", help="torch.compile the networks: slow to start, then faster",
+        per_call=True)
+    group.add("--data_on_device", choices=(AUTO, "yes", "no"), default=AUTO, per_call=True,
+        help="keep the EEG on the GPU; auto: if it takes at most half of its free memory")
+    group.add("--report_to", choices=("none", "wandb", "trackio"), default="none", per_call=True,
+        help="also tell this tracker, which has to be installed; TensorBoard is always told")
 
 
 def _training_data(group: _Group) -> None:
+    group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
+        help="folder with Preprocessed_data_250Hz/, training_images/, test_images/")
+    group.add("--clip_feature_path", type=Path, required=True, per_call=True, metavar="DIR",
+        help="output of clip_feature_extractor.py")
     group.add(
-        "--data_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DATA",
-        help="folder with Preprocessed_data_250Hz/, training_images/, test_images/",
-    )
-    group.add(
-        "--clip_feature_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DIR",
-        help="output of clip_feature_extractor.py",
-    )
-    group.add(
-        "--output_dir", type=Path, required=True, per_call=True, metavar="RUN", help="run directory"
-    )
-    group.add(
-        "--subjects",
-        nargs="+",
-        metavar="SUB",
-        help="e.g. sub-01 sub-08; default: all that are there",
-    )
-    group.add(
-        "--leave_out",
-        metavar=f"SUB|{EACH}",
+        "--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory")
+    group.add("--subjects", nargs="+", metavar="SUB",
+        help="e.g. sub-01 sub-08; default: all that are there")
+    group.add("--leave_out", metavar=f"SUB|{EACH}",
         help="train without this subject, whose EEG is never opened, to score it as a stranger; "
-        f"{EACH}: a model without each in turn, in RUN/without_SUB",
-    )
-    group.add(
-        "--subject_dropout",
-        type=share,
-        metavar="P",
+        f"{EACH}: a model without each in turn, in RUN/without_SUB")
+    group.add("--subject_dropout", type=share, metavar="P",
         help="probability that whose EEG a sample is stays unknown, which trains the token for "
-        "strangers; default: 0.2 with --leave_out, else 0",
-    )
-    group.add(
-        "--trials",
-        choices=("average", "single", "random"),
-        default="random",
+        "strangers; default: 0.2 with --leave_out, else 0")
+    group.add("--trials", choices=("average", "single", "random"), default="random",
         help="a sample is the mean of all repetitions, one repetition, "
-        "or the mean of a random subset",
-    )
-    group.add(
-        "--val_fraction",
-        type=proper_share,
-        default=0.05,
-        help="training concepts held out for validation and selection",
-    )
+        "or the mean of a random subset")
+    group.add("--val_fraction", type=proper_share, default=0.05,
+        help="training concepts held out for validation and selection")
     _eeg_selection(group)
 
 
@@ -391,62 +291,29 @@ def _masks(parser: Parser) -> None:
         ("time", "a time span"),
         ("patch", "a channel x time patch"),
     ):
-        group.add(
-            f"--mask_{kind}",
-            type=share,
-            default=0.0,
-            metavar="P",
-            help=f"probability that {what} is set to 0",
-        )
-    group.add(
-        "--mask_span",
-        type=positive_int,
-        default=25,
-        metavar="SAMPLES",
-        help="length of time spans and patches",
-    )
+        group.add(f"--mask_{kind}", type=share, default=0.0, metavar="P",
+            help=f"probability that {what} is set to 0")
+    group.add("--mask_span", type=positive_int, default=25, metavar="SAMPLES",
+        help="length of time spans and patches")
 
 
 def _contrast(group: _Group) -> None:
-    group.add(
-        "--text_contrast",
-        type=share,
-        default=0.01,
-        metavar="SHARE",
-        help="share of text in the contrastive loss; images get the rest",
-    )
-    group.add(
-        "--contrast_normalise",
-        choices=("both", "targets"),
-        default="both",
+    group.add("--text_contrast", type=share, default=0.01, metavar="SHARE",
+        help="share of text in the contrastive loss; images get the rest")
+    group.add("--contrast_normalise", choices=("both", "targets"), default="both",
         help="what the contrastive loss brings to unit length; targets: the EEG side keeps its "
-        "own, as in ATM's published code",
-    )
-    group.add(
-        "--contrast_positives",
-        choices=("pair", "concept"),
-        default="pair",
+        "own, as in ATM's published code")
+    group.add("--contrast_positives", choices=("pair", "concept"), default="pair",
         help="which rows of a batch the contrastive loss draws together: an EEG and its own "
-        "target, or all of the same concept; the rest is pushed apart",
-    )
-    group.add(
-        "--target_mse",
-        type=non_negative,
-        default=0.0,
-        metavar="WEIGHT",
+        "target, or all of the same concept; the rest is pushed apart")
+    group.add("--target_mse", type=non_negative, default=0.0, metavar="WEIGHT",
         help="weight of the MSE between the encoder's output and the un-normalised image "
-        "embedding, beside the contrastive loss; 0 = off",
-    )
+        "embedding, beside the contrastive loss; 0 = off")
 
 
 def _superpixel_size(group: _Group) -> None:
-    group.add(
-        "--superpixel_size",
-        type=positive_int,
-        default=500,
-        metavar="PX",
-        help="pictures are resized to this width and height before SLIC; THINGS has 500",
-    )
+    group.add("--superpixel_size", type=positive_int, default=500, metavar="PX",
+        help="pictures are resized to this width and height before SLIC; THINGS has 500")
 
 
 # ---------------------------------------------------------------- the stages
@@ -512,72 +379,27 @@ def features() -> Parser:
         "--batch_size 32",
     )
     group = parser.flags("data")
-    group.add(
-        "--data_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DATA",
-        help="folder with training_images/ and test_images/",
-    )
-    group.add(
-        "--output_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DIR",
-        help="where the feature bank is written",
-    )
-    group.add(
-        "--captions",
-        type=Path,
-        per_call=True,
-        metavar="JSON",
-        help="captions by picture (training_images/C/F.jpg) or by concept",
-    )
-    group.add(
-        "--text_template",
-        default=TEXT_TEMPLATE,
-        metavar="TEXT",
-        help="used where --captions has nothing; {concept} is the folder name after its number",
-    )
+    group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
+        help="folder with training_images/ and test_images/")
+    group.add("--output_path", type=Path, required=True, per_call=True, metavar="DIR",
+        help="where the feature bank is written")
+    group.add("--captions", type=Path, per_call=True, metavar="JSON",
+        help="captions by picture (training_images/C/F.jpg) or by concept")
+    group.add("--text_template", default=TEXT_TEMPLATE, metavar="TEXT",
+        help="used where --captions has nothing; {concept} is the folder name after its number")
     group = parser.flags("CLIP")
-    group.add(
-        "--clip_model",
-        default="ViT-H-14",
-        metavar="NAME|JSON",
-        help="open_clip model name or model config file",
-    )
-    group.add(
-        "--clip_pretrained",
-        per_call=True,
-        default="laion2b_s32b_b79k",
-        metavar="TAG|FILE",
-        help="open_clip tag or weight file",
-    )
-    group.add(
-        "--batch_size",
-        type=positive_int,
-        default=32,
-        help="pictures encoded at once",
-        per_call=True,
-    )
+    group.add("--clip_model", default="ViT-H-14", metavar="NAME|JSON",
+        help="open_clip model name or model config file")
+    group.add("--clip_pretrained", per_call=True, default="laion2b_s32b_b79k", metavar="TAG|FILE",
+        help="open_clip tag or weight file")
+    group.add("--batch_size", type=positive_int, default=32, help="pictures encoded at once",
+        per_call=True)
     _superpixel_size(parser.flags("superpixels"))
     group = parser.flags("work")
-    group.add(
-        "--num_workers",
-        type=count,
-        metavar="N",
-        per_call=True,
-        help="superpixel processes; 0 = in this process; default: cores - 1, at least 1",
-    )
-    group.add(
-        "--shard_size",
-        type=positive_int,
-        default=256,
-        metavar="PICTURES",
-        help="a restart loses at most this many",
-    )
+    group.add("--num_workers", type=count, metavar="N", per_call=True,
+        help="superpixel processes; 0 = in this process; default: cores - 1, at least 1")
+    group.add("--shard_size", type=positive_int, default=256, metavar="PICTURES",
+        help="a restart loses at most this many")
     group.switch("--save_superpixels", help="also write the superpixel PNGs to look at")
     _common(parser)
     return parser
@@ -593,89 +415,37 @@ def train() -> Parser:
     _training_data(parser.flags("data"))
     group = parser.flags("optimisation")
     _training(group)
-    group.add(
-        "--init_from",
-        type=Path,
-        per_call=True,
-        metavar="RUN",
-        help="start from the encoder of an ATMS_retrieval.py run",
-    )
-    group.add(
-        "--adapt_from",
-        type=Path,
-        per_call=True,
-        metavar="RUN",
-        help="go on from this model with --subjects that it does not know",
-    )
-    group.add(
-        "--trainable",
-        choices=("subject_layers", "encoder", "all"),
-        default="all",
-        help="what changes with --adapt_from: the new subjects' layer and token, the encoder, all",
-    )
-    group.switch(
-        "--low_level",
-        per_call=True,
+    group.add("--init_from", type=Path, per_call=True, metavar="RUN",
+        help="start from the encoder of an ATMS_retrieval.py run")
+    group.add("--adapt_from", type=Path, per_call=True, metavar="RUN",
+        help="go on from this model with --subjects that it does not know")
+    group.add("--trainable", choices=("subject_layers", "encoder", "all"), default="all",
+        help="what changes with --adapt_from: the new subjects' layer and token, the encoder, all")
+    group.switch("--low_level", per_call=True,
         help="at the end also fit the linear head that predicts a coarse picture, for "
-        "generate.py --init superpixel; on a finished run fit only that",
-    )
+        "generate.py --init superpixel; on a finished run fit only that")
     group = parser.flags("loss")
-    group.add(
-        "--contrast_weight",
-        type=non_negative,
-        default=1.0,
-        metavar="LAMBDA",
-        help="weight of the CLIP contrastive loss beside the priors' loss",
-    )
+    group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
+        help="weight of the CLIP contrastive loss beside the priors' loss")
     _contrast(group)
-    group.add(
-        "--aligner",
-        choices=("prior", "mlp", "none"),
-        default="prior",
+    group.add("--aligner", choices=("prior", "mlp", "none"), default="prior",
         help="what makes the five embeddings of the encoder's output: a diffusion prior for each, "
-        "a regression with a shared trunk, or nothing (the output is taken for each of them)",
-    )
-    group.add(
-        "--prior_predicts",
-        choices=QUANTITIES,
-        default="velocity",
-        help="what the priors' networks put out",
-    )
-    group.add(
-        "--prior_loss",
-        choices=QUANTITIES,
+        "a regression with a shared trunk, or nothing (the output is taken for each of them)")
+    group.add("--prior_predicts", choices=QUANTITIES, default="velocity",
+        help="what the priors' networks put out")
+    group.add("--prior_loss", choices=QUANTITIES,
         help="what 0.7 MSE + 0.3 (1 - cos) of the priors compares; default: what they predict, "
-        "from which they learned faster on simulated EEG than from the noise, as published",
-    )
-    group.add(
-        "--noise_draws",
-        type=positive_int,
-        default=4,
-        metavar="N",
+        "from which they learned faster on simulated EEG than from the noise, as published")
+    group.add("--noise_draws", type=positive_int, default=4, metavar="N",
         help="timesteps and noises at which the priors see each sample of a batch: cheap beside "
-        "the encoder, and they learn faster",
-    )
-    group.add(
-        "--loss_weights",
-        choices=("fixed", "uncertainty"),
-        default="fixed",
-        help="of the five modalities: the registry's, or learned log-variances",
-    )
-    group.add(
-        "--condition_dropout",
-        type=share,
-        default=0.1,
-        metavar="P",
-        help="share of samples a prior sees without EEG, for guidance",
-    )
+        "the encoder, and they learn faster")
+    group.add("--loss_weights", choices=("fixed", "uncertainty"), default="fixed",
+        help="of the five modalities: the registry's, or learned log-variances")
+    group.add("--condition_dropout", type=share, default=0.1, metavar="P",
+        help="share of samples a prior sees without EEG, for guidance")
     group = parser.flags("validation")
-    group.add(
-        "--val_every",
-        type=positive_int,
-        default=1,
-        metavar="EPOCHS",
-        help="epochs between validations",
-    )
+    group.add("--val_every", type=positive_int, default=1, metavar="EPOCHS",
+        help="epochs between validations")
     _masks(parser)
     _common(parser)
     return parser
@@ -694,75 +464,39 @@ def retrieval() -> Parser:
     group = parser.flags("loss")
     _contrast(group)
     group = parser.flags("validation")
-    group.add(
-        "--val_every",
-        type=positive_int,
-        default=1,
-        metavar="EPOCHS",
-        help="epochs between validations",
-    )
+    group.add("--val_every", type=positive_int, default=1, metavar="EPOCHS",
+        help="epochs between validations")
     _masks(parser)
     _common(parser)
     return parser
 
 
 def _model(group: _Group) -> None:
-    group.add(
-        "--model_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="RUN",
-        help="output of train.py",
-    )
-    group.add(
-        "--checkpoint",
-        choices=("best", "latest"),
-        default="best",
-        help="best on held-out training concepts, or the last one",
-    )
+    group.add("--model_path", type=Path, required=True, per_call=True, metavar="RUN",
+        help="output of train.py")
+    group.add("--checkpoint", choices=("best", "latest"), default="best",
+        help="best on held-out training concepts, or the last one")
 
 
 def _prior_sampling(parser: Parser) -> None:
     group = parser.flags("prior sampling")
+    group.add("--prior_steps", type=positive_int, default=20, metavar="N",
+        help="denoising steps of each prior")
+    group.add("--prior_guidance", type=non_negative, default=2.0, metavar="SCALE",
+        help="classifier-free guidance; 1 = off")
+    group.add("--prior_draws", type=positive_int, default=8, metavar="N",
+        help="a prediction is the mean of so many samples, nearer to the truth than a single one")
     group.add(
-        "--prior_steps",
-        type=positive_int,
-        default=20,
-        metavar="N",
-        help="denoising steps of each prior",
-    )
-    group.add(
-        "--prior_guidance",
-        type=non_negative,
-        default=2.0,
-        metavar="SCALE",
-        help="classifier-free guidance; 1 = off",
-    )
-    group.add(
-        "--prior_draws",
-        type=positive_int,
-        default=8,
-        metavar="N",
-        help="a prediction is the mean of so many samples, nearer to the truth than a single one",
-    )
-    group.add(
-        "--prior_sampler", choices=("dpm", "ddim"), default="dpm", help="DPM-Solver++ or DDIM"
-    )
-    group.switch(
-        "--restore_variance",
+        "--prior_sampler", choices=("dpm", "ddim"), default="dpm", help="DPM-Solver++ or DDIM")
+    group.switch("--restore_variance",
         help="stretch predictions, which shrink towards the mean, until each modality spreads as "
-        "the training targets do; measured on held-out training concepts",
-    )
+        "the training targets do; measured on held-out training concepts")
 
 
 def _control(group: _Group) -> None:
-    group.add(
-        "--control",
-        choices=tuple(CONTROLS),
+    group.add("--control", choices=tuple(CONTROLS),
         help="instead of the EEG's own predictions: EEG of other stimuli, noise, the mean training "
-        "embedding, or the stimulus' own embeddings (the ceiling); marked in every output",
-    )
+        "embedding, or the stimulus' own embeddings (the ceiling); marked in every output")
 
 
 def generate() -> Parser:
@@ -775,216 +509,86 @@ def generate() -> Parser:
         "--mode all",
     )
     group = parser.flags("data")
-    group.add(
-        "--eeg_data",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="EEG",
-        help="preprocessed_eeg_test.npy, its sub-XX folder, or DATA (one subject: see --subject)",
-    )
+    group.add("--eeg_data", type=Path, required=True, per_call=True, metavar="EEG",
+        help="preprocessed_eeg_test.npy, its sub-XX folder, or DATA (one subject: see --subject)")
     group.add("--subject", metavar="SUB", help="whose EEG; default: read from the path")
-    group.add(
-        "--data_path",
-        type=Path,
-        per_call=True,
-        metavar="DATA",
-        help="folder with test_images/; default: found above --eeg_data",
-    )
-    group.add(
-        "--cache_dir",
-        type=Path,
-        metavar="DIR",
-        per_call=True,
-        help="where the float32 copies of the EEG live; default: DATA/eeg_cache",
-    )
-    group.add(
-        "--output_dir",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="RUN",
-        help="run directory for the pictures",
-    )
-    group.add(
-        "--max_stimuli",
-        type=positive_int,
-        metavar="N",
-        help="draw only the first N stimuli; default: all",
-    )
+    group.add("--data_path", type=Path, per_call=True, metavar="DATA",
+        help="folder with test_images/; default: found above --eeg_data")
+    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
+        help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
+    group.add("--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory for the pictures")
+    group.add("--max_stimuli", type=positive_int, metavar="N",
+        help="draw only the first N stimuli; default: all")
     _control(group)
-    group.add(
-        "--clip_feature_path",
-        type=Path,
-        per_call=True,
-        metavar="DIR",
-        help="output of clip_feature_extractor.py, for the controls that need embeddings",
-    )
+    group.add("--clip_feature_path", type=Path, per_call=True, metavar="DIR",
+        help="output of clip_feature_extractor.py, for the controls that need embeddings")
     group = parser.flags("models")
     _model(group)
-    group.add(
-        "--sd_model_path",
-        required=True,
-        per_call=True,
-        metavar="FILE|DIR",
-        help="SDXL: single safetensors file or diffusers folder",
-    )
-    group.add(
-        "--ip_adapter_path",
-        type=Path,
-        per_call=True,
-        required=True,
-        metavar="FILE",
-        help="IP-Adapter for SDXL, ViT-H",
-    )
-    group.add(
-        "--vae_path",
-        per_call=True,
-        metavar="FILE|DIR",
-        help="another VAE, e.g. an fp16-safe one, or TAESDXL for quick previews",
-    )
+    group.add("--sd_model_path", required=True, per_call=True, metavar="FILE|DIR",
+        help="SDXL: single safetensors file or diffusers folder")
+    group.add("--ip_adapter_path", type=Path, per_call=True, required=True, metavar="FILE",
+        help="IP-Adapter for SDXL, ViT-H")
+    group.add("--vae_path", per_call=True, metavar="FILE|DIR",
+        help="another VAE, e.g. an fp16-safe one, or TAESDXL for quick previews")
     group = parser.flags("pictures")
-    group.add(
-        "--preset",
-        choices=tuple(PRESETS),
-        default="sdxl",
+    group.add("--preset", choices=tuple(PRESETS), default="sdxl",
         help="steps, guidance, size and scheduler for SDXL or for a model distilled from it; each "
-        "can still be given by its own flag",
-    )
+        "can still be given by its own flag")
     group.add("--mode", choices=modalities.MODES, default="fused", help="which recipes to draw")
-    group.add(
-        "--sweep",
-        choices=("sites", "modality", "scale"),
+    group.add("--sweep", choices=("sites", "modality", "scale"),
         help="draw a grid instead of a mode, on one labelled sheet: each modality at each site, "
-        "each one alone and left out, or the fused picture at growing scale",
-    )
-    group.add(
-        "--injection",
-        default="intent",
-        metavar="PRESET|FILE",
-        help="where each modality enters: intent, uniform, published, content_style or a YAML file",
-    )
-    group.add(
-        "--fusion_strength",
-        type=positive,
-        default=1.0,
-        metavar="SCALE",
-        help="total IP-Adapter scale at a site, shared among the active modalities by their gains",
-    )
-    group.add(
-        "--fusion_weights",
-        choices=("fixed", "validated", "confidence"),
-        default="fixed",
+        "each one alone and left out, or the fused picture at growing scale")
+    group.add("--injection", default="intent", metavar="PRESET|FILE",
+        help="where each modality enters: intent, uniform, published, content_style or a YAML file")
+    group.add("--fusion_strength", type=positive, default=1.0, metavar="SCALE",
+        help="total IP-Adapter scale at a site, shared among the active modalities by their gains")
+    group.add("--fusion_weights", choices=("fixed", "validated", "confidence"), default="fixed",
         help="gains where modalities meet: the registry's, each one's skill on held-out concepts, "
-        "or per stimulus from the agreement of several prior samples",
-    )
-    group.add(
-        "--prompt_source",
-        choices=("neutral", "oracle"),
-        default="neutral",
+        "or per stimulus from the agreement of several prior samples")
+    group.add("--prompt_source", choices=("neutral", "oracle"), default="neutral",
         help="oracle gives SDXL the stimulus' own caption: leaks the answer, "
-        "marked in every output",
-    )
-    group.add(
-        "--prompt",
-        default="best quality, high quality",
-        metavar="TEXT",
-        help="neutral prompt, the same for all pictures (IP-Adapter's own default)",
-    )
-    group.add(
-        "--negative_prompt",
-        default="monochrome, lowres, bad anatomy, worst quality, low quality",
-        metavar="TEXT",
-        help="for guidance, the same for all pictures (IP-Adapter's own default)",
-    )
-    group.add(
-        "--captions",
-        type=Path,
-        per_call=True,
-        metavar="JSON",
-        help="captions for --prompt_source oracle",
-    )
+        "marked in every output")
+    group.add("--prompt", default="best quality, high quality", metavar="TEXT",
+        help="neutral prompt, the same for all pictures (IP-Adapter's own default)")
+    group.add("--negative_prompt",
+        default="monochrome, lowres, bad anatomy, worst quality, low quality", metavar="TEXT",
+        help="for guidance, the same for all pictures (IP-Adapter's own default)")
+    group.add("--captions", type=Path, per_call=True, metavar="JSON",
+        help="captions for --prompt_source oracle")
     _superpixel_size(group)
     group.add("--size", type=picture_size, default=768, metavar="PX", help="width and height")
     group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
-    group.add(
-        "--guidance",
-        type=non_negative,
-        default=5.0,
-        metavar="SCALE",
-        help="SDXL classifier-free guidance; up to 1 = none",
-    )
-    group.add(
-        "--guidance_interval",
-        nargs=2,
-        type=share,
-        default=[0.0, 1.0],
+    group.add("--guidance", type=non_negative, default=5.0, metavar="SCALE",
+        help="SDXL classifier-free guidance; up to 1 = none")
+    group.add("--guidance_interval", nargs=2, type=share, default=[0.0, 1.0],
         metavar=("LOW", "HIGH"),
         help="guide only at noise levels between these, 0 = picture, 1 = pure noise; a step "
-        "without guidance takes half the time",
-    )
-    group.add(
-        "--scheduler",
-        metavar="NAME",
+        "without guidance takes half the time")
+    group.add("--scheduler", metavar="NAME",
         help="a diffusers scheduler by its class, e.g. DPMSolverMultistepScheduler; default: the "
-        "model's own",
-    )
-    group.add(
-        "--timestep_spacing",
-        choices=("leading", "trailing", "linspace"),
-        help="of the scheduler; default: the model's own",
-    )
-    group.add(
-        "--init",
-        choices=("none", "superpixel"),
-        default="none",
+        "model's own")
+    group.add("--timestep_spacing", choices=("leading", "trailing", "linspace"),
+        help="of the scheduler; default: the model's own")
+    group.add("--init", choices=("none", "superpixel"), default="none",
         help="superpixel: begin from a coarse picture of 16 x 16 superpixels that a linear head "
-        "predicts from the EEG (train.py --low_level)",
-    )
+        "predicts from the EEG (train.py --low_level)")
+    group.add("--init_strength", type=share, default=0.8, metavar="SHARE",
+        help="of the denoising steps that are left to go from there; 1 forgets the coarse picture")
+    group.add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
+        help="auto = fp16 on CUDA, fp32 on CPU")
     group.add(
-        "--init_strength",
-        type=share,
-        default=0.8,
-        metavar="SHARE",
-        help="of the denoising steps that are left to go from there; 1 forgets the coarse picture",
-    )
-    group.add(
-        "--precision",
-        choices=("auto", "fp32", "fp16", "bf16"),
-        default="auto",
-        help="auto = fp16 on CUDA, fp32 on CPU",
-    )
-    group.add(
-        "--seed", type=count, default=0, help="noise depends on this and on the stimulus only"
-    )
+        "--seed", type=count, default=0, help="noise depends on this and on the stimulus only")
     _prior_sampling(parser)
     group = parser.flags("work")
-    group.add(
-        "--batch_size",
-        type=batch_size,
-        default=4,
-        metavar="N|auto",
-        per_call=True,
-        help="pictures drawn at once; auto = as many as fit",
-    )
-    group.switch(
-        "--offload",
-        per_call=True,
-        help="keep the models in main memory and bring each to the GPU only while it computes",
-    )
-    group.switch(
-        "--compile",
-        per_call=True,
-        help="compile the U-Net with torch.compile: minutes once, then faster on a GPU",
-    )
-    group.add(
-        "--shard",
-        type=shard,
-        default="1/1",
-        metavar="i/n",
-        per_call=True,
-        help="draw the i-th of n parts of the stimuli, for SLURM arrays",
-    )
+    group.add("--batch_size", type=batch_size, default=4, metavar="N|auto", per_call=True,
+        help="pictures drawn at once; auto = as many as fit")
+    group.switch("--offload", per_call=True,
+        help="keep the models in main memory and bring each to the GPU only while it computes")
+    group.switch("--compile", per_call=True,
+        help="compile the U-Net with torch.compile: minutes once, then faster on a GPU")
+    group.add("--shard", type=shard, default="1/1", metavar="i/n", per_call=True,
+        help="draw the i-th of n parts of the stimuli, for SLURM arrays")
     _common(parser)
     return parser
 
@@ -1001,135 +605,51 @@ def evaluate() -> Parser:
         "  python evaluate.py --compare OUT/scores OUT/other_system --output_dir OUT/comparison",
     )
     group = parser.flags("retrieval")
-    group.add(
-        "--model_path",
-        type=Path,
-        per_call=True,
-        metavar="RUN",
-        help="score the retrieval of this train.py or ATMS_retrieval.py run",
-    )
-    group.add(
-        "--checkpoint",
-        choices=("best", "latest"),
-        default="best",
-        help="best on held-out training concepts, or the last one",
-    )
-    group.add(
-        "--clip_feature_path",
-        type=Path,
-        per_call=True,
-        metavar="DIR",
-        help="output of clip_feature_extractor.py",
-    )
-    group.add(
-        "--subjects",
-        nargs="+",
-        metavar="SUB",
-        help="default: the subjects the model was trained on",
-    )
-    group.add(
-        "--cache_dir",
-        type=Path,
-        metavar="DIR",
-        per_call=True,
-        help="where the float32 copies of the EEG live; default: DATA/eeg_cache",
-    )
-    group.add(
-        "--permutations",
-        type=positive_int,
-        default=200,
-        metavar="N",
-        help="shuffles of the EEG in the control",
-    )
-    group.add(
-        "--occlusion",
-        nargs="+",
-        choices=("channels", "time"),
+    group.add("--model_path", type=Path, per_call=True, metavar="RUN",
+        help="score the retrieval of this train.py or ATMS_retrieval.py run")
+    group.add("--checkpoint", choices=("best", "latest"), default="best",
+        help="best on held-out training concepts, or the last one")
+    group.add("--clip_feature_path", type=Path, per_call=True, metavar="DIR",
+        help="output of clip_feature_extractor.py")
+    group.add("--subjects", nargs="+", metavar="SUB",
+        help="default: the subjects the model was trained on")
+    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
+        help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
+    group.add("--permutations", type=positive_int, default=200, metavar="N",
+        help="shuffles of the EEG in the control")
+    group.add("--occlusion", nargs="+", choices=("channels", "time"),
         help="also explain the encoder: what retrieval loses without each channel and region, or "
-        "without each 50-ms window",
-    )
+        "without each 50-ms window")
     _control(group)
     _prior_sampling(parser)
     group = parser.flags("pictures")
-    group.add(
-        "--images",
-        type=Path,
-        per_call=True,
-        metavar="RUN|DIR",
+    group.add("--images", type=Path, per_call=True, metavar="RUN|DIR",
         help="score the pictures of this generate.py run, or of any folder whose files or folders "
-        "are named after the stimuli",
-    )
-    group.add(
-        "--control_images",
-        type=Path,
-        nargs="+",
-        per_call=True,
-        metavar="RUN|DIR",
-        help="score these beside them: runs of generate.py --control ..., or other systems'",
-    )
-    group.add(
-        "--truth",
-        type=Path,
-        per_call=True,
-        metavar="DIR",
-        help="the pictures that were seen; default: DATA/test_images",
-    )
-    group.add(
-        "--protocol",
-        choices=("mindeye", "braindiffuser"),
-        default="mindeye",
-        help="sizes, resizing and weights of the published scores; the two give other numbers",
-    )
-    group.add(
-        "--weights_dir",
-        type=Path,
-        per_call=True,
-        metavar="DIR",
+        "are named after the stimuli")
+    group.add("--control_images", type=Path, nargs="+", per_call=True, metavar="RUN|DIR",
+        help="score these beside them: runs of generate.py --control ..., or other systems'")
+    group.add("--truth", type=Path, per_call=True, metavar="DIR",
+        help="the pictures that were seen; default: DATA/test_images")
+    group.add("--protocol", choices=("mindeye", "braindiffuser"), default="mindeye",
+        help="sizes, resizing and weights of the published scores; the two give other numbers")
+    group.add("--weights_dir", type=Path, per_call=True, metavar="DIR",
         help="official weight files by their official names (or in DIR/checkpoints); scores whose "
-        "file is missing are left out and named with where the file comes from",
-    )
-    group.add(
-        "--batch_size",
-        type=positive_int,
-        default=16,
-        per_call=True,
-        help="pictures in a network at once",
-    )
-    group.add(
-        "--score_cache",
-        type=Path,
-        per_call=True,
-        metavar="DIR",
-        help="where the stimuli's features live; default: score_cache beside --output_dir",
-    )
+        "file is missing are left out and named with where the file comes from")
+    group.add("--batch_size", type=positive_int, default=16, per_call=True,
+        help="pictures in a network at once")
+    group.add("--score_cache", type=Path, per_call=True, metavar="DIR",
+        help="where the stimuli's features live; default: score_cache beside --output_dir")
     group = parser.flags("two runs of this stage")
-    group.add(
-        "--compare",
-        type=Path,
-        nargs=2,
-        per_call=True,
-        metavar=("RUN_A", "RUN_B"),
-        help="instead: differences of every score they share, paired by stimulus, with tests",
-    )
+    group.add("--compare", type=Path, nargs=2, per_call=True, metavar=("RUN_A", "RUN_B"),
+        help="instead: differences of every score they share, paired by stimulus, with tests")
     group = parser.flags("all")
+    group.add("--data_path", type=Path, per_call=True, metavar="DATA",
+        help="folder with the test EEG and test_images/")
+    group.add("--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory for results.json, table.md, ranks.csv and pictures.csv")
     group.add(
-        "--data_path",
-        type=Path,
-        per_call=True,
-        metavar="DATA",
-        help="folder with the test EEG and test_images/",
-    )
-    group.add(
-        "--output_dir",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="RUN",
-        help="run directory for results.json, table.md, ranks.csv and pictures.csv",
-    )
-    group.add(
-        "--seed", type=count, default=0, help="of the prior samples, the controls and the intervals"
-    )
+        "--seed", type=count, default=0,
+        help="of the prior samples, the controls and the intervals")
     _common(parser)
     return parser
 
@@ -1141,36 +661,14 @@ def report() -> Parser:
         "python report.py --runs OUT/model OUT/images OUT/shuffled_eeg OUT/scores",
     )
     group = parser.flags("report")
-    group.add(
-        "--runs",
-        type=Path,
-        nargs="+",
-        required=True,
-        per_call=True,
-        metavar="RUN",
-        help="run directories of train, ATMS_retrieval, generate and evaluate, in any order",
-    )
-    group.add(
-        "--output",
-        type=Path,
-        per_call=True,
-        metavar="FILE",
-        help="the page; default: report.html beside the first run",
-    )
-    group.add(
-        "--data_path",
-        type=Path,
-        per_call=True,
-        metavar="DATA",
-        help="folder with test_images/ and the test EEG; default: as the runs recorded it",
-    )
-    group.add(
-        "--cache_dir",
-        type=Path,
-        metavar="DIR",
-        per_call=True,
-        help="where the float32 copies of the EEG live; default: as the runs recorded it",
-    )
+    group.add("--runs", type=Path, nargs="+", required=True, per_call=True, metavar="RUN",
+        help="run directories of train, ATMS_retrieval, generate and evaluate, in any order")
+    group.add("--output", type=Path, per_call=True, metavar="FILE",
+        help="the page; default: report.html beside the first run")
+    group.add("--data_path", type=Path, per_call=True, metavar="DATA",
+        help="folder with test_images/ and the test EEG; default: as the runs recorded it")
+    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
+        help="where the float32 copies of the EEG live; default: as the runs recorded it")
     _common(parser, device=False)
     return parser
 
@@ -1182,71 +680,27 @@ def world() -> Parser:
         "python -m miniworld --output_path demo/world",
     )
     group = parser.flags("world")
-    group.add(
-        "--output_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="DIR",
-        help="gets data/ and models/",
-    )
+    group.add("--output_path", type=Path, required=True, per_call=True, metavar="DIR",
+        help="gets data/ and models/")
     group.add("--subjects", type=positive_int, default=2, metavar="N", help="simulated people")
+    group.add("--training_concepts", type=positive_int, default=300, metavar="N",
+        help="concepts to train on")
+    group.add("--images_per_concept", type=positive_int, default=4, metavar="N",
+        help="pictures of each of them")
+    group.add("--test_concepts", type=positive_int, default=200, metavar="N",
+        help="unseen concepts, one picture each")
+    group.add("--test_split", choices=("test", "validation"), default="test",
+        help="validation: other unseen concepts, to choose settings by; never for results")
+    group.add("--training_repetitions", type=positive_int, default=4, metavar="N",
+        help="EEG trials per training picture")
+    group.add("--test_repetitions", type=positive_int, default=20, metavar="N",
+        help="EEG trials per test picture")
+    group.add("--snr", type=positive, metavar="RATIO",
+        help="std of evoked signal / std of trial noise; default: the simulator's")
     group.add(
-        "--training_concepts",
-        type=positive_int,
-        default=300,
-        metavar="N",
-        help="concepts to train on",
-    )
-    group.add(
-        "--images_per_concept",
-        type=positive_int,
-        default=4,
-        metavar="N",
-        help="pictures of each of them",
-    )
-    group.add(
-        "--test_concepts",
-        type=positive_int,
-        default=200,
-        metavar="N",
-        help="unseen concepts, one picture each",
-    )
-    group.add(
-        "--test_split",
-        choices=("test", "validation"),
-        default="test",
-        help="validation: other unseen concepts, to choose settings by; never for results",
-    )
-    group.add(
-        "--training_repetitions",
-        type=positive_int,
-        default=4,
-        metavar="N",
-        help="EEG trials per training picture",
-    )
-    group.add(
-        "--test_repetitions",
-        type=positive_int,
-        default=20,
-        metavar="N",
-        help="EEG trials per test picture",
-    )
-    group.add(
-        "--snr",
-        type=positive,
-        metavar="RATIO",
-        help="std of evoked signal / std of trial noise; default: the simulator's",
-    )
-    group.add(
-        "--seed", type=count, default=0, help="of concepts, pictures, people, noise and weights"
-    )
-    group.add(
-        "--weights",
-        choices=("trained", "random"),
-        default="trained",
-        help="the shipped miniature models, or untrained ones that only show that the chain works",
-    )
+        "--seed", type=count, default=0, help="of concepts, pictures, people, noise and weights")
+    group.add("--weights", choices=("trained", "random"), default="trained",
+        help="the shipped miniature models, or untrained ones that only show that the chain works")
     _common(parser, device=False)
     return parser
 
@@ -1261,43 +715,17 @@ def pretrain() -> Parser:
         "python -m miniworld.pretrain --output_path OUT/pretrain",
     )
     group = parser.flags("training")
-    group.add(
-        "--output_path",
-        type=Path,
-        required=True,
-        per_call=True,
-        metavar="RUN",
-        help="run directory: cache/, a checkpoint per part and weights/",
-    )
-    group.add(
-        "--part",
-        choices=("all", *PRETRAIN_STEPS),
-        default="all",
-        per_call=True,
-        help="what to train; the generator needs the trained vae and clip",
-    )
+    group.add("--output_path", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory: cache/, a checkpoint per part and weights/")
+    group.add("--part", choices=("all", *PRETRAIN_STEPS), default="all", per_call=True,
+        help="what to train; the generator needs the trained vae and clip")
     for part, steps in PRETRAIN_STEPS.items():
-        group.add(
-            f"--{part}_steps",
-            type=count,
-            default=steps,
-            metavar="N",
-            per_call=True,
-            help=f"optimiser steps of the {part}; more than before: it goes on",
-        )
-    group.add(
-        "--pictures",
-        type=positive_int,
-        default=12000,
-        metavar="N",
-        help="rendered pictures to train on, two of each concept",
-    )
-    group.add(
-        "--batch_size",
-        type=positive_int,
-        metavar="N",
-        help="pictures per step, for tests; default: each part's own",
-    )
+        group.add(f"--{part}_steps", type=count, default=steps, metavar="N", per_call=True,
+            help=f"optimiser steps of the {part}; more than before: it goes on")
+    group.add("--pictures", type=positive_int, default=12000, metavar="N",
+        help="rendered pictures to train on, two of each concept")
+    group.add("--batch_size", type=positive_int, metavar="N",
+        help="pictures per step, for tests; default: each part's own")
     group.add("--seed", type=count, default=0, help="of pictures, weights, order and noise")
     _common(parser, device=False)
     return parser
@@ -1310,12 +738,8 @@ def demo() -> Parser:
         "python demo.py",
     )
     group = parser.flags("demo")
-    group.add(
-        "--output_path",
-        type=Path,
-        metavar="DIR",
-        help="everything goes here; default: demo_output, with --quick demo_output_quick",
-    )
+    group.add("--output_path", type=Path, metavar="DIR",
+        help="everything goes here; default: demo_output, with --quick demo_output_quick")
     group.switch("--quick", help="a smaller world and fewer epochs, for a smoke test")
     group.add("--seed", type=count, default=0, help="of the world and of every stage")
     _common(parser, device=False)
@@ -1522,10 +946,8 @@ def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
     if values.control_images and not values.images:
         parser.error("--control_images are scored beside --images: name those, too")
     if values.occlusion and (values.control or not values.model_path):
-        parser.error(
-            "--occlusion explains what a model reads from the EEG: give --model_path, "
-            "and no --control"
-        )
+        parser.error("--occlusion explains what a model reads from the EEG: give --model_path, "
+            "and no --control")
 
 
 def _names_concept(template: str) -> bool:
