@@ -20,16 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import aligners
 import engine
 import util
 from dataset import Batch, TestEEG, TrainingData
-from loss import contrastive_total
+from loss import Contrast, embedding_losses
 from metrics import retrieval_topk
 from modalities import NAMES
 from processes import Processes, gathered
 from subject_layers.subject import SubjectLinear
 from subject_layers.transformer import ChannelTransformer
-from unet import PriorBank, Sampling
+from unet import Sampling, TargetSpace
 from util import WHOLE, Part
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
@@ -260,7 +261,7 @@ def model_file(run: Path, checkpoint: str) -> Path:
 
 
 class Decoder(nn.Module):
-    """An encoder with its prior bank; ``bank`` is None after contrastive pre-training alone.
+    """An encoder with its aligner; ``bank`` is None after contrastive pre-training alone.
 
     ``signal``: what the EEG must look like ({channels, times, subjects}); ``clip``: identity of the
     encoder that made the targets. Both are kept in the checkpoint's header and checked against
@@ -270,14 +271,16 @@ class Decoder(nn.Module):
     def __init__(
         self,
         encoder: ATMS,
-        bank: PriorBank | None,
+        bank: TargetSpace | None,
         signal: Mapping[str, Any],
         clip: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.encoder, self.bank = encoder, bank
         self.signal, self.clip = dict(signal), dict(clip)
-        self.calibration: dict[str, dict[str, float]] | None = None  # of fusion.py, by validation
+        # by validation, for fusion.py and for aligners.spread_factors
+        self.calibration: dict[str, dict[str, float]] | None = None
+        self.held_out: list[list[float]] | None = None
 
     def header(self) -> dict[str, Any]:
         return {
@@ -286,11 +289,12 @@ class Decoder(nn.Module):
             "signal": self.signal,
             "clip": self.clip,
             "calibration": self.calibration,
+            "held_out": self.held_out,
         }
 
     def networks(self) -> list[nn.Module]:
         """Where the time of a training step goes."""
-        return [self.encoder, *([self.bank.priors] if self.bank else [])]
+        return [self.encoder, *(self.bank.networks() if self.bank else [])]
 
     def subject_index(self, subject: str) -> int:
         """Row of a subject's own parameters; -1 for a person the model was not trained on."""
@@ -320,9 +324,10 @@ class Decoder(nn.Module):
                 "a model of train.py",
                 "give the run directory that train.py wrote",
             )
-        bank = PriorBank(**header["bank"]) if header["bank"] else None
+        bank = aligners.aligner_from(header["bank"]) if header["bank"] else None
         decoder = cls(ATMS(**header["encoder"]), bank, header["signal"], header["clip"])
         decoder.calibration = header["calibration"]
+        decoder.held_out = header.get("held_out")  # headers of older models have none
         try:
             decoder.load_state_dict(state)
         except RuntimeError as error:
@@ -361,9 +366,8 @@ class Decoder(nn.Module):
         """
         condition = self.condition(test, rows).to(next(self.parameters()).device)
         seeds = [util.seed_for(seed, "prior", test.ids[row]) for row in rows]
-        samples = self.bank.sample(
-            condition, sampling.steps, sampling.guidance, seeds, sampling.sampler, sampling.draws
-        )
+        held_out = None if self.held_out is None else torch.tensor(self.held_out)
+        samples = aligners.predict(self.bank, condition, seeds, sampling, seed, held_out)
         return {name: values.cpu() for name, values in samples.items()}
 
 
@@ -389,31 +393,49 @@ def validation_retrieval(embeddings: torch.Tensor, data: TrainingData) -> dict[s
     return scores | {"val_gallery": len(data.val_rows)}
 
 
-def global_contrast(
-    encoder: ATMS, embedding: torch.Tensor, targets: Mapping[str, torch.Tensor], text_share: float
-) -> torch.Tensor:
-    """:func:`loss.contrastive_total` over the rows of all processes.
+def contrast_from(values: Any) -> Contrast:
+    """The contrast that the flags ask for."""
+    return Contrast(
+        values.text_contrast,
+        values.contrast_normalise,
+        values.contrast_positives,
+        values.target_mse,
+    )
+
+
+def global_losses(
+    encoder: ATMS,
+    embedding: torch.Tensor,
+    targets: Mapping[str, torch.Tensor],
+    how: Contrast,
+    groups: torch.Tensor | None,
+    contrast_weight: float,
+) -> dict[str, torch.Tensor]:
+    """:func:`loss.embedding_losses` over the rows of all processes.
 
     In float32 whatever autocast says: cosines times 100 need it.
     """
     with torch.autocast(embedding.device.type, enabled=False):
         wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
         everyone = {name: gathered(targets[name]) for name in ("image", "text")}
-        return contrastive_total(gathered(wide), everyone, encoder.similarity_scale, text_share)
+        together = None if groups is None else gathered(groups)
+        scale = encoder.similarity_scale
+        return embedding_losses(gathered(wide), everyone, scale, how, together, contrast_weight)
 
 
 class ContrastiveObjective:
     """Loss and validation of encoder-only training, for :func:`engine.fit`."""
 
-    def __init__(self, decoder: Decoder, data: TrainingData, text_share: float) -> None:
-        self.decoder, self.data, self.text_share = decoder, data, text_share
+    def __init__(self, decoder: Decoder, data: TrainingData, contrast: Contrast) -> None:
+        self.decoder, self.data, self.contrast = decoder, data, contrast
 
     def losses(
         self, batch: Batch, generator: torch.Generator, part: Part = WHOLE
     ) -> dict[str, torch.Tensor]:
         encoder = self.decoder.encoder
+        groups = self.data.groups(batch.stimulus, self.contrast.positives)
         embedding = encoder(batch.eeg, batch.subject)
-        return {"loss": global_contrast(encoder, embedding, batch.targets, self.text_share)}
+        return global_losses(encoder, embedding, batch.targets, self.contrast, groups, 1.0)
 
     def validate(self) -> dict[str, float]:
         """Held-out concepts only; ``select`` (higher is better) chooses ``best``."""
@@ -433,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = fold.values
         data = engine.open_data(values)
         decoder = Decoder(new_encoder(data, values.seed), None, data.signal, data.clip)
-        objective = ContrastiveObjective(decoder, data, values.text_contrast)
+        objective = ContrastiveObjective(decoder, data, contrast_from(values))
         engine.train(fold, decoder, objective, data, processes)
     return 0
 

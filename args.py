@@ -55,6 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default
     "lightning": {"steps": 4, "guidance": 0.0, "size": 768, "timestep_spacing": "trailing",
                   "scheduler": "EulerDiscreteScheduler"},
 }  # fmt: skip
+QUANTITIES = ("velocity", "noise", "embedding")  # what priors may predict, see unet.PriorBank
 STEERING = ("config", "dry_run", "print_config")
 
 
@@ -299,6 +300,15 @@ def _masks(parser: Parser) -> None:
 def _contrast(group: _Group) -> None:
     group.add("--text_contrast", type=share, default=0.01, metavar="SHARE",
         help="share of text in the contrastive loss; images get the rest")
+    group.add("--contrast_normalise", choices=("both", "targets"), default="both",
+        help="what the contrastive loss brings to unit length; targets: the EEG side keeps its "
+        "own, as in ATM's published code")
+    group.add("--contrast_positives", choices=("pair", "concept"), default="pair",
+        help="which rows of a batch the contrastive loss draws together: an EEG and its own "
+        "target, or all of the same concept; the rest is pushed apart")
+    group.add("--target_mse", type=non_negative, default=0.0, metavar="WEIGHT",
+        help="weight of the MSE between the encoder's output and the un-normalised image "
+        "embedding, beside the contrastive loss; 0 = off")
 
 
 def _superpixel_size(group: _Group) -> None:
@@ -398,7 +408,7 @@ def features() -> Parser:
 def train() -> Parser:
     parser = Parser(
         "train",
-        "Stage 2: fit the EEG encoder and the five diffusion priors jointly.",
+        "Stage 2: fit the EEG encoder and what makes five embeddings of its output, jointly.",
         "python train.py --data_path DATA --clip_feature_path OUT/clip_features "
         "--output_dir OUT/model \\\n      --epochs 100 --batch_size 16 --learning_rate 1e-4",
     )
@@ -418,14 +428,19 @@ def train() -> Parser:
     group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
         help="weight of the CLIP contrastive loss beside the priors' loss")
     _contrast(group)
-    group.add("--prior_loss", choices=("velocity", "noise"), default="velocity",
-        help="what 0.7 MSE + 0.3 (1 - cos) compares: the priors' own output, from which they "
-        "learned faster on simulated EEG, or the noise that follows from it, as published")
+    group.add("--aligner", choices=("prior", "mlp", "none"), default="prior",
+        help="what makes the five embeddings of the encoder's output: a diffusion prior for each, "
+        "a regression with a shared trunk, or nothing (the output is taken for each of them)")
+    group.add("--prior_predicts", choices=QUANTITIES, default="velocity",
+        help="what the priors' networks put out")
+    group.add("--prior_loss", choices=QUANTITIES,
+        help="what 0.7 MSE + 0.3 (1 - cos) of the priors compares; default: what they predict, "
+        "from which they learned faster on simulated EEG than from the noise, as published")
     group.add("--noise_draws", type=positive_int, default=4, metavar="N",
         help="timesteps and noises at which the priors see each sample of a batch: cheap beside "
         "the encoder, and they learn faster")
     group.add("--loss_weights", choices=("fixed", "uncertainty"), default="fixed",
-        help="of the five priors: the registry's, or learned log-variances")
+        help="of the five modalities: the registry's, or learned log-variances")
     group.add("--condition_dropout", type=share, default=0.1, metavar="P",
         help="share of samples a prior sees without EEG, for guidance")
     group = parser.flags("validation")
@@ -473,6 +488,9 @@ def _prior_sampling(parser: Parser) -> None:
         help="a prediction is the mean of so many samples, nearer to the truth than a single one")
     group.add(
         "--prior_sampler", choices=("dpm", "ddim"), default="dpm", help="DPM-Solver++ or DDIM")
+    group.switch("--restore_variance",
+        help="stretch predictions, which shrink towards the mean, until each modality spreads as "
+        "the training targets do; measured on held-out training concepts")
 
 
 def _control(group: _Group) -> None:
@@ -889,6 +907,9 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
         parser.error("--adapt_from goes with neither --init_from nor --leave_out")
     if values.trainable != "all" and not values.adapt_from:
         parser.error(f"--trainable {values.trainable} freezes parts of a model: needs --adapt_from")
+    for flag, default in (("prior_predicts", "velocity"), ("prior_loss", None)):
+        if values.aligner != "prior" and getattr(values, flag) != default:
+            parser.error(f"--{flag} is of --aligner prior, not of --aligner {values.aligner}")
 
 
 def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:

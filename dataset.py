@@ -747,6 +747,7 @@ class TrainingData:
     """Recordings of all subjects, joined with their targets, split by concept.
 
     ``signal``: {channels, times, subjects}; ``targets`` {modality: [N, D]} in stimulus row order;
+    ``stimulus`` and ``concept`` int64 [N]: their ids and the number of each one's concept;
     ``train_rows`` and ``val_rows`` int64: rows of disjoint concepts.
     """
 
@@ -754,6 +755,7 @@ class TrainingData:
     cuts: list[Signal]
     signal: dict[str, Any]
     stimulus: torch.Tensor
+    concept: torch.Tensor
     targets: dict[str, torch.Tensor]
     train_rows: torch.Tensor
     val_rows: torch.Tensor
@@ -886,6 +888,17 @@ class TrainingData:
             subject + self.first_subject
         )
 
+    def groups(self, stimulus: torch.Tensor, positives: str) -> torch.Tensor | None:
+        """Group numbers int64 [B] of rows with these stimulus ids [B], by ``--contrast_positives``.
+
+        None for ``pair``: each row is alone. Rows of one stimulus, having one target, then get the
+        loss and gradients that grouping them would give.
+        """
+        if positives == "pair":
+            return None
+        ids, place = self.stimulus.sort()
+        return self.concept[place[torch.searchsorted(ids, stimulus.cpu())]].to(stimulus.device)
+
     def describe(self) -> Iterator[str]:
         """The plan of a run, for people."""
         yield (
@@ -939,12 +952,14 @@ def open_training(
     cuts = [match_signal(recording, cut.channels, cut.times) for recording in recordings]
     held_out = split_concepts([item.concept for item in stimuli], val_fraction, seed)
     is_val = torch.tensor([item.concept in held_out for item in stimuli])
+    number = {name: place for place, name in enumerate(sorted({s.concept for s in stimuli}))}
     hashes = {f"eeg_{name}": item.hash for name, item in zip(names, recordings, strict=True)}
     return TrainingData(
         recordings,
         cuts,
         {"channels": cut.channels, "times": cut.times, "subjects": names},
         torch.tensor([item.id for item in stimuli]),
+        torch.tensor([number[item.concept] for item in stimuli]),
         targets,
         (~is_val).nonzero().squeeze(1),
         is_val.nonzero().squeeze(1),

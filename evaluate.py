@@ -40,7 +40,7 @@ from dataset import (
     open_test,
 )
 from modalities import MODALITIES, NAMES
-from unet import Sampling
+from unet import PriorBank, Sampling
 from util import UserError
 
 LITERATURE = Path(__file__).parent / "configs" / "literature.yaml"
@@ -295,7 +295,11 @@ def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], 
     """(rows for results.json, lines of ranks.csv, rows of occlusion) of every subject."""
     bank, device = opened.bank, util.pick_device(values.device)
     sampling = Sampling(
-        values.prior_steps, values.prior_guidance, values.prior_sampler, values.prior_draws
+        values.prior_steps,
+        values.prior_guidance,
+        values.prior_sampler,
+        values.prior_draws,
+        values.restore_variance,
     )
     rows, lines, occluded = [], [], []
     for test in opened.tests:
@@ -315,6 +319,9 @@ def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], 
 def protocol_of(values: Any, opened: Opened) -> dict[str, str]:
     """What the numbers mean, for the table's foot."""
     protocol = dict(PROTOCOL)
+    kinds = {model.bank.kind for model in opened.models.values() if model.bank is not None}
+    if kinds - {PriorBank.kind}:
+        protocol["prior"] = f"here what the model's own aligner predicts: {', '.join(kinds)}"
     if not opened.groups:
         return protocol
     protocol["pictures"] = f"{values.protocol}: {PICTURE_PROTOCOL[values.protocol]}"

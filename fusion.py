@@ -13,31 +13,40 @@ import torch.nn.functional as F
 
 import util
 from modalities import NAMES
-from unet import PriorBank, Sampling
+from unet import Sampling, TargetSpace
 
-SAMPLES = 8  # prior samples whose agreement is the confidence
+SAMPLES = 8  # of a stochastic aligner, whose agreement is the confidence
 SAMPLING = Sampling(steps=5, guidance=1.0, sampler="ddim")  # cheap: done at each validation
 LEAST_GAIN = 0.01  # no modality is silenced altogether
 
 
 def repeated_samples(
-    bank: PriorBank, condition: torch.Tensor, stimuli: Sequence[int], seed: int
+    bank: TargetSpace, condition: torch.Tensor, stimuli: Sequence[int], seed: int
 ) -> dict[str, torch.Tensor]:
-    """Standardised samples {modality: [SAMPLES, n, D]} of conditions [n, C]."""
-    seeds = [util.seed_for(seed, "agreement", k, item) for k in range(SAMPLES) for item in stimuli]
+    """Standardised samples {modality: [K, n, D]} of conditions [n, C].
+
+    K = SAMPLES, or 1 where all samples are the same one.
+    """
+    number = SAMPLES if bank.stochastic else 1
+    seeds = [util.seed_for(seed, "agreement", k, item) for k in range(number) for item in stimuli]
     drawn = bank.sample(
-        condition.repeat(SAMPLES, 1), SAMPLING.steps, SAMPLING.guidance, seeds, SAMPLING.sampler
+        condition.repeat(number, 1), SAMPLING.steps, SAMPLING.guidance, seeds, SAMPLING.sampler
     )
     return {
-        name: bank.standardise(name, rows).unflatten(0, (SAMPLES, -1)).cpu()
+        name: bank.standardise(name, rows).unflatten(0, (number, -1)).cpu()
         for name, rows in drawn.items()
     }
 
 
 def agreement(samples: torch.Tensor) -> torch.Tensor:
-    """Mean cosine of all pairs of samples [K, n, D]: [n], 1 where the prior is certain."""
-    unit = F.normalize(samples, dim=-1)
+    """Mean cosine of all pairs of samples [K, n, D]: [n], 1 where the aligner is certain.
+
+    One sample agrees with itself everywhere: confidence then knows no more than mean skill.
+    """
     count = len(samples)
+    if count == 1:
+        return samples.new_ones(samples.shape[1])
+    unit = F.normalize(samples, dim=-1)
     return (unit.sum(dim=0).square().sum(dim=-1) - count) / (count * (count - 1))
 
 
@@ -83,7 +92,7 @@ def confident_gains(
 def gains_for(
     kind: str,
     calibration: Mapping[str, Mapping[str, float]] | None,
-    bank: PriorBank,
+    bank: TargetSpace,
     condition: torch.Tensor,
     stimuli: Sequence[int],
     seed: int,

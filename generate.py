@@ -606,7 +606,11 @@ def draw_run(
     """Predict, save the predictions, draw."""
     device = util.pick_device(values.device)
     sampling = Sampling(
-        values.prior_steps, values.prior_guidance, values.prior_sampler, values.prior_draws
+        values.prior_steps,
+        values.prior_guidance,
+        values.prior_sampler,
+        values.prior_draws,
+        values.restore_variance,
     )
     given = (decoder.to(device), test, rows)
     embeddings = controls.predict(

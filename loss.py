@@ -62,26 +62,81 @@ def prior_total(
     return (weights.to(losses) * losses).sum()
 
 
-def clip_loss(eeg: torch.Tensor, features: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def clip_loss(
+    eeg: torch.Tensor,
+    features: torch.Tensor,
+    scale: torch.Tensor,
+    normalise: str = "both",
+    groups: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Symmetric CLIP loss (Radford et al. 2021) of embeddings [B, D] against features [B, D].
 
-    Both sides are L2-normalised here; ``scale`` multiplies the cosines (already exponentiated).
-    Every other row of the batch is a negative.
+    ``scale`` multiplies the cosines (already exponentiated). ``normalise``: ``both`` sides are
+    L2-normalised; with ``targets`` only the features are, as in ATM's published code, and the EEG
+    side keeps its length, in units of sqrt(D), which is the length that a LayerNorm gives: at the
+    start of training the two kinds are equally sharp.
+
+    ``groups`` int64 [B]: rows of one group are each other's positives, over which a row's truth is
+    spread evenly (SupCon, arXiv:2004.11362). None: every other row of the batch is a negative.
     """
     check_pair(eeg, features)
-    logits = scale * F.normalize(eeg, dim=1) @ F.normalize(features, dim=1).T
+    queries = F.normalize(eeg, dim=1) if normalise == "both" else eeg / eeg.shape[1] ** 0.5
+    logits = scale * queries @ F.normalize(features, dim=1).T
     truth = torch.arange(len(eeg), device=eeg.device)
+    if groups is not None:
+        alike = (groups[:, None] == groups).to(logits.dtype)
+        truth = alike / alike.sum(dim=1, keepdim=True)  # symmetric: right for columns, too
     return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """How EEG embeddings are drawn to their targets: the flags of ``args.py``, in short.
+
+    ``positives`` (``pair`` or ``concept``): which rows :func:`clip_loss` groups; ``target_mse``:
+    weight of the MSE to the un-normalised image target.
+    """
+
+    text_share: float
+    normalise: str = "both"
+    positives: str = "pair"
+    target_mse: float = 0.0
+
+
 def contrastive_total(
-    eeg: torch.Tensor, targets: Mapping[str, torch.Tensor], scale: torch.Tensor, text_share: float
+    eeg: torch.Tensor,
+    targets: Mapping[str, torch.Tensor],
+    scale: torch.Tensor,
+    how: Contrast,
+    groups: torch.Tensor | None,
 ) -> torch.Tensor:
     """(1 - text_share) x CLIP loss to images + text_share x CLIP loss to texts. ATM uses 0.01."""
-    to_images = clip_loss(eeg, targets["image"], scale)
-    if text_share == 0:
+    to_images = clip_loss(eeg, targets["image"], scale, how.normalise, groups)
+    if how.text_share == 0:
         return to_images
-    return (1 - text_share) * to_images + text_share * clip_loss(eeg, targets["text"], scale)
+    to_texts = clip_loss(eeg, targets["text"], scale, how.normalise, groups)
+    return (1 - how.text_share) * to_images + how.text_share * to_texts
+
+
+def embedding_losses(
+    eeg: torch.Tensor,
+    targets: Mapping[str, torch.Tensor],
+    scale: torch.Tensor,
+    how: Contrast,
+    groups: torch.Tensor | None,
+    contrast_weight: float,
+) -> dict[str, torch.Tensor]:
+    """Losses of EEG embeddings [B, D] themselves: ``contrast``, their weighted total ``loss``.
+
+    With a weight also ``target_mse``, as in ATM's training for reconstruction: the contrast sees no
+    lengths, but what is drawn from does.
+    """
+    contrast = contrastive_total(eeg, targets, scale, how, groups)
+    parts = {"contrast": contrast, "loss": contrast_weight * contrast}
+    if how.target_mse:
+        parts["target_mse"] = F.mse_loss(eeg, targets["image"])
+        parts["loss"] = parts["loss"] + how.target_mse * parts["target_mse"]
+    return parts
 
 
 def first_non_finite(parts: Mapping[str, torch.Tensor]) -> str | None:

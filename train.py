@@ -1,4 +1,4 @@
-"""Stage 2: fit the EEG encoder and the five diffusion priors jointly, under one optimiser step."""
+"""Stage 2: fit the EEG encoder and the aligner to five embeddings jointly, by one optimiser."""
 
 from __future__ import annotations
 
@@ -13,60 +13,77 @@ if __name__ == "__main__":
 
 import torch
 
+import aligners
 import engine
 import fusion
 import lowlevel
 import util
-from ATMS_retrieval import Decoder, global_contrast, model_file, new_encoder, validation_retrieval
+from ATMS_retrieval import (
+    Decoder,
+    contrast_from,
+    global_losses,
+    model_file,
+    new_encoder,
+    validation_retrieval,
+)
 from dataset import Batch, TrainingData, list_stimuli
-from loss import prior_total
+from loss import Contrast, prior_total
 from modalities import NAMES
 from processes import Processes
-from unet import PriorBank
 from util import WHOLE, Part
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
 
 
 class JointObjective:
-    """Sum of registry weight x prior loss, plus ``contrast_weight`` x CLIP loss.
+    """Sum of registry weight x aligner's loss, plus ``contrast_weight`` x CLIP loss.
 
-    Gradients reach the encoder from all of them. ``noise_draws``: timesteps and noises at which
-    the priors see each sample of a batch.
+    Gradients reach the encoder from all of them. ``contrast``: how its output itself is drawn to
+    the targets; ``noise_draws``: timesteps and noises at which priors see each sample of a batch.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         data: TrainingData,
+        contrast: Contrast,
         contrast_weight: float,
-        text_share: float,
         noise_draws: int,
     ) -> None:
         self.decoder, self.data = decoder, data
-        self.contrast_weight, self.text_share = contrast_weight, text_share
+        self.contrast, self.contrast_weight = contrast, contrast_weight
         self.noise_draws = noise_draws
 
     def losses(
         self, batch: Batch, generator: torch.Generator, part: Part = WHOLE
     ) -> dict[str, torch.Tensor]:
         embedding = self.decoder.encoder(batch.eeg, batch.subject)
-        return self._losses(embedding, batch.targets, generator, self.noise_draws, part)
+        return self._losses(
+            embedding, batch.targets, batch.stimulus, generator, self.noise_draws, part
+        )
 
     def _losses(
         self,
         embedding: torch.Tensor,
         targets: dict[str, torch.Tensor],
+        stimulus: torch.Tensor,
         generator: torch.Generator,
         noise_draws: int,
         part: Part = WHOLE,
     ) -> dict[str, torch.Tensor]:
         terms = self.decoder.bank.losses(targets, embedding, generator, noise_draws, part)
-        contrast = global_contrast(self.decoder.encoder, embedding, targets, self.text_share)
+        own = global_losses(
+            self.decoder.encoder,
+            embedding,
+            targets,
+            self.contrast,
+            self.data.groups(stimulus, self.contrast.positives),
+            self.contrast_weight,
+        )
         parts = {f"prior_{name}": terms[name].total for name in NAMES}
         parts |= {f"cosine_{name}": terms[name].cosine for name in NAMES}
         total = prior_total(terms, self.decoder.bank.log_variance)
-        return parts | {"contrast": contrast, "loss": total + self.contrast_weight * contrast}
+        return parts | own | {"loss": total + own["loss"]}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -79,9 +96,12 @@ class JointObjective:
         rows = self.data.val_rows.repeat(len(self.data.recordings))
         targets = {name: features[rows].to(device) for name, features in self.data.targets.items()}
         generator = util.generator_for(self.data.seed, "validation noise")
-        losses = self._losses(embeddings.to(device), targets, generator, VALIDATION_DRAWS)
+        losses = self._losses(
+            embeddings.to(device), targets, self.data.stimulus[rows], generator, VALIDATION_DRAWS
+        )
         scores = {f"val_{name}": float(value) for name, value in losses.items()}
         self.decoder.calibration = self._calibrate(embeddings.to(device), targets)
+        self.decoder.held_out = aligners.held_out_rows(embeddings)
         scores |= {
             f"val_{name}_skill": of["skill"] for name, of in self.decoder.calibration.items()
         }
@@ -100,14 +120,9 @@ class JointObjective:
 
 
 def new_decoder(
-    data: TrainingData,
-    seed: int,
-    condition_dropout: float,
-    loss_weights: str,
-    prior_loss: str,
-    init_from: Path | None,
+    data: TrainingData, seed: int, alignment: aligners.Alignment, init_from: Path | None
 ) -> Decoder:
-    """A fresh decoder, its bank standardised on the training rows.
+    """A fresh decoder, its aligner standardised on the training rows.
 
     ``init_from``: a run of ATMS_retrieval.py whose encoder it starts from. Raises UserError.
     """
@@ -122,16 +137,8 @@ def new_decoder(
                 "pre-train with the same subjects, channels and time window",
             )
         encoder.load_state_dict(donor.encoder.state_dict())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(util.seed_for(seed, "priors"))
-        width = data.targets["image"].shape[1]
-        bank = PriorBank(
-            width,
-            encoder.embed_dim,
-            condition_dropout=condition_dropout,
-            learned_weights=loss_weights == "uncertainty",
-            loss_on=prior_loss,
-        )
+    width = data.targets["image"].shape[1]
+    bank = aligners.new_aligner(width, encoder.embed_dim, alignment, seed)
     bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
     return Decoder(encoder, bank, data.signal, data.clip)
 
@@ -200,16 +207,16 @@ def train_one(options: args.Options, processes: Processes) -> None:
     if values.adapt_from is not None:
         data, decoder = adapted(values.adapt_from, data, values.trainable)
     else:
-        decoder = new_decoder(
-            data,
-            values.seed,
+        alignment = aligners.Alignment(
+            values.aligner,
+            values.loss_weights == "uncertainty",
             values.condition_dropout,
-            values.loss_weights,
+            values.prior_predicts,
             values.prior_loss,
-            values.init_from,
         )
+        decoder = new_decoder(data, values.seed, alignment, values.init_from)
     objective = JointObjective(
-        decoder, data, values.contrast_weight, values.text_contrast, values.noise_draws
+        decoder, data, contrast_from(values), values.contrast_weight, values.noise_draws
     )
     run = engine.train(options, decoder, objective, data, processes)
     if not processes.first:

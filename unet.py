@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -177,12 +177,16 @@ class DiffusionPriorUNet(nn.Module):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How priors are sampled: ``steps``, ``guidance`` (1 = off), ``sampler``, mean of ``draws``."""
+    """How embeddings are predicted: of priors, the mean of ``draws`` samples of ``steps`` steps.
+
+    ``guidance``: 1 = off. ``restore_variance``: see ``aligners.spread_factors``.
+    """
 
     steps: int
     guidance: float
     sampler: str
     draws: int = 1
+    restore_variance: bool = False
 
 
 def sampler_named(name: str) -> SchedulerMixin:
@@ -205,18 +209,40 @@ def sampler_named(name: str) -> SchedulerMixin:
 
 
 class TargetSpace(nn.Module):
-    """The modalities' CLIP embeddings, standardised and back: mean and std [D] as buffers.
+    """What every aligner shares: the modalities' embeddings, standardised and back.
 
     Targets come in and predictions go out as stored: un-normalised CLIP embeddings. In between they
-    are standardised per dimension, so that unit noise fits them.
+    are standardised per dimension, so that unit noise fits them; mean and std [D] are buffers.
+
+    An aligner has ``losses`` and ``sample`` with the signatures and shapes of :class:`PriorBank`'s,
+    and ``config``, from which ``aligners.aligner_from`` builds an empty one.
     """
 
-    def __init__(self, embed_dim: int) -> None:
+    kind: ClassVar[str]  # as --aligner names it
+    stochastic: ClassVar[bool]  # whether two seeds give two samples
+
+    def __init__(self, embed_dim: int, cond_dim: int, learned_weights: bool) -> None:
+        """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed."""
         super().__init__()
-        self.embed_dim = embed_dim
+        self.embed_dim, self.cond_dim = embed_dim, cond_dim
+        self.log_variance = nn.Parameter(torch.zeros(len(NAMES))) if learned_weights else None
         for name in NAMES:
             self.register_buffer(f"{name}_mean", torch.zeros(embed_dim))
             self.register_buffer(f"{name}_std", torch.ones(embed_dim))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What rebuilds an empty aligner of this kind and shape; each kind adds its own."""
+        return {
+            "kind": self.kind,
+            "embed_dim": self.embed_dim,
+            "cond_dim": self.cond_dim,
+            "learned_weights": self.log_variance is not None,
+        }
+
+    def networks(self) -> list[nn.Module]:
+        """Where the time of a training step goes: what is worth compiling."""
+        return []
 
     def fit_targets(self, features: Mapping[str, torch.Tensor]) -> None:
         """Set mean and std from training features {modality: [N, D]}.
@@ -252,12 +278,22 @@ class TargetSpace(nn.Module):
                 )
         return torch.stack([self.standardise(name, targets[name]) for name in NAMES])
 
+    def check_request(self, cond: torch.Tensor, seeds: Sequence[int]) -> None:
+        """Raise ValueError unless there is one seed per row of cond [B, C]."""
+        if cond.ndim != 2 or len(seeds) != len(cond):
+            raise ValueError(
+                f"cond {tuple(cond.shape)} and {len(seeds)} seeds, expected [B, C] and B seeds"
+            )
+
 
 QUANTITIES = ("velocity", "noise", "embedding")  # any of them follows from another, given x_t and t
 
 
 class PriorBank(TargetSpace):
     """One independent prior per modality, computed together."""
+
+    kind = "prior"
+    stochastic = True
 
     def __init__(
         self,
@@ -270,22 +306,20 @@ class PriorBank(TargetSpace):
         predicts: str = "velocity",
         hidden_dim: Sequence[int] | None = None,
     ) -> None:
-        """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed.
+        """``predicts``: what the networks put out; ``loss_on``: what the losses compare.
 
-        ``predicts``: what the networks put out; ``loss_on``: what the losses compare; each one of
-        QUANTITIES. ``hidden_dim``: as of :class:`DiffusionPriorUNet`.
+        Each is one of QUANTITIES. ``hidden_dim``: as of :class:`DiffusionPriorUNet`.
         """
-        super().__init__(embed_dim)
+        super().__init__(embed_dim, cond_dim, learned_weights)
         if not {loss_on, predicts} <= set(QUANTITIES):
             raise ValueError(f"{loss_on!r} or {predicts!r} is none of {', '.join(QUANTITIES)}")
-        self.cond_dim, self.hidden_dim = cond_dim, hidden_dim
+        self.hidden_dim = hidden_dim
         self.dropout, self.condition_dropout = dropout, condition_dropout
         self.loss_on, self.predicts = loss_on, predicts
         self.priors = DiffusionPriorUNet.stack_of(
             [DiffusionPriorUNet(embed_dim, cond_dim, hidden_dim, dropout=dropout) for _ in NAMES]
         )
         keep_separate_state(self.priors, NAMES)
-        self.log_variance = nn.Parameter(torch.zeros(len(NAMES))) if learned_weights else None
         betas = torch.linspace(
             NOISE_SCHEDULE["beta_start"], NOISE_SCHEDULE["beta_end"], TRAIN_STEPS
         )
@@ -293,17 +327,16 @@ class PriorBank(TargetSpace):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What rebuilds an empty bank of this shape."""
-        return {
-            "embed_dim": self.embed_dim,
-            "cond_dim": self.cond_dim,
+        return super().config | {
             "dropout": self.dropout,
             "condition_dropout": self.condition_dropout,
-            "learned_weights": self.log_variance is not None,
             "loss_on": self.loss_on,
             "predicts": self.predicts,
             "hidden_dim": self.hidden_dim,
         }
+
+    def networks(self) -> list[nn.Module]:
+        return [self.priors]
 
     def losses(
         self,
@@ -407,10 +440,7 @@ class PriorBank(TargetSpace):
         the mean of so many samples, which is nearer to the truth than any one of them. Call in eval
         mode.
         """
-        if cond.ndim != 2 or len(seeds) != len(cond):
-            raise ValueError(
-                f"cond {tuple(cond.shape)} and {len(seeds)} seeds, expected [B, C] and B seeds"
-            )
+        self.check_request(cond, seeds)
         scheduler = sampler_named(sampler)
         scheduler.set_timesteps(steps)
         conditions = self.priors.embed_condition(cond, draws)  # the same at every step

@@ -34,7 +34,8 @@ from miniworld import judge, models, pictures, quality, renders
 COLOURS = ("colour", "background")
 # models trained otherwise: {name: flags of train.py}
 TRAINING_KNOBS: Mapping[str, Mapping[str, object]] = {
-    "loss_weights_uncertainty": {"loss_weights": "uncertainty"}
+    "loss_weights_uncertainty": {"loss_weights": "uncertainty"},
+    **{f"aligner_{value}": {"aligner": value} for value in ("mlp", "none")},
 }
 # settings beside the demo's own: {name: flags of generate.py}
 KNOBS: Mapping[str, Mapping[str, object]] = {
@@ -47,6 +48,7 @@ KNOBS: Mapping[str, Mapping[str, object]] = {
     **{f"steps_{value}": {"steps": value} for value in (5, 20)},
     **{f"prior_guidance_{value}": {"prior_guidance": value} for value in (1.0, 4.0)},
     "prior_draws_1": {"prior_draws": 1},
+    "restore_variance": {"restore_variance": True},
     **{
         f"init_superpixel_{value}": {"init": "superpixel", "init_strength": value}
         for value in (0.6, 0.8, 0.9)

@@ -33,8 +33,9 @@ import dataset
 import engine
 import train
 import util
+from aligners import Alignment
 from ATMS_retrieval import Decoder
-from loss import contrastive_total, prior_loss, prior_total
+from loss import Contrast, contrastive_total, prior_loss, prior_total
 from masking import Masking
 from modalities import NAMES
 from optimisation import Schedule
@@ -189,7 +190,7 @@ class Common:
         eeg, targets = next(self.batches)
         embedding = self.encoder(eeg, torch.zeros(len(eeg), dtype=torch.long))
         loss = prior_total(self.five.losses(targets, embedding)) + contrastive_total(
-            embedding, targets, self.encoder.similarity_scale, 0.01
+            embedding, targets, self.encoder.similarity_scale, Contrast(0.01), None
         )
         self.optimizer.zero_grad()
         loss.backward()
@@ -213,7 +214,7 @@ class OurStep:
             epochs_per_call=None, save_every=1, val_every=1,
         )  # fmt: skip
         computing = engine.Computing("float32", 1, False, "auto", "none")
-        objective = train.JointObjective(decoder, data, 1.0, 0.01, noise_draws=1)
+        objective = train.JointObjective(decoder, data, Contrast(0.01), 1.0, noise_draws=1)
         self.training = engine._Training(
             util.RunDirectory(out, "train"), decoder, objective, Masking(), schedule, computing,
             Processes(0, 1, torch.device("cpu")), 1,
@@ -243,7 +244,8 @@ def train_step_row(batch: int, rounds: int, seed: int, speed: Mapping[str, float
 
 
 def new_model(data: dataset.TrainingData, seed: int) -> Decoder:
-    return train.new_decoder(data, seed, 0.1, "fixed", "velocity", None)
+    alignment = Alignment("prior", False, 0.1, "velocity", None)
+    return train.new_decoder(data, seed, alignment, None)
 
 
 # ---------------------------------------------------------------- opening subjects

@@ -19,6 +19,8 @@ import dataset
 import engine
 import train
 import util
+from aligners import Alignment
+from loss import Contrast
 from masking import Masking
 from optimisation import Schedule
 from processes import Processes
@@ -108,8 +110,10 @@ def steps_of_the_real_model(root: Path, out: Path, steps: int, accumulate: int) 
     torch.set_num_threads(1)
     processes = Processes.join("cpu")
     data = training_data(root)
-    decoder = train.new_decoder(data, 0, 0.3, "fixed", "velocity", None)
-    objective = train.JointObjective(decoder, data, 1.0, 0.1, noise_draws=2)
+    alignment = Alignment("prior", False, 0.3, "velocity", None)
+    decoder = train.new_decoder(data, 0, alignment, None)
+    contrast = Contrast(0.1, positives="concept")
+    objective = train.JointObjective(decoder, data, contrast, 1.0, noise_draws=2)
     schedule = Schedule(**SCHEDULE | {"batch_size": 8, "ema_decay": 0.0, "learning_rate": 1e-3})
     computing = engine.Computing(**COMPUTING | {"accumulate": accumulate})
     training = engine._Training(

@@ -31,6 +31,7 @@ LAYERS: dict[str, float] = {
     "recordings": 3,
     "raw_quality": 3,
     **dict.fromkeys(("engine", "fusion", "figures", "sampler", "sweeps"), 2.5),
+    "aligners": 2.5,
     "ATMS_retrieval": 3,
     **dict.fromkeys(("controls", "reconstruction", "occlusion", "lowlevel"), 3.5),
     **dict.fromkeys(("preprocess", "clip_feature_extractor", "train"), 4),

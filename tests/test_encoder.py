@@ -10,7 +10,7 @@ from helpers_golden import assert_golden, atms_shapes, golden_input, golden_stat
 
 import util
 from ATMS_retrieval import ATMS, Decoder
-from loss import contrastive_total
+from loss import Contrast, contrastive_total
 from modalities import NAMES
 from subject_layers.embedding import positional_table
 from subject_layers.subject import SubjectLinear
@@ -244,7 +244,8 @@ def test_every_parameter_is_trained():
     _train_subject_layer(encoder)
     ids = torch.tensor([0, 1, 2, -1])
     targets = {name: torch.randn(4, D) for name in NAMES}
-    loss = contrastive_total(encoder(_eeg(4), ids), targets, encoder.similarity_scale, 0.01)
+    scale = encoder.similarity_scale
+    loss = contrastive_total(encoder(_eeg(4), ids), targets, scale, Contrast(0.01), None)
     loss.backward()
     dead = [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
     assert dead == []

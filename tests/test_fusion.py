@@ -13,9 +13,9 @@ import generate
 import loss
 import train
 import util
+from aligners import aligner_from
 from ATMS_retrieval import Decoder
 from modalities import MODALITIES, NAMES
-from unet import PriorBank
 
 K, N, D = fusion.SAMPLES, 64, 32
 
@@ -157,4 +157,4 @@ def test_uncertainty_weights_are_trained_and_saved(chain: Chain, tmp_path: Path)
     assert bank.log_variance.abs().min() > 0
     assert Decoder.load(chain.model, "latest").bank.log_variance is None
     assert util.read_json(model / "options.json")["options"]["loss_weights"] == "uncertainty"
-    assert PriorBank(**bank.config).log_variance is not None
+    assert aligner_from(bank.config).log_variance is not None

@@ -14,10 +14,12 @@ from PIL import Image
 
 import metrics
 from loss import (
+    Contrast,
     LossTerms,
     check_pair,
     clip_loss,
     contrastive_total,
+    embedding_losses,
     first_non_finite,
     prior_loss,
     prior_total,
@@ -89,10 +91,80 @@ def test_contrastive_total_weighs_images_and_texts():
     eeg, scale = _normal(5, 4), torch.tensor(10.0)
     targets = {name: _normal(5, 4, seed=i) for i, name in enumerate(NAMES, start=1)}
     image, text = (clip_loss(eeg, targets[name], scale) for name in ("image", "text"))
-    torch.testing.assert_close(contrastive_total(eeg, targets, scale, 0.0), image)
-    torch.testing.assert_close(contrastive_total(eeg, targets, scale, 1.0), text)
-    expected = 0.99 * image + 0.01 * text
-    torch.testing.assert_close(contrastive_total(eeg, targets, scale, 0.01), expected)
+    for share, expected in ((0.0, image), (1.0, text), (0.01, 0.99 * image + 0.01 * text)):
+        found = contrastive_total(eeg, targets, scale, Contrast(share), None)
+        torch.testing.assert_close(found, expected)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("normalise", ["both", "targets"])
+@pytest.mark.parametrize("groups", [None, [0, 1, 2, 3, 4, 5], [3, 3, 7, 3, 7, 1]])
+def test_clip_loss_variants_are_their_formula(normalise, groups):
+    """Also: groups of one row each are the plain loss."""
+    eeg, features = 3 * _normal(6, 4), 40 * _normal(6, 4, seed=1)
+    a, b = eeg.double().numpy(), features.double().numpy()
+    a = a / (np.linalg.norm(a, axis=1, keepdims=True) if normalise == "both" else 2)  # sqrt(4)
+    logits = 2.5 * a @ (b / np.linalg.norm(b, axis=1, keepdims=True)).T
+    ids = np.arange(6) if groups is None else np.array(groups)
+    truth = (ids[:, None] == ids).astype(float)
+    truth /= truth.sum(axis=1, keepdims=True)
+    expected = -sum((truth * _log_softmax(way)).sum(1).mean() for way in (logits, logits.T)) / 2
+    given = None if groups is None else torch.tensor(groups)
+    found = clip_loss(eeg, features, torch.tensor(2.5), normalise, given)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    shuffled = clip_loss(features.roll(1, 0), features, torch.tensor(2.5), normalise, given)
+    assert shuffled > clip_loss(features, features, torch.tensor(2.5), normalise, given) + 0.5
+
+
+def test_only_lengths_that_are_not_normalised_count():
+    eeg, features, scale = _normal(5, 4), _normal(5, 4, seed=1), torch.tensor(5.0)
+    for normalise, counts in (("both", False), ("targets", True)):
+        change = clip_loss(2 * eeg, features, scale, normalise) - clip_loss(
+            eeg, features, scale, normalise
+        )
+        assert (change.abs() > 1e-3) == counts
+        torch.testing.assert_close(
+            clip_loss(eeg, 9 * features, scale, normalise),
+            clip_loss(eeg, features, scale, normalise),
+        )
+
+
+def test_rows_with_one_target_need_no_group():
+    """Why there are no ``stimulus`` positives: the loss and its gradients would be the same."""
+    features, scale = _normal(6, 4, seed=1)[[0, 0, 1, 2, 3, 3]], torch.tensor(5.0)
+    found = []
+    for groups in (None, torch.tensor([0, 0, 1, 2, 3, 3])):
+        eeg = _normal(6, 4).requires_grad_()
+        loss = clip_loss(eeg, features, scale, "both", groups)
+        found.append((loss, *torch.autograd.grad(loss, eeg)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_rows_of_one_group_draw_each_other_instead_of_pushing():
+    """Gradient of row 0 along row 1's target, from logits of 0: (1 / B) (1 / B - truth)."""
+    features, scale = torch.eye(4), torch.tensor(2.0)  # scale / sqrt(4) = 1
+    for groups, truth in ((None, 0.0), (torch.tensor([5, 5, 6, 7]), 0.5)):
+        eeg = torch.zeros(4, 4, requires_grad=True)
+        clip_loss(eeg, features, scale, "targets", groups).backward()
+        assert eeg.grad[0, 1].item() == pytest.approx((0.25 - truth) / 4)
+        assert eeg.grad[0, 2].item() == pytest.approx(0.25 / 4), "others are negatives"
+
+
+def test_embedding_losses_weigh_the_contrast_and_the_mse_to_the_stored_image():
+    eeg, scale = _normal(5, 4), torch.tensor(10.0)
+    targets = {name: 3 * _normal(5, 4, seed=i) for i, name in enumerate(NAMES, start=1)}
+    contrast = contrastive_total(eeg, targets, scale, Contrast(0.1), None)
+    plain = embedding_losses(eeg, targets, scale, Contrast(0.1), None, 0.5)
+    assert plain.keys() == {"contrast", "loss"}
+    torch.testing.assert_close(plain["loss"], 0.5 * contrast)
+    both = embedding_losses(eeg, targets, scale, Contrast(0.1, target_mse=2.0), None, 0.5)
+    mse = (eeg - targets["image"]).square().mean()
+    torch.testing.assert_close(both["target_mse"], mse)
+    torch.testing.assert_close(both["loss"], 0.5 * contrast + 2 * mse)
 
 
 def test_first_non_finite_names_the_part():

@@ -15,8 +15,10 @@ import ATMS_retrieval
 import engine
 import train
 import util
+from aligners import Alignment
 from ATMS_retrieval import Decoder
-from dataset import open_training
+from dataset import list_stimuli, open_training
+from loss import Contrast, contrastive_total
 from modalities import NAMES
 
 # dropout, masks, trial subsets and EMA: everything that draws or remembers
@@ -172,10 +174,11 @@ def joint(features: Chain) -> tuple[train.JointObjective, object]:
     data = open_training(
         features.data, features.features, None, None, None, "average", 0.2, 0, None
     )
-    decoder = train.new_decoder(
-        data, 0, condition_dropout=0.0, loss_weights="fixed", prior_loss="velocity", init_from=None
+    alignment = Alignment(
+        "prior", learned_weights=False, condition_dropout=0.0, predicts="velocity", loss_on=None
     )
-    return train.JointObjective(decoder, data, 1.0, 0.01, noise_draws=2), data
+    decoder = train.new_decoder(data, 0, alignment, init_from=None)
+    return train.JointObjective(decoder, data, Contrast(0.01), 1.0, noise_draws=2), data
 
 
 @pytest.mark.parametrize("part", [*(f"prior_{name}" for name in NAMES), "contrast"])
@@ -191,6 +194,30 @@ def test_gradients_reach_the_encoder_from_every_part(features: Chain, part: str)
     silent = [name for name, value in gradients.items() if not value.abs().max() > 0]
     assert [name for name in silent if "shared_embedding" not in name and "conv" not in name] == []
     assert any("proj_eeg" in name for name in gradients)
+
+
+def test_positives_are_rows_of_the_same_concept(features: Chain) -> None:
+    _, data = joint(features)
+    batch = next(iter(data.batches(0, 24)))
+    keys = {item.id: item.folder for item in list_stimuli(features.data, "training")}
+    folders = [keys[one] for one in batch.stimulus.tolist()]
+    assert data.groups(batch.stimulus, "pair") is None
+    concepts = data.groups(batch.stimulus, "concept")
+    together = (concepts[:, None] == concepts).tolist()
+    assert together == [[one == other for other in folders] for one in folders]
+    assert len(set(folders)) < len(set(batch.stimulus.tolist())) < len(folders)
+
+
+def test_the_objective_groups_its_batch(features: Chain) -> None:
+    objective, data = joint(features)
+    objective.decoder.eval()
+    batch = next(iter(data.batches(0, 24)))
+    objective.contrast = Contrast(0.01, positives="concept")
+    found = objective.losses(batch, util.generator_for(0, "test"))["contrast"]
+    encoder, groups = objective.decoder.encoder, data.groups(batch.stimulus, "concept")
+    given = (encoder(batch.eeg, batch.subject), batch.targets, encoder.similarity_scale)
+    torch.testing.assert_close(found, contrastive_total(*given, Contrast(0.01), groups))
+    assert not torch.allclose(found, contrastive_total(*given, Contrast(0.01), None), atol=1e-4)
 
 
 def test_the_total_is_the_registry_sum_plus_the_contrast(features: Chain) -> None:
@@ -272,7 +299,8 @@ def test_pretraining_then_joint_training_from_its_encoder(features: Chain, tmp_p
     data = open_training(
         features.data, features.features, None, None, None, "average", 0.2, 0, None
     )
-    started = train.new_decoder(data, 0, 0.1, "fixed", "velocity", encoder_run)
+    alignment = Alignment("prior", False, 0.1, "velocity", None)
+    started = train.new_decoder(data, 0, alignment, encoder_run)
     for name, value in donor.encoder.state_dict().items():
         assert torch.equal(value, started.encoder.state_dict()[name])
 

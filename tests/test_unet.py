@@ -7,6 +7,7 @@ import torch
 from helpers_golden import assert_golden, golden_input, golden_state, prior_shapes
 
 import stacked
+from aligners import aligner_from
 from loss import LossTerms, prior_loss, prior_total
 from modalities import MODALITIES, NAMES
 from unet import QUANTITIES, TRAIN_STEPS, DiffusionPriorUNet, PriorBank, sampler_named
@@ -161,7 +162,7 @@ def test_statistics_belong_to_the_modality_and_travel_with_the_model():
     bank = _bank()
     features = {name: 10 * i + (i + 1) * _normal(50, D) for i, name in enumerate(NAMES)}
     bank.fit_targets(features)
-    copy = PriorBank(**bank.config)
+    copy = aligner_from(bank.config)
     copy.load_state_dict(bank.state_dict())
     for name in NAMES:
         torch.testing.assert_close(getattr(copy, f"{name}_mean"), features[name].mean(0))
