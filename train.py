@@ -16,7 +16,7 @@ import engine
 import fusion
 import lowlevel
 import util
-from ATMS_retrieval import Decoder, new_encoder, validation_retrieval
+from ATMS_retrieval import ATMS, Decoder, check_encoder, new_encoder, validation_retrieval
 from dataset import Batch, TrainingData, list_stimuli, open_training
 from loss import contrastive_total, prior_total
 from masking import Masking
@@ -103,20 +103,22 @@ def new_decoder(
     loss_weights: str,
     prior_loss: str,
     init_from: Path | None,
+    encoder_name: str = ATMS.__name__,
 ) -> Decoder:
     """A fresh decoder, its bank standardised on the training rows.
 
     ``init_from``: a run of ATMS_retrieval.py whose encoder it starts from. Raises UserError.
     """
-    encoder = new_encoder(data, seed)
+    encoder = new_encoder(data, seed, encoder_name)
     if init_from is not None:
         donor = Decoder.load(init_from, "best")
-        if donor.encoder.config != encoder.config or donor.signal != data.signal:
+        found, needed = ((one.name, one.config) for one in (donor.encoder, encoder))
+        if found != needed or donor.signal != data.signal:
             raise util.UserError(
                 "--init_from",
-                f"an encoder for {donor.encoder.config} of {donor.signal['subjects']}",
-                f"one for {encoder.config} of {data.signal['subjects']}",
-                "pre-train with the same subjects, channels and time window",
+                f"{found[0]} for {found[1]} of {donor.signal['subjects']}",
+                f"{needed[0]} for {needed[1]} of {data.signal['subjects']}",
+                "pre-train with the same --encoder, subjects, channels and time window",
             )
         encoder.load_state_dict(donor.encoder.state_dict())
     with torch.random.fork_rng(devices=[]):
@@ -138,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, or go on training, or do nothing when the run is finished."""
     options = args.resolve("train", argv)
     values = options.values
+    check_encoder(values.encoder)
     device = util.pick_device(values.device)
     data = open_training(
         values.data_path,
@@ -157,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.loss_weights,
         values.prior_loss,
         values.init_from,
+        values.encoder,
     )
     masking = Masking(values.mask_channel, values.mask_time, values.mask_patch, values.mask_span)
     parameters = engine.describe_parameters(decoder)

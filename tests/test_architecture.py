@@ -23,7 +23,7 @@ LAYERS: dict[str, float] = {
     **dict.fromkeys(("args", "util", "loss", "superpixel", "metrics", "scalp", "tables"), 1),
     **dict.fromkeys(("subject_layers", "unet", "dataset", "injection"), 2),
     **dict.fromkeys(("backbones", "compare"), 2),
-    **dict.fromkeys(("engine", "fusion", "figures", "sampler", "sweeps"), 2.5),
+    **dict.fromkeys(("engine", "fusion", "figures", "sampler", "sweeps", "encoders"), 2.5),
     "ATMS_retrieval": 3,
     **dict.fromkeys(("controls", "reconstruction", "occlusion", "lowlevel"), 3.5),
     **dict.fromkeys(("preprocess", "clip_feature_extractor", "train"), 4),
