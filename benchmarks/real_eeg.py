@@ -1,0 +1,331 @@
+"""Real EEG: what people nobody trained on saw, by every encoder of this project and by ridge.
+
+    python benchmarks/real_eeg.py --data things_eeg1_category_erp.npz --json real_eeg.json
+
+30 people of THINGS-EEG1 (Grootswagers et al. 2022), averaged ERPs of five object categories. An
+encoder is trained by the project's own files, loss and loop to bring an ERP near its category's
+prototype; people left out enter as the unknown subject (-1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import pickle
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import args
+import dataset
+import engine
+import metrics
+import util
+from ATMS_retrieval import ContrastiveObjective, Decoder, check_encoder, new_encoder
+from masking import Masking
+from modalities import NAMES
+
+DATA = ROOT.parent / "shared" / "data" / "things_eeg1" / "things_eeg1_category_erp.npz"
+WINDOW_S = (0.0, 1.0)  # end exclusive
+FOLDS, INNER_SHARE = 5, 0.2  # of the people; of a fold's training people, to choose by
+# set once and never tuned; what is chosen, by the inner people: scaling, penalty, epoch
+WIDTH = 64  # of the embedding: five prototypes need no more
+LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, EPOCHS = 1e-3, 0.05, 16, 20
+SCALINGS = ("centred", "standardised")
+PENALTIES = (1e2, 1e3, 1e4, 1e5, 1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class ERPs:
+    """``eeg`` float32 [people, categories, C, T], each ERP divided by its own deviation."""
+
+    eeg: np.ndarray
+    categories: list[str]
+    channels: list[str]
+    times: list[float]
+
+
+def read_erps(path: Path) -> ERPs:
+    """The file, cut to the window. People's amplitudes differ tenfold, hence the division."""
+    try:
+        with np.load(path) as file:
+            content = {name: file[name] for name in ("eeg", "category", "ch_names", "times")}
+    except (OSError, ValueError, KeyError) as error:
+        raise util.DataError(
+            path, str(error), "eeg, category, ch_names and times in an .npz", "give --data FILE"
+        ) from None
+    times = content["times"]
+    inside = (times > WINDOW_S[0] - 1e-6) & (times < WINDOW_S[1] - 1e-6)
+    eeg = content["eeg"][..., inside]
+    return ERPs(
+        (eeg / eeg.std(axis=(2, 3), keepdims=True)).astype(np.float32),
+        content["category"].tolist(),
+        content["ch_names"].tolist(),
+        times[inside].tolist(),
+    )
+
+
+def permuted(erps: ERPs, seed: int) -> ERPs:
+    """The control: every person's categories shuffled."""
+    draw = np.random.default_rng(seed)
+    shuffled = [rows[draw.permutation(len(rows))] for rows in erps.eeg]
+    return dataclasses.replace(erps, eeg=np.stack(shuffled))
+
+
+def folds(people: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(training people, left-out people), every person left out once."""
+    order = np.random.default_rng(seed).permutation(people)
+    for left_out in np.array_split(order, FOLDS):
+        yield np.setdiff1d(order, left_out, assume_unique=True), left_out
+
+
+def scaled(scaling: str, fit: np.ndarray, eeg: np.ndarray) -> np.ndarray:
+    """``eeg`` by the mean of ``fit`` per channel and sample, and the deviation of all or of each.
+
+    Both [people, categories, C, T].
+    """
+    mean = fit.mean(axis=(0, 1))
+    deviation = fit.std(axis=(0, 1)) if scaling == "standardised" else (fit - mean).std()
+    return (eeg - mean) / (deviation + 1e-8)
+
+
+# ---------------------------------------------------------------- ridge
+
+
+def ridge(fit: np.ndarray, eeg: np.ndarray, scaling: str, penalty: float) -> np.ndarray:
+    """Categories [people, categories] of ``eeg`` by ridge regression on one-hot, fitted to ``fit``.
+
+    In its dual form: there are fewer ERPs than features.
+    """
+    x, new = (scaled(scaling, fit, rows).reshape(-1, fit[0, 0].size) for rows in (fit, eeg))
+    categories = fit.shape[1]
+    truth = np.tile(np.eye(categories), (len(fit), 1)) - 1 / categories
+    weights = np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), truth)
+    return (new @ x.T @ weights).argmax(1).reshape(eeg.shape[:2])
+
+
+def choose_ridge(eeg: np.ndarray, seed: int) -> tuple[str, float]:
+    """(scaling, penalty) by leaving people out of the training people ``eeg``."""
+    truth = np.arange(eeg.shape[1])
+
+    def accuracy(scaling: str, penalty: float) -> float:
+        return float(
+            np.mean([
+                (ridge(eeg[fit], eeg[held], scaling, penalty) == truth).mean()
+                for fit, held in folds(len(eeg), seed)
+            ])
+        )  # fmt: skip
+
+    candidates = [(scaling, penalty) for scaling in SCALINGS for penalty in PENALTIES]
+    return max(candidates, key=lambda candidate: accuracy(*candidate))
+
+
+# ---------------------------------------------------------------- encoders
+
+
+def write_world(root: Path, erps: ERPs, eeg: np.ndarray, prototypes: torch.Tensor) -> None:
+    """``eeg`` in the files that training reads: a subject per person, a picture per category."""
+    for number, category in enumerate(erps.categories, start=1):
+        folder = root / dataset.IMAGE_FOLDER["training"] / f"{number:05d}_{category}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(folder / f"{category}.png")
+    for person, rows in enumerate(eeg, start=1):
+        path = dataset.eeg_file(root, f"sub-{person:02d}", "training")
+        path.parent.mkdir(parents=True)
+        content = {
+            "preprocessed_eeg_data": rows[:, None],  # one repetition
+            "ch_names": erps.channels,
+            "times": np.array(erps.times),
+        }
+        path.write_bytes(pickle.dumps(content))
+    ids = [item.id for item in dataset.list_stimuli(root, "training")]
+    tensors = {name: prototypes.clone() for name in NAMES} | {"stimulus": torch.tensor(ids)}
+    clip = {"model": "a random orthogonal prototype per category"}
+    util.save_tensors(root / "bank" / "training.safetensors", tensors, {"clip": clip})
+    (root / "bank" / "DONE").write_text("{}")
+
+
+class PeopleObjective(ContrastiveObjective):
+    """The contrastive objective for people nobody knows, in training as later; no text.
+
+    ``eeg`` [people, categories, C, T] of inner people chooses the epoch.
+    """
+
+    def __init__(self, decoder: Decoder, data: dataset.TrainingData, eeg: np.ndarray) -> None:
+        super().__init__(decoder, data, text_share=0.0)
+        self.inner = eeg
+
+    def losses(self, batch: dataset.Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        unknown = torch.full_like(batch.subject, -1)
+        return super().losses(dataclasses.replace(batch, subject=unknown), generator)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        cosines = similarities(self.decoder, self.inner, self.data.targets["image"])
+        truth = torch.arange(self.inner.shape[1]).repeat(len(self.inner))[:, None]
+        own = cosines.gather(1, truth)
+        # finer than the accuracy of so few people, and independent of the learned scale
+        others = cosines.scatter(1, truth, -1.0).amax(1, keepdim=True)
+        return {"select": float((own - others).mean())}
+
+
+def similarities(decoder: Decoder, eeg: np.ndarray, prototypes: torch.Tensor) -> torch.Tensor:
+    """Cosines [people x categories, prototypes] of ERPs of unknown people with the prototypes."""
+    rows = torch.from_numpy(eeg).float().flatten(0, 1)
+    embedding = decoder.embed(rows, torch.full((len(rows),), -1))
+    return F.normalize(embedding, dim=1) @ F.normalize(prototypes, dim=1).T
+
+
+def trained(
+    name: str, root: Path, erps: ERPs, fit: np.ndarray, inner: np.ndarray, epochs: int, seed: int
+) -> Decoder:
+    """The encoder ``name`` fitted to ``fit``, as it was in the best epoch for ``inner``."""
+    draw = torch.Generator().manual_seed(seed)
+    prototypes = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=draw))[0]
+    write_world(root, erps, fit, prototypes[: len(erps.categories)])
+    data = dataset.open_training(
+        root, root / "bank", None, None, None, "average", 0.0, seed, root / "cache"
+    )
+    decoder = Decoder(new_encoder(data, seed, name), None, data.signal, data.clip)
+    schedule = engine.Schedule(
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        warmup_steps=0,
+        grad_clip=1.0,
+        ema_decay=0.0,
+        seed=seed,
+        epochs_per_call=None,
+        save_every=epochs,
+        val_every=1,
+    )
+    run = util.RunDirectory(root / "run", "retrieval")
+    objective = PeopleObjective(decoder, data, inner)
+    engine.fit(run, decoder, objective, data, Masking(), schedule, torch.device("cpu"))
+    return Decoder.load(run.path, "best")
+
+
+def by_encoder(
+    name: str, erps: ERPs, fit: np.ndarray, eeg: np.ndarray, scaling: str, epochs: int, seed: int
+) -> np.ndarray:
+    """Categories [people, categories] of ``eeg`` by an encoder trained on the people ``fit``.
+
+    A share of ``fit`` is kept out of training to choose the epoch, and is not trained on later.
+    """
+    kept = max(1, round(INNER_SHARE * len(fit)))
+    fitted, inner, new = (
+        scaled(scaling, fit[kept:], rows) for rows in (fit[kept:], fit[:kept], eeg)
+    )
+    quiet = contextlib.redirect_stderr(io.StringIO())  # a progress bar for every person and fold
+    with tempfile.TemporaryDirectory() as folder, quiet:
+        decoder = trained(name, Path(folder), erps, fitted, inner, epochs, seed)
+        prototypes = dataset.open_bank(Path(folder) / "bank", "training").features["image"]
+    return similarities(decoder, new, prototypes).argmax(1).reshape(eeg.shape[:2]).numpy()
+
+
+# ---------------------------------------------------------------- scores
+
+
+def hits(method: str, training: ERPs, erps: ERPs, epochs: int, seed: int) -> np.ndarray:
+    """Share of categories recognised [people], each person left out once.
+
+    ``training``: what the methods learn and choose from; ``erps``: what left-out people are asked.
+    """
+    truth, shares = np.arange(len(erps.categories)), np.zeros(len(erps.eeg))
+    for fit, left_out in folds(len(erps.eeg), seed):
+        sys.stderr.write(".")
+        scaling, penalty = choose_ridge(training.eeg[fit], seed)
+        if method == "ridge":
+            found = ridge(training.eeg[fit], erps.eeg[left_out], scaling, penalty)
+        else:
+            found = by_encoder(
+                method, erps, training.eeg[fit], erps.eeg[left_out], scaling, epochs, seed
+            )
+        shares[left_out] = (found == truth).mean(axis=1)
+    return shares
+
+
+def summary(shares: np.ndarray, categories: int, seed: int) -> dict[str, Any]:
+    """Mean, 95 % bootstrap interval over people, number of ERPs."""
+    low, high = metrics.bootstrap_interval(shares, seed)
+    return {"value": float(shares.mean()), "low": low, "high": high,
+            "n": len(shares) * categories, "people": len(shares), "seed": seed}  # fmt: skip
+
+
+def measure(erps: ERPs, methods: Sequence[str], epochs: int, seed: int) -> dict[str, Any]:
+    """A row per method: its score, its control, and how far it is above ridge, paired by person."""
+    shuffled, categories = permuted(erps, seed), len(erps.categories)
+    own = {method: hits(method, erps, erps, epochs, seed) for method in ["ridge", *methods]}
+    rows = {}
+    for method, shares in own.items():
+        control = summary(hits(method, shuffled, erps, epochs, seed), categories, seed)
+        rows[method] = summary(shares, categories, seed) | {
+            "control": control,
+            "above_ridge": summary(shares - own["ridge"], categories, seed),
+        }
+    return rows
+
+
+def as_markdown(rows: dict[str, Any]) -> str:
+    lines = [
+        "| method | accuracy % [95 %] | above ridge, points [95 %] | permuted labels % [95 %] "
+        "| N | seed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, row in rows.items():
+        cells = [
+            f"{100 * part['value']:.1f} [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
+            for part in (row, row["above_ridge"], row["control"])
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} | {row['n']} | {row['seed']} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--data", type=Path, default=DATA, metavar="NPZ",
+        help="eeg [people, categories, channels, samples], category, ch_names, times "
+        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--encoders", nargs="+", default=list(args.ENCODERS), metavar="NAME",
+        help="as --encoder of train.py (default: all of this project)")  # fmt: skip
+    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N",
+        help="at most; inner people choose one of them (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    return parser.parse_args(argv)
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parse(argv)
+    for name in given.encoders:
+        check_encoder(name)
+    erps = read_erps(given.data)
+    people, categories, channels, samples = erps.eeg.shape
+    rows = measure(erps, given.encoders, given.epochs, given.seed)
+    print(
+        f"\nREAL EEG: {people} people x {categories} categories, {channels} channels x {samples} "
+        f"samples; {FOLDS} folds of people, left-out people unknown; chance "
+        f"{100 / categories:.0f} %; scaling, ridge penalty and epoch chosen on inner people\n"
+    )
+    print(as_markdown(rows))
+    if given.json:
+        util.write_json(given.json, {"rows": rows, **util.environment()})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
