@@ -287,6 +287,7 @@ def _encoder_of(header: Mapping[str, Any], path: Path) -> Encoder:
     """The encoder that a checkpoint's header describes. Raises DataError."""
     name = header.get("encoder_name", ATMS.__name__)  # headers had no name when there was but one
     try:
+        check_name(name)
         return make_encoder(name, header["encoder"])
     except UnknownEncoder as unknown:
         raise util.DataError(path, f"encoder {name}", unknown.expected, unknown.cure) from None
