@@ -43,6 +43,7 @@ FOLDS, INNER_SHARE = 5, 0.2  # of the people; of a fold's training people, to ch
 # set once and never tuned; what is chosen, by the inner people: scaling, penalty, epoch
 WIDTH = 64  # of the embedding: five prototypes need no more
 LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, EPOCHS = 1e-3, 0.05, 16, 20
+RIDGE = "ridge"  # the baseline's name among the methods
 SCALINGS = ("centred", "standardised")
 PENALTIES = (1e2, 1e3, 1e4, 1e5, 1e6)
 
@@ -77,11 +78,10 @@ def read_erps(path: Path) -> ERPs:
     )
 
 
-def permuted(erps: ERPs, seed: int) -> ERPs:
-    """The control: every person's categories shuffled."""
+def permuted(eeg: np.ndarray, seed: int) -> np.ndarray:
+    """The control: every person's ERPs [people, categories, C, T] in another order."""
     draw = np.random.default_rng(seed)
-    shuffled = [rows[draw.permutation(len(rows))] for rows in erps.eeg]
-    return dataclasses.replace(erps, eeg=np.stack(shuffled))
+    return np.stack([rows[draw.permutation(len(rows))] for rows in eeg])
 
 
 def folds(people: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -239,56 +239,64 @@ def by_encoder(
 # ---------------------------------------------------------------- scores
 
 
-def hits(method: str, training: ERPs, erps: ERPs, epochs: int, seed: int) -> np.ndarray:
-    """Share of categories recognised [people], each person left out once.
+def shares(
+    erps: ERPs, methods: Sequence[str], epochs: int, seed: int, *, control: bool
+) -> dict[str, np.ndarray]:
+    """Share of categories recognised {method: [people]}, each person left out once.
 
-    ``training``: what the methods learn and choose from; ``erps``: what left-out people are asked.
+    ``control``: what is learned and chosen from has permuted labels, in every fold other ones.
     """
-    truth, shares = np.arange(len(erps.categories)), np.zeros(len(erps.eeg))
-    for fit, left_out in folds(len(erps.eeg), seed):
-        sys.stderr.write(".")
-        scaling, penalty = choose_ridge(training.eeg[fit], seed)
-        if method == "ridge":
-            found = ridge(training.eeg[fit], erps.eeg[left_out], scaling, penalty)
-        else:
-            found = by_encoder(
-                method, erps, training.eeg[fit], erps.eeg[left_out], scaling, epochs, seed
-            )
-        shares[left_out] = (found == truth).mean(axis=1)
-    return shares
+    truth = np.arange(len(erps.categories))
+    right = {method: np.zeros(len(erps.eeg)) for method in methods}
+    for fold, (fit, left_out) in enumerate(folds(len(erps.eeg), seed)):
+        training, asked = erps.eeg[fit], erps.eeg[left_out]
+        if control:
+            training = permuted(training, util.seed_for(seed, "permuted labels", fold))
+        scaling, penalty = choose_ridge(training, seed)
+        for method in methods:
+            if method == RIDGE:
+                found = ridge(training, asked, scaling, penalty)
+            else:
+                found = by_encoder(method, erps, training, asked, scaling, epochs, seed)
+            right[method][left_out] = (found == truth).mean(axis=1)
+            sys.stderr.write(".")
+    return right
 
 
-def summary(shares: np.ndarray, categories: int, seed: int) -> dict[str, Any]:
-    """Mean, 95 % bootstrap interval over people, number of ERPs."""
-    low, high = metrics.bootstrap_interval(shares, seed)
-    return {"value": float(shares.mean()), "low": low, "high": high,
-            "n": len(shares) * categories, "people": len(shares), "seed": seed}  # fmt: skip
+def summary(
+    own: np.ndarray, control: np.ndarray, baseline: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """Means with 95 % bootstrap intervals over people, paired for the difference to ridge."""
+    row: dict[str, Any] = {"n": len(own), "seed": seed}
+    for prefix, values in (("", own), ("control", control), ("above_ridge", own - baseline)):
+        low, high = metrics.bootstrap_interval(values, seed)
+        join = f"{prefix}_" if prefix else ""
+        row |= {prefix or "value": float(values.mean()), f"{join}low": low, f"{join}high": high}
+    return row
 
 
-def measure(erps: ERPs, methods: Sequence[str], epochs: int, seed: int) -> dict[str, Any]:
-    """A row per method: its score, its control, and how far it is above ridge, paired by person."""
-    shuffled, categories = permuted(erps, seed), len(erps.categories)
-    own = {method: hits(method, erps, erps, epochs, seed) for method in ["ridge", *methods]}
-    rows = {}
-    for method, shares in own.items():
-        control = summary(hits(method, shuffled, erps, epochs, seed), categories, seed)
-        rows[method] = summary(shares, categories, seed) | {
-            "control": control,
-            "above_ridge": summary(shares - own["ridge"], categories, seed),
-        }
-    return rows
+def measure(erps: ERPs, encoders: Sequence[str], epochs: int, seed: int) -> dict[str, Any]:
+    """A row per method: its accuracy, with permuted labels, and how far it is above ridge."""
+    methods = [RIDGE, *encoders]
+    own = shares(erps, methods, epochs, seed, control=False)
+    control = shares(erps, methods, epochs, seed, control=True)
+    return {name: summary(own[name], control[name], own[RIDGE], seed) for name in methods}
 
 
 def as_markdown(rows: dict[str, Any]) -> str:
     lines = [
         "| method | accuracy % [95 %] | above ridge, points [95 %] | permuted labels % [95 %] "
-        "| N | seed |",
+        "| N people | seed |",
         "|---|---|---|---|---|---|",
     ]
     for method, row in rows.items():
         cells = [
-            f"{100 * part['value']:.1f} [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
-            for part in (row, row["above_ridge"], row["control"])
+            f"{100 * row[value]:.1f} [{100 * row[low]:.1f}, {100 * row[high]:.1f}]"
+            for value, low, high in (
+                ("value", "low", "high"),
+                ("above_ridge", "above_ridge_low", "above_ridge_high"),
+                ("control", "control_low", "control_high"),
+            )
         ]
         lines.append(f"| {method} | {' | '.join(cells)} | {row['n']} | {row['seed']} |")
     return "\n".join(lines) + "\n"
@@ -317,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     people, categories, channels, samples = erps.eeg.shape
     rows = measure(erps, given.encoders, given.epochs, given.seed)
     print(
-        f"\nREAL EEG: {people} people x {categories} categories, {channels} channels x {samples} "
+        f"\n{given.data.name}: {people} people x {categories} categories, {channels} channels x {samples} "
         f"samples; {FOLDS} folds of people, left-out people unknown; chance "
         f"{100 / categories:.0f} %; scaling, ridge penalty and epoch chosen on inner people\n"
     )
