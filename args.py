@@ -317,6 +317,9 @@ def features() -> Parser:
         help="open_clip tag or weight file")
     group.add("--batch_size", type=positive_int, default=32, help="pictures encoded at once",
         per_call=True)
+    group.add("--target_blur", type=non_negative, default=0.0, metavar="SIGMA_PX",
+        help="blur the picture before CLIP, for the image modality only: EEG holds little fine "
+        "detail, and what is drawn from such targets holds less; 0 = off")
     _superpixel_size(parser.flags("superpixels"))
     group = parser.flags("work")
     group.add("--num_workers", type=count, metavar="N", per_call=True,

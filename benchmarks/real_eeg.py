@@ -325,8 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     people, categories, channels, samples = erps.eeg.shape
     rows = measure(erps, given.encoders, given.epochs, given.seed)
     print(
-        f"\n{given.data.name}: {people} people x {categories} categories, {channels} channels x {samples} "
-        f"samples; {FOLDS} folds of people, left-out people unknown; chance "
+        f"\n{given.data.name}: {people} people x {categories} categories, {channels} channels "
+        f"x {samples} samples; {FOLDS} folds of people, left-out people unknown; chance "
         f"{100 / categories:.0f} %; scaling, ridge penalty and epoch chosen on inner people\n"
     )
     print(as_markdown(rows))
