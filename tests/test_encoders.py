@@ -10,7 +10,9 @@ import torch
 from conftest import Chain
 
 import args
+import evaluate
 import generate
+import report
 import train
 import util
 from ATMS_retrieval import OWN, Decoder, check_encoder, make_encoder
@@ -231,16 +233,20 @@ def test_a_header_with_unknown_options_is_refused(tmp_path) -> None:
         Decoder.load(tmp_path, "best")
 
 
-@pytest.mark.parametrize("name", ["EEGProject", "NICE"])
-def test_from_training_to_pictures(features: Chain, tmp_path, name: str) -> None:
-    model, images = tmp_path / "model", tmp_path / "images"
-    run = ["--encoder", name, "--epochs", "1"]
+def test_from_training_to_the_report(features: Chain, tmp_path) -> None:
+    """Every stage takes what the checkpoint names."""
+    model, images, scores = (tmp_path / name for name in ("model", "images", "scores"))
+    run = ["--encoder", "EEGProject", "--epochs", "1"]
     assert train.main([*features.train_flags(model), *run]) == 0
     _, header = util.load_tensors(model / "checkpoints" / "best" / "model.safetensors")
-    assert header["encoder_name"] == name
+    assert header["encoder_name"] == "EEGProject"
     flags = ["--model_path", str(model), "--mode", "fused", "--max_stimuli", "1"]
     assert generate.main([*features.generate_flags(images), *flags]) == 0
     assert len(list(images.glob("*/fused.png"))) == 1
+    flags = ["--model_path", str(model), "--occlusion", "time", "--permutations", "20"]
+    assert evaluate.main([*features.evaluate_flags(scores), *flags]) == 0
+    assert report.main(["--runs", str(model), str(images), str(scores)]) == 0
+    assert "EEGProject" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_unknown_name_costs_nothing(
