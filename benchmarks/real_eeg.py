@@ -16,6 +16,7 @@ import io
 import pickle
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ from modalities import NAMES
 DATA = ROOT.parent / "shared" / "data" / "things_eeg1" / "things_eeg1_category_erp.npz"
 WINDOW_S = (0.0, 1.0)  # end exclusive
 FOLDS, INNER_SHARE = 5, 0.2  # of the people; of a fold's training people, to choose by
-# set once and never tuned; what is chosen, by the inner people: scaling, penalty, epoch
+# set once, for all encoders; scaling, penalty and epoch are chosen, by the inner people
 WIDTH = 64  # of the embedding: five prototypes need no more
-LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE, EPOCHS = 1e-3, 0.05, 16, 20
+TRAINING = {"learning_rate": 1e-3, "weight_decay": 0.05, "batch_size": 16}  # flags of training
+EPOCHS = 20
 RIDGE = "ridge"  # the baseline's name among the methods
 SCALINGS = ("centred", "standardised")
 PENALTIES = (1e2, 1e3, 1e4, 1e5, 1e6)
@@ -63,7 +65,7 @@ def read_erps(path: Path) -> ERPs:
     try:
         with np.load(path) as file:
             content = {name: file[name] for name in ("eeg", "category", "ch_names", "times")}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise util.DataError(
             path, str(error), "eeg, category, ch_names and times in an .npz", "give --data FILE"
         ) from None
@@ -195,24 +197,14 @@ def trained(
     draw = torch.Generator().manual_seed(seed)
     prototypes = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=draw))[0]
     write_world(root, erps, fit, prototypes[: len(erps.categories)])
-    data = dataset.open_training(
-        root, root / "bank", None, None, None, "average", 0.0, seed, root / "cache"
-    )
+    bank, out = root / "bank", root / "run"
+    flags = {"data_path": root, "clip_feature_path": bank, "output_dir": out, "encoder": name}
+    flags |= {"epochs": epochs, "save_every": epochs, "seed": seed, **TRAINING}
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    values = args.resolve("retrieval", words).values  # whatever is not named: its default
+    data = dataset.open_training(root, bank, None, None, None, "average", 0.0, seed, None)
     decoder = Decoder(new_encoder(data, seed, name), None, data.signal, data.clip)
-    schedule = engine.Schedule(
-        epochs=epochs,
-        batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        warmup_steps=0,
-        grad_clip=1.0,
-        ema_decay=0.0,
-        seed=seed,
-        epochs_per_call=None,
-        save_every=epochs,
-        val_every=1,
-    )
-    run = util.RunDirectory(root / "run", "retrieval")
+    run, schedule = util.RunDirectory(out, "retrieval"), engine.schedule_from(values)
     objective = PeopleObjective(decoder, data, inner)
     engine.fit(run, decoder, objective, data, Masking(), schedule, torch.device("cpu"))
     return Decoder.load(run.path, "best")

@@ -98,6 +98,8 @@ def test_missing_and_other_files_are_refused(benchmark, tmp_path, capsys) -> Non
     np.savez(tmp_path / "other.npz", eeg=np.zeros(3))
     assert benchmark.main(["--data", str(tmp_path / "other.npz")]) == 1
     assert "category" in capsys.readouterr().err
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:100])
+    assert benchmark.main(["--data", str(tmp_path / "torn.npz")]) == 1
     assert benchmark.main(["--encoders", "ATM"]) == 2
 
 
