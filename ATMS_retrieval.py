@@ -1,4 +1,4 @@
-"""The ATMS encoder, the decoder built on it, and retrieval; as a script: contrastive pre-training.
+"""The ATMS encoder, the decoder built on an encoder, and retrieval; as a script: pre-training.
 
 ATMS: Adaptive Thinking Mapper with subject tokens (Li et al., NeurIPS 2024, EEG_Image_decode), with
 the published code's traps mended; ``reference=True`` keeps them for public checkpoints.
@@ -6,7 +6,6 @@ the published code's traps mended; ``reference=True`` keeps them for public chec
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,75 +16,33 @@ if __name__ == "__main__":
     args.answer_quick_questions("retrieval")
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import aligners
 import engine
 import util
 from dataset import Batch, TestEEG, TrainingData
+from encoders import (
+    NICE,
+    Braindecode,
+    EEGProject,
+    Encoder,
+    SpatioTemporalConvolution,
+    UnknownEncoder,
+    check_name,
+    pooled_width,
+    projection,
+)
 from loss import Contrast, embedding_losses
 from metrics import retrieval_topk
 from modalities import NAMES
 from processes import Processes, gathered
-from subject_layers.subject import SubjectLinear
 from subject_layers.transformer import ChannelTransformer
 from unet import Sampling, TargetSpace
 from util import WHOLE, Part
 
-MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
 
-
-class SpatioTemporalConvolution(nn.Module):
-    """Tokens [B, C, width] -> [B, width' * 40], time-major: the shallow convolution of NICE/ATM.
-
-    ``tsconv`` holds the published layers under the published names. The first two, convolution and
-    average pooling, are linear with nothing in between and are computed as one strided convolution.
-    """
-
-    def __init__(self, n_channels: int, features: int, kernel: int, pool_kernel: int) -> None:
-        super().__init__()
-        self.tsconv = nn.Sequential(
-            nn.Conv2d(1, features, (1, kernel)),
-            nn.AvgPool2d((1, pool_kernel), (1, 5)),
-            nn.BatchNorm2d(features),
-            nn.ELU(),
-            nn.Conv2d(features, features, (n_channels, 1)),
-            nn.BatchNorm2d(features),
-            nn.ELU(),
-            nn.Dropout(0.5),
-        )
-        self.projection = nn.Sequential(nn.Conv2d(features, features, (1, 1)))
-
-    def pooled_convolution(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Convolution and pooling in one product: [B, C, width] -> [B, 40, C, width']."""
-        convolution, pool = self.tsconv[0], self.tsconv[1]
-        width = pool.kernel_size[1]
-        box = convolution.weight.new_full((1, 1, width), 1 / width)
-        # [40, 1, kernel + width - 1]: the mean of `width` shifted copies of each filter
-        filters = F.conv1d(convolution.weight.squeeze(2), box, padding=width - 1)
-        windows = tokens.unfold(2, filters.shape[2], pool.stride[1])
-        return F.linear(windows, filters.squeeze(1), convolution.bias).permute(0, 3, 1, 2)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        maps = self.projection(
-            self.tsconv[2:](self.pooled_convolution(tokens))
-        )  # [B, 40, 1, width']
-        return maps.squeeze(2).transpose(1, 2).flatten(1)
-
-
-class Residual(nn.Module):
-    """x + fn(x)."""
-
-    def __init__(self, fn: nn.Module) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.fn(x)
-
-
-class ATMS(nn.Module):
+class ATMS(Encoder):
     """EEG [B, C, T] float32 and subject [B] int64 -> embedding [B, D], not L2-normalised.
 
     ``subject``: 0-based per row, -1 = unknown. ``reference=True`` computes what the published code
@@ -111,12 +68,8 @@ class ATMS(nn.Module):
         positional: bool = True,
         reference: bool = False,
     ) -> None:
-        super().__init__()
-        self.config = {
-            "n_channels": n_channels,
-            "n_times": n_times,
-            "n_subjects": n_subjects,
-            "embed_dim": embed_dim,
+        super().__init__(n_channels, n_times, n_subjects, embed_dim, subject_layer=not reference)
+        self.config |= {
             "width": width,
             "hidden": hidden,
             "heads": heads,
@@ -127,11 +80,7 @@ class ATMS(nn.Module):
             "positional": positional,
             "reference": reference,
         }
-        self.n_channels, self.n_times, self.n_subjects = n_channels, n_times, n_subjects
-        self.embed_dim, self.reference = embed_dim, reference
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        if not reference:
-            self.subject_layer = SubjectLinear(n_subjects, n_times)
+        self.reference = reference
         self.encoder = ChannelTransformer(
             n_channels,
             n_times,
@@ -147,42 +96,25 @@ class ATMS(nn.Module):
             SpatioTemporalConvolution(n_channels, features, kernel, pool_kernel)
         )
         flat = features * pooled_width(width, kernel, pool_kernel)
-        self.proj_eeg = nn.Sequential(
-            nn.Linear(flat, embed_dim),
-            Residual(nn.Sequential(nn.GELU(), nn.Linear(embed_dim, embed_dim), nn.Dropout(0.5))),
-            nn.LayerNorm(embed_dim),
-        )
+        self.proj_eeg = projection(flat, embed_dim, dropout=0.5)
 
-    def forward(self, eeg: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
-        if eeg.ndim != 3 or eeg.shape[1:] != (self.n_channels, self.n_times):
-            raise ValueError(
-                f"eeg has shape {tuple(eeg.shape)}, expected [B, {self.n_channels}, {self.n_times}]"
-            )
-        if subject.shape != eeg.shape[:1]:
-            raise ValueError(f"subject has shape {tuple(subject.shape)}, expected [{len(eeg)}]")
-        if not self.reference:
-            eeg = self.subject_layer(eeg, subject)
+    def _embed(self, eeg: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
         return self.proj_eeg(self.enc_eeg(self.encoder(eeg, subject)))
 
-    @torch.no_grad()
     def add_subjects(self, count: int) -> None:
-        """Rows for ``count`` more subjects, that compute what an unknown one (-1) gets."""
-        self.subject_layer.add_subjects(count)
+        """As of every encoder; tokens, too."""
+        super().add_subjects(count)
         self.encoder.enc_embedding.subject_embedding.add_subjects(count)
-        self.n_subjects += count
-        self.config["n_subjects"] = self.n_subjects
 
     def subject_parameters(self) -> list[nn.Parameter]:
-        """What belongs to subjects: their layers and tokens."""
+        """As of every encoder; tokens, too."""
         embedding = self.encoder.enc_embedding.subject_embedding
-        return [*self.subject_layer.parameters(), *embedding.parameters()]
+        return [*super().subject_parameters(), *embedding.parameters()]
 
     @property
     def similarity_scale(self) -> torch.Tensor:
-        """What multiplies cosines in the contrastive loss: exp of the parameter, at most 100."""
-        return (
-            self.logit_scale if self.reference else self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
-        )
+        """As of every encoder; ``reference``: the parameter itself."""
+        return self.logit_scale if self.reference else super().similarity_scale
 
     @classmethod
     def from_reference(
@@ -223,11 +155,6 @@ class ATMS(nn.Module):
         return model.eval()
 
 
-def pooled_width(width: int, kernel: int, pool_kernel: int) -> int:
-    """Time steps that are left of ``width`` after the convolution and the pooling with stride 5."""
-    return (width - kernel + 1 - pool_kernel) // 5 + 1
-
-
 _DEAD_IN_REFERENCE = (
     "subject_wise_linear.",
     "encoder.enc_embedding.mask_token",
@@ -252,6 +179,19 @@ def _reference_sizes(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
     }
 
 
+OWN = {kind.__name__: kind for kind in (ATMS, EEGProject, NICE)}
+
+
+def make_encoder(name: str, config: Mapping[str, Any]) -> Encoder:
+    """The encoder ``name`` of ``--encoder``. ``config``: of an encoder, or just the four sizes.
+
+    Raises UnknownEncoder, and ValueError for a signal that it cannot take.
+    """
+    if name in OWN:
+        return OWN[name](**config)
+    return Braindecode(**{**config, "model": name})
+
+
 # ---------------------------------------------------------------- encoder and, once trained, priors
 
 
@@ -270,7 +210,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        encoder: ATMS,
+        encoder: Encoder,
         bank: TargetSpace | None,
         signal: Mapping[str, Any],
         clip: Mapping[str, Any],
@@ -284,6 +224,7 @@ class Decoder(nn.Module):
 
     def header(self) -> dict[str, Any]:
         return {
+            "encoder_name": self.encoder.name,
             "encoder": self.encoder.config,
             "bank": self.bank.config if self.bank else None,
             "signal": self.signal,
@@ -325,7 +266,8 @@ class Decoder(nn.Module):
                 "give the run directory that train.py wrote",
             )
         bank = aligners.aligner_from(header["bank"]) if header["bank"] else None
-        decoder = cls(ATMS(**header["encoder"]), bank, header["signal"], header["clip"])
+        encoder = _encoder_of(header, path)
+        decoder = cls(encoder, bank, header["signal"], header["clip"])
         decoder.calibration = header["calibration"]
         decoder.held_out = header.get("held_out")  # headers of older models have none
         try:
@@ -371,16 +313,50 @@ class Decoder(nn.Module):
         return {name: values.cpu() for name, values in samples.items()}
 
 
-def new_encoder(data: TrainingData, seed: int) -> ATMS:
-    """A freshly initialised ATMS for this signal, seeded."""
+def _encoder_of(header: Mapping[str, Any], path: Path) -> Encoder:
+    """The encoder that a checkpoint's header describes. Raises DataError."""
+    name = header.get("encoder_name", ATMS.__name__)  # headers had no name when there was but one
+    try:
+        check_name(name)
+        return make_encoder(name, header["encoder"])
+    except UnknownEncoder as unknown:
+        raise util.DataError(path, f"encoder {name}", unknown.expected, unknown.cure) from None
+    except (TypeError, ValueError) as error:
+        raise util.DataError(
+            path,
+            f"encoder {name} with {header['encoder']} ({error})",
+            "options that this version of it takes",
+            "the file is from another version: train again or use that version",
+        ) from None
+
+
+def check_encoder(name: str) -> None:
+    """For the first second of a run. Raises UserError for a name that nothing here answers to."""
+    try:
+        check_name(name)
+    except UnknownEncoder as unknown:
+        raise util.UserError("--encoder", name, unknown.expected, unknown.cure) from None
+
+
+def new_encoder(data: TrainingData, seed: int, name: str = ATMS.__name__) -> Encoder:
+    """A freshly initialised encoder for this signal, seeded. UserError if it cannot take it."""
+    sizes = {
+        "n_channels": len(data.signal["channels"]),
+        "n_times": len(data.signal["times"]),
+        "n_subjects": len(data.signal["subjects"]),
+        "embed_dim": data.targets["image"].shape[1],
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(util.seed_for(seed, "encoder"))
-        return ATMS(
-            len(data.signal["channels"]),
-            len(data.signal["times"]),
-            len(data.signal["subjects"]),
-            data.targets["image"].shape[1],
-        )
+        try:
+            return make_encoder(name, sizes)
+        except ValueError as error:
+            raise util.UserError(
+                "--encoder",
+                str(error),
+                "an encoder for this signal",
+                "choose another one, or another --time_window or --channels",
+            ) from None
 
 
 def validation_retrieval(embeddings: torch.Tensor, data: TrainingData) -> dict[str, float]:
@@ -404,23 +380,30 @@ def contrast_from(values: Any) -> Contrast:
 
 
 def global_losses(
-    encoder: ATMS,
+    encoder: Encoder,
     embedding: torch.Tensor,
     targets: Mapping[str, torch.Tensor],
     how: Contrast,
     groups: torch.Tensor | None,
     contrast_weight: float,
+    part: Part,
 ) -> dict[str, torch.Tensor]:
-    """:func:`loss.embedding_losses` over the rows of all processes.
+    """:func:`loss.embedding_losses` over the rows of all processes that compute parts of a batch.
 
     In float32 whatever autocast says: cosines times 100 need it.
     """
+    # what is WHOLE one process computes alone: nobody else would answer
+    everybody = gathered if part.count > 1 else _as_they_are
     with torch.autocast(embedding.device.type, enabled=False):
         wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-        everyone = {name: gathered(targets[name]) for name in ("image", "text")}
-        together = None if groups is None else gathered(groups)
+        everyone = {name: everybody(targets[name]) for name in ("image", "text")}
+        together = None if groups is None else everybody(groups)
         scale = encoder.similarity_scale
-        return embedding_losses(gathered(wide), everyone, scale, how, together, contrast_weight)
+        return embedding_losses(everybody(wide), everyone, scale, how, together, contrast_weight)
+
+
+def _as_they_are(rows: torch.Tensor) -> torch.Tensor:
+    return rows
 
 
 class ContrastiveObjective:
@@ -435,7 +418,7 @@ class ContrastiveObjective:
         encoder = self.decoder.encoder
         groups = self.data.groups(batch.stimulus, self.contrast.positives)
         embedding = encoder(batch.eeg, batch.subject)
-        return global_losses(encoder, embedding, batch.targets, self.contrast, groups, 1.0)
+        return global_losses(encoder, embedding, batch.targets, self.contrast, groups, 1.0, part)
 
     def validate(self) -> dict[str, float]:
         """Held-out concepts only; ``select`` (higher is better) chooses ``best``."""
@@ -450,11 +433,13 @@ class ContrastiveObjective:
 def main(argv: Sequence[str] | None = None) -> int:
     """Contrastive pre-training of the encoder alone, scored on held-out training concepts."""
     options = args.resolve("retrieval", argv)
+    check_encoder(options.values.encoder)
     processes = Processes.join(options.values.device)
     for fold in engine.folds(options):
         values = fold.values
         data = engine.open_data(values)
-        decoder = Decoder(new_encoder(data, values.seed), None, data.signal, data.clip)
+        encoder = new_encoder(data, values.seed, values.encoder)
+        decoder = Decoder(encoder, None, data.signal, data.clip)
         objective = ContrastiveObjective(decoder, data, contrast_from(values))
         engine.train(fold, decoder, objective, data, processes)
     return 0

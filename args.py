@@ -45,6 +45,7 @@ CONTROLS = {  # of --control, with the mark that everything drawn or scored unde
 }
 MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **CONTROLS}
 WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
+ENCODERS = ("ATMS", "EEGProject", "NICE")  # this project's own; other names are braindecode's
 AUTO = "auto"
 EACH = "each"
 PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
@@ -284,6 +285,12 @@ def _training_data(group: _Group) -> None:
     _eeg_selection(group)
 
 
+def _encoder(parser: Parser) -> None:
+    parser.flags("EEG encoder").add("--encoder", default=ENCODERS[0], metavar="NAME",
+        help=f"{', '.join(ENCODERS)}, or the class name of a model of braindecode, e.g. "
+        "ShallowFBCSPNet, where that is installed")
+
+
 def _masks(parser: Parser) -> None:
     group = parser.flags("EEG masking while training (off by default)")
     for kind, what in (
@@ -394,6 +401,9 @@ def features() -> Parser:
         help="open_clip tag or weight file")
     group.add("--batch_size", type=positive_int, default=32, help="pictures encoded at once",
         per_call=True)
+    group.add("--target_blur", type=non_negative, default=0.0, metavar="SIGMA_PX",
+        help="blur the picture before CLIP, for the image modality only: EEG holds little fine "
+        "detail, and what is drawn from such targets holds less; 0 = off")
     _superpixel_size(parser.flags("superpixels"))
     group = parser.flags("work")
     group.add("--num_workers", type=count, metavar="N", per_call=True,
@@ -413,6 +423,7 @@ def train() -> Parser:
         "--output_dir OUT/model \\\n      --epochs 100 --batch_size 16 --learning_rate 1e-4",
     )
     _training_data(parser.flags("data"))
+    _encoder(parser)
     group = parser.flags("optimisation")
     _training(group)
     group.add("--init_from", type=Path, per_call=True, metavar="RUN",
@@ -454,11 +465,12 @@ def train() -> Parser:
 def retrieval() -> Parser:
     parser = Parser(
         "retrieval",
-        "Contrastive pre-training of the ATMS encoder, scored by retrieval on held-out concepts.",
+        "Contrastive pre-training of the EEG encoder, scored by retrieval on held-out concepts.",
         "python ATMS_retrieval.py --data_path DATA --clip_feature_path OUT/clip_features "
         "--output_dir OUT/encoder",
     )
     _training_data(parser.flags("data"))
+    _encoder(parser)
     group = parser.flags("optimisation")
     _training(group)
     group = parser.flags("loss")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class Clip:
     model: nn.Module
     transform: Any
     tokenize: Any
-    identity: dict[str, str]
+    identity: dict[str, str | float]
 
     @torch.no_grad()
     def encode_pictures(self, crops: torch.Tensor) -> torch.Tensor:
@@ -112,6 +112,13 @@ def load_clip(clip_model: str, clip_pretrained: str, device: torch.device) -> Cl
     return Clip(model.eval(), transform, open_clip.get_tokenizer(name), identity)
 
 
+def blurred(clip: Clip, blur_px: float) -> Clip:
+    """``clip`` with the blur in its identity: models and banks of different blur do not mix."""
+    if not blur_px:  # as before there was a blur
+        return clip
+    return replace(clip, identity=clip.identity | {"target_blur_px": blur_px})
+
+
 def check_pretrained(name: str, clip_pretrained: str) -> None:
     """Raise UserError unless this is a file or a tag that open_clip knows for the model."""
     import open_clip
@@ -143,10 +150,15 @@ class Pictures(torch.utils.data.Dataset):
     """Crops [visual modalities, 3, S, S] per stimulus, or a message if it cannot be read."""
 
     def __init__(
-        self, stimuli: Sequence[Stimulus], transform: Any, slic_px: int, png_folder: Path | None
+        self,
+        stimuli: Sequence[Stimulus],
+        transform: Any,
+        slic_px: int,
+        blur_px: float,
+        png_folder: Path | None,
     ) -> None:
         self.stimuli, self.transform = stimuli, transform
-        self.slic_px, self.png_folder = slic_px, png_folder
+        self.slic_px, self.blur_px, self.png_folder = slic_px, blur_px, png_folder
 
     def __len__(self) -> int:
         return len(self.stimuli)
@@ -156,7 +168,7 @@ class Pictures(torch.utils.data.Dataset):
             image = superpixel.read_picture(self.stimuli[index].path)
         except superpixel.PictureError as error:
             return str(error)
-        versions = picture_versions(image, self.slic_px)
+        versions = picture_versions(image, self.slic_px, self.blur_px)
         if self.png_folder:
             self._save(self.stimuli[index], versions)
         return torch.stack([self.transform(versions[name]) for name in VISUAL])
@@ -169,12 +181,19 @@ class Pictures(torch.utils.data.Dataset):
                     versions[modality.name].save(file, format="PNG")
 
 
-def picture_versions(image: Image.Image, slic_px: int) -> dict[str, Image.Image]:
-    """What each visual modality shows CLIP: the picture, or one of its superpixel versions."""
-    from PIL import Image
+def picture_versions(
+    image: Image.Image, slic_px: int, blur_px: float = 0.0
+) -> dict[str, Image.Image]:
+    """What each visual modality shows CLIP: the picture, or one of its superpixel versions.
+
+    ``blur_px``: standard deviation, in the picture's own pixels, of a Gaussian that the picture
+    itself is blurred with, the superpixels are not (the uniform blur prior of UBP, CVPR 2025).
+    """
+    from PIL import Image, ImageFilter
 
     levels = superpixel.superpixels(superpixel.at_slic_size(image, slic_px))
-    return {name: Image.fromarray(levels[name]) if name in levels else image for name in VISUAL}
+    seen = image.filter(ImageFilter.GaussianBlur(blur_px)) if blur_px else image
+    return {name: Image.fromarray(levels[name]) if name in levels else seen for name in VISUAL}
 
 
 # ---------------------------------------------------------------- encoding
@@ -187,11 +206,12 @@ def encode(
     batch_size: int,
     num_workers: int,
     slic_px: int,
+    blur_px: float,
     png_folder: Path | None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Features {modality: [b, D]} batch by batch; superpixels are made in worker processes."""
     loader = torch.utils.data.DataLoader(
-        Pictures(stimuli, clip.transform, slic_px, png_folder),
+        Pictures(stimuli, clip.transform, slic_px, blur_px, png_folder),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
@@ -221,6 +241,7 @@ def encode_partition(
     batch_size: int,
     num_workers: int,
     slic_px: int,
+    blur_px: float,
     png_folder: Path | None,
 ) -> None:
     """Encode shard by shard, skip those on disk, join them into ``{partition}.safetensors``."""
@@ -238,7 +259,14 @@ def encode_partition(
                 continue
             parts = []
             for part in encode(
-                clip, stimuli[rows], texts[rows], batch_size, num_workers, slic_px, png_folder
+                clip,
+                stimuli[rows],
+                texts[rows],
+                batch_size,
+                num_workers,
+                slic_px,
+                blur_px,
+                png_folder,
             ):
                 parts.append(part)
                 bar.update(len(part["image"]))
@@ -330,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = util.open_run(options, values.output_path, inputs, plan)
     if run.finished:
         return 0
-    clip = load_clip(values.clip_model, values.clip_pretrained, device)
+    clip = blurred(load_clip(values.clip_model, values.clip_pretrained, device), values.target_blur)
     workers = default_workers() if values.num_workers is None else values.num_workers
     png_folder = run.path / "superpixels" if values.save_superpixels else None
     for partition, items in stimuli.items():
@@ -345,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             values.batch_size,
             workers,
             values.superpixel_size,
+            values.target_blur,
             png_folder,
         )
     run.finish({name: len(items) for name, items in stimuli.items()})

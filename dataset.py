@@ -699,12 +699,16 @@ def open_bank(folder: Path, partition: str) -> Bank:
 
 def check_clip(bank: Bank, clip: Mapping[str, Any], model: Path) -> None:
     """Raise DataError if the bank was made by another CLIP than the model's targets."""
-    differing = [key for key in clip if bank.clip.get(key) != clip[key]]
+    differing = [key for key in {**clip, **bank.clip} if bank.clip.get(key) != clip.get(key)]
     if differing:
+        found, needed = (
+            ", ".join(f"{key} {identity.get(key)}" for key in differing)
+            for identity in (bank.clip, clip)
+        )
         raise DataError(
             bank.path,
-            ", ".join(f"{key} {bank.clip.get(key)}" for key in differing),
-            f"{', '.join(f'{key} {clip[key]}' for key in differing)}, as {model} was trained on",
+            found,
+            f"{needed}, as {model} was trained on",
             "use the features that the model was trained on, or train it on these",
         )
 

@@ -19,7 +19,9 @@ import fusion
 import lowlevel
 import util
 from ATMS_retrieval import (
+    ATMS,
     Decoder,
+    check_encoder,
     contrast_from,
     global_losses,
     model_file,
@@ -79,6 +81,7 @@ class JointObjective:
             self.contrast,
             self.data.groups(stimulus, self.contrast.positives),
             self.contrast_weight,
+            part,
         )
         parts = {f"prior_{name}": terms[name].total for name in NAMES}
         parts |= {f"cosine_{name}": terms[name].cosine for name in NAMES}
@@ -120,21 +123,26 @@ class JointObjective:
 
 
 def new_decoder(
-    data: TrainingData, seed: int, alignment: aligners.Alignment, init_from: Path | None
+    data: TrainingData,
+    seed: int,
+    alignment: aligners.Alignment,
+    init_from: Path | None,
+    encoder_name: str = ATMS.__name__,
 ) -> Decoder:
     """A fresh decoder, its aligner standardised on the training rows.
 
     ``init_from``: a run of ATMS_retrieval.py whose encoder it starts from. Raises UserError.
     """
-    encoder = new_encoder(data, seed)
+    encoder = new_encoder(data, seed, encoder_name)
     if init_from is not None:
         donor = Decoder.load(init_from, "best")
-        if donor.encoder.config != encoder.config or donor.signal != data.signal:
+        found, needed = ((one.name, one.config) for one in (donor.encoder, encoder))
+        if found != needed or donor.signal != data.signal:
             raise util.UserError(
                 "--init_from",
-                f"an encoder for {donor.encoder.config} of {donor.signal['subjects']}",
-                f"one for {encoder.config} of {data.signal['subjects']}",
-                "pre-train with the same subjects, channels and time window",
+                f"{found[0]} for {found[1]} of {donor.signal['subjects']}",
+                f"{needed[0]} for {needed[1]} of {data.signal['subjects']}",
+                "pre-train with the same --encoder, subjects, channels and time window",
             )
         encoder.load_state_dict(donor.encoder.state_dict())
     width = data.targets["image"].shape[1]
@@ -203,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_one(options: args.Options, processes: Processes) -> None:
     """One model."""
     values = options.values
+    check_encoder(values.encoder)
     data = engine.open_data(values)
     if values.adapt_from is not None:
         data, decoder = adapted(values.adapt_from, data, values.trainable)
@@ -214,7 +223,7 @@ def train_one(options: args.Options, processes: Processes) -> None:
             values.prior_predicts,
             values.prior_loss,
         )
-        decoder = new_decoder(data, values.seed, alignment, values.init_from)
+        decoder = new_decoder(data, values.seed, alignment, values.init_from, values.encoder)
     objective = JointObjective(
         decoder, data, contrast_from(values), values.contrast_weight, values.noise_draws
     )

@@ -106,7 +106,8 @@ def fit_in_child(root: str, out: str, epochs: int) -> None:
 
 
 def steps_of_the_real_model(root: Path, out: Path, steps: int, accumulate: int) -> None:
-    """Joint training without dropout and batch statistics; the first process saves the result."""
+    """Joint training without dropout and batch statistics; the first process saves losses and the
+    last step's gradients."""
     torch.set_num_threads(1)
     processes = Processes.join("cpu")
     data = training_data(root)
@@ -129,8 +130,9 @@ def steps_of_the_real_model(root: Path, out: Path, steps: int, accumulate: int) 
     means = processes.mean(list(sums.values()))
     if processes.first:
         losses = dict(zip(sums, means, strict=True))
+        gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
         about = {"losses": losses, "processes": processes.count}
-        util.save_tensors(out / "model.safetensors", decoder.state_dict(), about)
+        util.save_tensors(out / "gradients.safetensors", gradients, about)
     processes.wait()
 
 
@@ -138,7 +140,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--accumulate", type=int, default=1)
     given = parser.parse_args()
     steps_of_the_real_model(given.root, given.out, given.steps, given.accumulate)

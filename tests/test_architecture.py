@@ -30,7 +30,7 @@ LAYERS: dict[str, float] = {
     "channels": 2.5,
     "recordings": 3,
     "raw_quality": 3,
-    **dict.fromkeys(("engine", "fusion", "figures", "sampler", "sweeps"), 2.5),
+    **dict.fromkeys(("engine", "fusion", "figures", "sampler", "sweeps", "encoders"), 2.5),
     "aligners": 2.5,
     "ATMS_retrieval": 3,
     **dict.fromkeys(("controls", "reconstruction", "occlusion", "lowlevel"), 3.5),

@@ -8,12 +8,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import clip_feature_extractor as stage
 import superpixel
 import util
-from dataset import stimulus_id
+from dataset import check_clip, open_bank, stimulus_id
 from miniworld.models import CLIP_DIM, CLIP_NAME, random_models
 from modalities import MODALITIES, NAMES
 
@@ -125,6 +125,28 @@ def _read(world, key: str) -> Image.Image:
 def test_image_features_are_open_clip_s(world, bank, clip, partition, concepts):
     expected = _encoded(clip, [_read(world, key) for key in _keys(concepts, partition)])
     torch.testing.assert_close(_tensors(bank, partition)["image"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_target_blur_is_of_the_image_alone_and_marks_the_bank(world, bank, clip, tmp_path):
+    assert _run(world, tmp_path / "blurred", "--target_blur", 3) == 0
+    sharp, blurred = _tensors(bank, "test"), _tensors(tmp_path / "blurred", "test")
+    changed = [name for name in NAMES if not torch.equal(sharp[name], blurred[name])]
+    assert changed == ["image"]
+    pictures = [
+        _read(world, key).filter(ImageFilter.GaussianBlur(3)) for key in _keys(TEST, "test")
+    ]
+    torch.testing.assert_close(blurred["image"], _encoded(clip, pictures), rtol=1e-4, atol=1e-4)
+    one, other = open_bank(bank, "test"), open_bank(tmp_path / "blurred", "test")
+    assert other.clip == one.clip | {"target_blur_px": 3.0}
+    for found, trained_on in ((one, other), (other, one)):
+        check_clip(found, found.clip, tmp_path / "model")
+        with pytest.raises(util.DataError, match="target_blur_px"):
+            check_clip(found, trained_on.clip, tmp_path / "model")
+
+
+def test_another_blur_in_the_same_folder_is_refused(world, bank, capsys):
+    assert _run(world, bank, "--target_blur", 3) == 2
+    assert "--target_blur: 0.0 then, 3.0 now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("modality", [m for m in MODALITIES if m.slic], ids=lambda m: m.name)

@@ -59,24 +59,30 @@ def free_port() -> int:
 
 
 def result(out: Path, processes: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    tensors, header = util.load_tensors(out / "model.safetensors")
+    tensors, header = util.load_tensors(out / "gradients.safetensors")
     assert header["processes"] == processes
     return tensors, header["losses"]
 
 
 def test_two_processes_compute_what_one_does(world, tmp_path):
-    """Losses and weights after three steps: contrast, noise and masks are those of the batch."""
+    """Losses and gradients of a step: contrast, noise and masks are those of the whole batch.
+
+    Not the weights: where a gradient is all but 0, Adam's first step follows its sign.
+    """
     steps = HERE / "helpers_training.py"
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run([sys.executable, str(steps), str(world), str(one)], check=True, timeout=300)
     launched(2, steps, world, two, port=free_port())
-    (weights, losses), (others, other_losses) = result(one), result(two, processes=2)
+    (gradients, losses), (others, other_losses) = result(one), result(two, processes=2)
     assert losses.keys() == other_losses.keys() and "contrast" in losses
     for name, value in losses.items():
         assert other_losses[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
-    assert weights.keys() == others.keys()
-    for name, value in weights.items():
-        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=2e-5, msg=name)
+    assert gradients.keys() == others.keys()
+    for name, value in gradients.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(
+            others[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * scale, msg=name
+        )
 
 
 def test_training_runs_in_two_processes_and_writes_once(features, tmp_path):
