@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import util
+from dropout import Dropout
 from loss import LossTerms, stacked_prior_loss
 from modalities import NAMES
 from stacked import keep_separate_state, stacked
@@ -86,10 +87,10 @@ class SharedMLP(Regression):
             nn.Linear(cond_dim, self.hidden_dim),
             nn.LayerNorm(self.hidden_dim),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(self.hidden_dim, self.hidden_dim),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
         self.heads = stacked([nn.Linear(self.hidden_dim, embed_dim) for _ in NAMES])
         keep_separate_state(self.heads, NAMES)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from args import ENCODERS
+from dropout import Dropout
 from subject_layers.subject import SubjectLinear
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
@@ -50,7 +51,7 @@ class SpatioTemporalConvolution(nn.Module):
             nn.Conv2d(features, features, (n_channels, 1)),
             nn.BatchNorm2d(features),
             nn.ELU(),
-            nn.Dropout(0.5),
+            Dropout(0.5),
         )
         self.projection = nn.Sequential(nn.Conv2d(features, features, (1, 1)))
 
@@ -89,7 +90,7 @@ class Residual(nn.Module):
 
 def projection(inputs: int, embed_dim: int, dropout: float) -> nn.Sequential:
     """[B, inputs] -> [B, embed_dim]: the head that NICE, ATM and EEGProject share."""
-    inner = nn.Sequential(nn.GELU(), nn.Linear(embed_dim, embed_dim), nn.Dropout(dropout))
+    inner = nn.Sequential(nn.GELU(), nn.Linear(embed_dim, embed_dim), Dropout(dropout))
     return nn.Sequential(nn.Linear(inputs, embed_dim), Residual(inner), nn.LayerNorm(embed_dim))
 
 

@@ -29,8 +29,10 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         if x.device.type != "cpu":
             return torch.baddbmm(bias[:, None], x, weight.mT)
-        parts = zip(bias, x, weight, strict=True)
-        return torch.stack([torch.addmm(b, rows, w.T) for b, rows, w in parts])
+        out = x.new_empty(*x.shape[:2], weight.shape[1])
+        for m, rows in enumerate(x):
+            torch.addmm(bias[m], rows, weight[m].T, out=out[m])
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dropout import Dropout
 from loss import LossTerms, stacked_prior_loss
 from modalities import NAMES
 from stacked import keep_separate_state, stacked
@@ -58,7 +59,7 @@ class TimeEmbedding(nn.Module):
 
 def _block(width_in: int, width_out: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(width_in, width_out), nn.LayerNorm(width_out), nn.SiLU(), nn.Dropout(dropout)
+        nn.Linear(width_in, width_out), nn.LayerNorm(width_out), nn.SiLU(), Dropout(dropout)
     )
 
 
@@ -133,7 +134,10 @@ class DiffusionPriorUNet(nn.Module):
         if self.stack:
             cond = cond.expand(self.stack, -1, -1)
         layers = (*self.encode_cond_embedding, *self.decode_cond_embedding)
-        return [layer(cond).repeat_interleave(rows_each, dim=-2) for layer in layers]
+        parts = [layer(cond) for layer in layers]
+        if rows_each == 1:
+            return parts
+        return [part.repeat_interleave(rows_each, dim=-2) for part in parts]
 
     def embed_time(self, t: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         """What timesteps t add before each block, down then up."""
@@ -353,7 +357,9 @@ class PriorBank(TargetSpace):
         error counts a_t times what it counts on velocity: next to nothing at high t, where only
         the condition knows the embedding.
         """
-        clean = self.standardised(targets, cond).repeat_interleave(draws, dim=1)
+        clean = self.standardised(targets, cond)
+        if draws > 1:
+            clean = clean.repeat_interleave(draws, dim=1)
         t, noise, keep = self._draw(clean, generator, part)
         noisy = self.add_noise(clean, noise, t)
         found = self.priors(noisy, t, cond, keep).to(clean.dtype)

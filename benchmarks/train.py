@@ -4,7 +4,8 @@
 
 "prior_bank": the five priors' losses and gradients at full size (D = 1024, 9.7 M parameters each)
 against five networks one after another. "train_step": a whole step, from memory-mapped trials to
-changed weights, against a DataLoader over trials in memory, five priors in turn and plain AdamW.
+changed weights, against a DataLoader over trials in memory, the encoder's published layers, five
+priors in turn and plain AdamW.
 "open_ten_subjects": opening ten subjects of THINGS-EEG2's size (sparse files) until the first batch
 can be read. EEG and targets are noise: nothing is learned here, only timed.
 """
@@ -35,6 +36,8 @@ import train
 import util
 from aligners import Alignment
 from ATMS_retrieval import Decoder
+from dropout import Dropout
+from encoders import SpatioTemporalConvolution
 from loss import Contrast, contrastive_total, prior_loss, prior_total
 from masking import Masking
 from modalities import NAMES
@@ -113,7 +116,7 @@ class FivePriors(nn.Module):
             prior.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             )
-            self.priors[name] = prior
+            self.priors[name] = with_plain_dropout(prior)
 
     def losses(self, targets: Mapping[str, torch.Tensor], cond: torch.Tensor) -> dict[str, Any]:
         found, space = {}, self.space
@@ -125,6 +128,15 @@ class FivePriors(nn.Module):
             velocity = prior(space.add_noise(clean, noise, t), t, cond, keep)
             found[name] = prior_loss(velocity, space.velocity_of(clean, noise, t))
         return found
+
+
+def with_plain_dropout(module: nn.Module) -> nn.Module:
+    """The module with PyTorch's own dropout."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Dropout):
+                setattr(parent, name, nn.Dropout(child.p))
+    return module
 
 
 def random_targets(rows: int) -> dict[str, torch.Tensor]:
@@ -175,11 +187,36 @@ class Trials(torch.utils.data.Dataset):
         return self.eeg[index].mean(0), {name: rows[index] for name, rows in self.targets.items()}
 
 
+class PublishedConvolution(nn.Module):
+    """The encoder's convolution layer by layer, as published."""
+
+    def __init__(self, ours: SpatioTemporalConvolution) -> None:
+        super().__init__()
+        self.tsconv, self.projection = ours.tsconv, ours.projection
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        maps = self.projection(self.tsconv(tokens[:, None]))
+        return maps.squeeze(2).transpose(1, 2).flatten(1)
+
+
+def as_published(encoder: nn.Module) -> nn.Module:
+    """The encoder without this project's shortcuts. SystemExit if it computes anything else."""
+    eeg, subject = torch.randn(2, CHANNELS, SAMPLES), torch.zeros(2, dtype=torch.long)
+    encoder.eval()
+    with torch.no_grad():
+        ours = encoder(eeg, subject)
+        encoder.enc_eeg[0] = PublishedConvolution(encoder.enc_eeg[0])
+        published = with_plain_dropout(encoder).eval()(eeg, subject)
+    if not torch.allclose(ours, published, atol=1e-4):
+        raise SystemExit("the published form of the encoder computes something else")
+    return encoder.train()
+
+
 class Common:
     """DataLoader, five priors in turn, unfused AdamW, the loss read at every step."""
 
     def __init__(self, decoder: Decoder, data: dataset.TrainingData, batch: int) -> None:
-        self.encoder, self.five = decoder.encoder, FivePriors(decoder.bank)
+        self.encoder, self.five = as_published(decoder.encoder), FivePriors(decoder.bank)
         self.parameters = [*self.encoder.parameters(), *self.five.priors.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-4, foreach=False, fused=False)
         trials = Trials(data.recordings[0].eeg, data.targets)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from dropout import Dropout
+
 
 def positional_table(length: int, width: int) -> torch.Tensor:
     """Sinusoids [length, width]: even columns sin(p w_i), odd cos, w_i = 10000^(-2i / width)."""
@@ -70,7 +72,7 @@ class ChannelEmbedding(nn.Module):
         self.value_embedding = nn.Linear(n_times, width)
         kind = ReferenceSubjectEmbedding if reference else SubjectEmbedding
         self.subject_embedding = kind(n_subjects, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         table = (
             positional_table(n_channels, width) if positional else torch.zeros(n_channels, width)
         )

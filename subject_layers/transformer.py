@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dropout import Dropout
 from subject_layers.attention import SelfAttention
 from subject_layers.embedding import ChannelEmbedding
 
@@ -25,7 +26,7 @@ class EncoderLayer(nn.Module):
         self.conv2 = nn.Conv1d(hidden, width, 1)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = self.norm1(tokens + self.dropout(self.attention(tokens)))

@@ -22,7 +22,7 @@ LAYERS: dict[str, float] = {
     **dict.fromkeys(("modalities", "masking"), 0),
     **dict.fromkeys(("args", "util", "loss", "superpixel", "metrics", "scalp", "tables"), 1),
     **dict.fromkeys(("stacked", "processes", "optimisation", "checkpoints"), 1.5),
-    "whitening": 1,
+    **dict.fromkeys(("whitening", "dropout"), 1),
     "epoching": 1.5,
     **dict.fromkeys(("subject_layers", "unet", "dataset", "injection"), 2),
     **dict.fromkeys(("backbones", "compare"), 2),
