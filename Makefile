@@ -25,8 +25,9 @@ $(VENV)/browser: $(VENV)/installed
 demo: $(VENV)/installed
 	$(PY) demo.py
 
+# A process per core, up to four, each with one thread; a file's tests share one process.
 test: $(VENV)/installed $(VENV)/browser
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
