@@ -95,11 +95,15 @@ class Average:
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """The model with averaged weights, for validation and saving."""
         own = [value.detach().clone() for value in _state(model)]
-        _write(model, self.values)
+        self.write_to(model)
         try:
             yield
         finally:
             _write(model, own)
+
+    def write_to(self, model: nn.Module) -> None:
+        """Make the averaged weights the model's own."""
+        _write(model, self.values)
 
 
 def _state(model: nn.Module) -> list[torch.Tensor]:

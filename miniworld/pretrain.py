@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import engine
+import optimisation
 import injection
 import modalities
 import sampler
@@ -82,19 +83,19 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             groups, part.learning_rate, betas=(0.9, 0.98), fused=True
         )
-        self.average = engine.Average(part.model, part.ema_decay)
+        self.average = optimisation.Average(part.model, part.ema_decay)
         if path.exists():
             state = torch.load(path, weights_only=True, map_location="cpu")
             part.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.average.state = state["average"]
+            self.average.values = state["average"]
             self.step = state["step"]
 
     def save(self) -> None:
         state = {
             "model": self.part.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state,
+            "average": self.average.values,
             "step": self.step,
         }
         with util.atomic_write(self.path, "wb") as file:
@@ -151,7 +152,7 @@ def fit(part: Part, steps: int, folder: Path, seed: int, stops: Sequence[str]) -
                     f"{part.name}: saved at step {training.step} of {steps}; "
                     "the same command goes on"
                 )
-    part.model.load_state_dict(training.average.state)
+    training.average.write_to(part.model)
     part.model.eval()
 
 
