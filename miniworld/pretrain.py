@@ -24,9 +24,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import engine
-import optimisation
 import injection
 import modalities
+import optimisation
 import sampler
 import util
 from clip_feature_extractor import load_clip
