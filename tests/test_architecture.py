@@ -26,6 +26,7 @@ LAYERS: dict[str, float] = {
     "epoching": 1.5,
     **dict.fromkeys(("subject_layers", "unet", "dataset", "injection"), 2),
     **dict.fromkeys(("backbones", "compare"), 2),
+    "monitor": 2.2,
     "stimulus_events": 2.5,
     "channels": 2.5,
     "recordings": 3,
