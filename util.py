@@ -60,6 +60,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        _close_log()  # of a run that another caller began and left open
         try:
             return main(argv)
         except StageError as error:
