@@ -407,7 +407,7 @@ def fit(
                 training.update(batch.to(processes.device))
                 bar.update()
                 monitor.show(bar, training)
-                if sanity and training.step in (monitor.SANITY_STEPS, training.steps):
+                if sanity and training.step == min(monitor.SANITY_STEPS, training.steps):
                     sanity.tell(training)
                 # at an epoch's end it is recorded first
                 if processes.any(bool(stops)) and training.step % steps:
