@@ -429,7 +429,7 @@ def train() -> Parser:
     group.add("--init_from", type=Path, per_call=True, metavar="RUN",
         help="start from the encoder of an ATMS_retrieval.py run")
     group.add("--adapt_from", type=Path, per_call=True, metavar="RUN",
-        help="go on from this model, its encoder and aligner, with --subjects that it does not know")
+        help="go on from this model as it is, with --subjects that it does not know")
     group.add("--trainable", choices=("subject_layers", "encoder", "all"), default="all",
         help="what changes with --adapt_from: the new subjects' layer and token, the encoder, all")
     group.switch("--low_level", per_call=True,
