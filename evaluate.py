@@ -114,8 +114,7 @@ def across_subjects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if len(own) < 2:
             continue
         scores = {}
-        for name in ("top1", "top5", "top1_shuffled", "top5_shuffled", "top1_chance",
-                     "top5_chance", "mrr", "back_top1", "back_top5"):  # fmt: skip
+        for name in tables.ACROSS_SUBJECTS:
             values = np.array([row[name] for row in own])
             error = values.std(ddof=1) / np.sqrt(len(values))
             scores[name] = {"mean": float(values.mean()), "se": float(error)}

@@ -79,14 +79,12 @@ class Sanity:
 
     @torch.no_grad()
     def _losses(self, training: Any) -> dict[str, float]:
-        step, training.step = training.step, 0  # the same noise
         training.model.eval()
         generator = util.generator_for(
             training.schedule.seed, "sanity", device=training.processes.device
         )
         losses = training.objective.losses(self.batch, generator, training.part)
         training.train_mode()
-        training.step = step
         return {name: float(value) for name, value in losses.items()}
 
     def tell(self, training: Any) -> None:

@@ -56,24 +56,26 @@ def retrieval_table(rows: Sequence[Row]) -> list[str]:
     return table(head, lines)
 
 
+ACROSS_SUBJECTS = {  # score of a retrieval row -> its column where subjects are averaged
+    "top1": "top-1", "top1_shuffled": "shuffled EEG", "top1_chance": "chance",
+    "top5": "top-5", "top5_shuffled": "shuffled EEG", "top5_chance": "chance",
+    "mrr": "MRR", "back_top1": "back: top-1", "back_top5": "back: top-5",
+}  # fmt: skip
+
+
 def across_subjects_table(rows: Sequence[Row]) -> list[str]:
     """One line per query: mean ± standard error over subjects, controls beside it."""
-    names = {
-        "top1": "top-1", "top1_shuffled": "shuffled EEG", "top1_chance": "chance",
-        "top5": "top-5", "top5_shuffled": "shuffled EEG", "top5_chance": "chance",
-        "mrr": "MRR", "back_top1": "back: top-1", "back_top5": "back: top-5",
-    }  # fmt: skip
     lines = [
         [row["query"], f"{row['subjects']}"]
         + [
             f"{number(score['mean'])} ± {number(score['se'])}"
             if not name.endswith("_chance")
             else number(score["mean"])
-            for name, score in ((name, row["scores"][name]) for name in names)
+            for name, score in ((name, row["scores"][name]) for name in ACROSS_SUBJECTS)
         ]
         for row in rows
     ]
-    return table(["query", "subjects", *names.values()], lines)
+    return table(["query", "subjects", *ACROSS_SUBJECTS.values()], lines)
 
 
 # ---------------------------------------------------------------- pictures

@@ -225,22 +225,28 @@ def test_interrupted_jobs_go_on_and_lose_nothing(
     assert SUBJECT in page
 
 
+def noted_calls(cluster: Cluster, pretend: dict, tmp_path: Path, *words: object) -> dict:
+    """{program: its calls} of a pipeline whose stages note how they are called, and do nothing."""
+    python, log = tmp_path / "venv/bin/python", Path(f"{pretend['OUT']}.log")
+    python.unlink()
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *--print_config*) ;; *) echo "$*" >> \'{log}\';; esac'
+    )
+    python.chmod(0o755)
+    assert pipeline(cluster, *words, **pretend).returncode == 0
+    cluster.run(at_once=1)
+    lines = log.read_text().splitlines()
+    return {name: [line for line in lines if line.startswith(name)] for name in PROGRAMS}
+
+
 def test_a_joint_model_is_what_all_subjects_are_drawn_and_scored_with(
     cluster: Cluster, pretend: dict, tmp_path: Path
 ) -> None:
-    python, out = tmp_path / "venv/bin/python", pretend["OUT"]
-    python.unlink()
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *--print_config*) ;; *) echo "$*" >> \'{out}.log\';; esac'
-    )
-    python.chmod(0o755)
-    assert pipeline(cluster, "--joint", "--shards", 1, **pretend).returncode == 0
+    out = pretend["OUT"]
+    calls = noted_calls(cluster, pretend, tmp_path, "--joint", "--shards", 1)
     found = dependencies(cluster)
     assert found["generate"] == "afterok:train" and found["evaluate"] == "aftercorr:generate"
     assert arrays(cluster)["train"] == "1-1"
-    cluster.run(at_once=1)
-    lines = Path(f"{out}.log").read_text().splitlines()
-    calls = {name: [line for line in lines if line.startswith(name)] for name in PROGRAMS}
     assert [len(calls[name]) for name in PROGRAMS] == [1, 2, 2, 1]
     assert f"--output_dir {out}/model --subjects sub-01 sub-02" in calls["train.py"][0]
     for line, subject in zip(calls["generate.py"], ("sub-01", "sub-02"), strict=True):
@@ -254,16 +260,8 @@ def test_a_joint_model_is_what_all_subjects_are_drawn_and_scored_with(
 def test_strangers_are_scored_by_the_model_that_never_saw_them(
     cluster: Cluster, pretend: dict, tmp_path: Path
 ) -> None:
-    python, out = tmp_path / "venv/bin/python", pretend["OUT"]
-    python.unlink()
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *--print_config*) ;; *) echo "$*" >> \'{out}.log\';; esac'
-    )
-    python.chmod(0o755)
-    assert pipeline(cluster, "--leave_out", "--shards", 1, **pretend).returncode == 0
-    cluster.run(at_once=1)
-    lines = Path(f"{out}.log").read_text().splitlines()
-    calls = {name: [line for line in lines if line.startswith(name)] for name in PROGRAMS}
+    out = pretend["OUT"]
+    calls = noted_calls(cluster, pretend, tmp_path, "--leave_out", "--shards", 1)
     for index, subject in enumerate(("sub-01", "sub-02")):
         where = f"{out}/model/without_{subject}"
         assert (
