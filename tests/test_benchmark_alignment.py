@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import Chain
+from helpers_benchmarks import loaded
 
 import args
 from ATMS_retrieval import Decoder
@@ -20,12 +19,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "alignment.py"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_alignment", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded(SCRIPT) as module:
+        yield module
 
 
 def test_every_variant_is_a_command_and_no_two_are_the_same(benchmark) -> None:

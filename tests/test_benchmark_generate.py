@@ -6,7 +6,6 @@ Nothing timed is asserted.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers_benchmarks import loaded
 
 import util
 from modalities import recipes
@@ -31,12 +31,8 @@ SMALL = ["--stimuli", "2", "--steps", "2", "--size", "64", "--repeats", "1", "--
 @pytest.fixture(scope="module")
 def benchmark():
     """The script as a module; its name is taken by the stage."""
-    spec = importlib.util.spec_from_file_location("benchmark_generate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
