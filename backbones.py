@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import metrics
-import superpixel
 import util
+from pictures import read_picture
 from util import DataError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -273,11 +273,8 @@ def _hash_of(path: Path, _size: int, _modified_ns: int) -> str:
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """A picture file as uint8 [H, W, 3]. Raises DataError."""
-    try:
-        return np.asarray(superpixel.read_picture(path))
-    except superpixel.PictureError as error:
-        raise DataError(path, str(error), "a whole picture", "make or copy it again") from None
+    """A picture file as uint8 [H, W, 3]. Raises PictureError."""
+    return np.asarray(read_picture(path))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from torch import nn
 
 import superpixel
 import util
-from dataset import (
+from modalities import MODALITIES
+from pictures import PictureError, read_picture
+from stimuli import (
     IMAGE_FOLDER,
     PARTITIONS,
     Stimulus,
@@ -28,7 +30,6 @@ from dataset import (
     list_stimuli,
     read_captions,
 )
-from modalities import MODALITIES
 from util import DataError, UserError
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Crops [visual modalities, 3, S, S] per stimulus, or a message if it cannot be read."""
+    """Crops [visual modalities, 3, S, S] per stimulus, or why it cannot be read."""
 
     def __init__(
         self,
@@ -163,11 +164,11 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.stimuli)
 
-    def __getitem__(self, index: int) -> torch.Tensor | str:
+    def __getitem__(self, index: int) -> torch.Tensor | PictureError:
         try:
-            image = superpixel.read_picture(self.stimuli[index].path)
-        except superpixel.PictureError as error:
-            return str(error)
+            image = read_picture(self.stimuli[index].path)
+        except PictureError as error:  # raised here, it would come with the worker's traceback
+            return error
         versions = picture_versions(image, self.slic_px, self.blur_px)
         if self.png_folder:
             self._save(self.stimuli[index], versions)
@@ -219,10 +220,8 @@ def encode(
     done = 0
     for items in loader:
         for item in items:
-            if isinstance(item, str):
-                raise DataError(
-                    "picture", item, "a whole PNG or JPEG file", "replace the file and run again"
-                )
+            if isinstance(item, PictureError):
+                raise item
         crops = torch.stack(items)  # [b, visual, 3, S, S]
         visual = clip.encode_pictures(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])
         features = {name: visual[:, column] for column, name in enumerate(VISUAL)}
@@ -343,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = options.values
     stimuli = {partition: list_stimuli(values.data_path, partition) for partition in PARTITIONS}
     check_disjoint(stimuli["training"], stimuli["test"])
-    captions = read_captions(values.captions)
+    captions = read_captions(values.captions, [*stimuli["training"], *stimuli["test"]])
     check_pretrained(model_name(values.clip_model), values.clip_pretrained)
     device = util.pick_device(values.device)
     weights = Path(values.clip_pretrained)

@@ -26,16 +26,11 @@ import superpixel
 import sweeps
 import util
 from ATMS_retrieval import Decoder, model_file
-from dataset import (
-    SIMULATED_NOTE,
-    Stimulus,
-    TestEEG,
-    caption,
-    locate_test_eeg,
-    open_test,
-    read_captions,
-)
+from dataset import TestEEG, locate_test_eeg, open_test
+from eeg_files import SIMULATED_NOTE
 from modalities import MODALITIES, NAMES, recipes
+from pictures import read_picture
+from stimuli import Stimulus, caption, read_captions
 from unet import Sampling
 from util import UserError
 
@@ -148,19 +143,12 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Any]]]], title: 
     return sheet
 
 
-def _open(path: Path) -> Any:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
 @functools.lru_cache(maxsize=OVERVIEW_ROWS)
 def stimulus_views(stimulus: Stimulus, slic_px: int) -> list[tuple[str, Any]]:
     """The stimulus and its superpixel versions, labelled."""
     from PIL import Image
 
-    picture = superpixel.read_picture(stimulus.path)
+    picture = read_picture(stimulus.path)
     levels = superpixel.superpixels(superpixel.at_slic_size(picture, slic_px))
     return [
         ("stimulus", picture),
@@ -173,7 +161,7 @@ def drawn_cells(
 ) -> list[tuple[str, Any]]:
     """(label, picture) of every variant of some families, from disk."""
     return [
-        (variant.label, _open(out / folder / marked(variant.name, marks)))
+        (variant.label, read_picture(out / folder / marked(variant.name, marks)))
         for kind in kinds
         for variant in kind.variants
     ]
@@ -468,7 +456,7 @@ def write_sheets(
     def seen(row: int) -> list[tuple[str, Any]]:
         views = stimulus_views(test.stimuli[row], series.slic_px) if test.stimuli else []
         start = out / test.names[row] / marked("start", marks)
-        return [*views, ("start", _open(start))] if start.exists() else list(views)
+        return [*views, ("start", read_picture(start))] if start.exists() else list(views)
 
     sheet = overview(out, test, rows, seen, kinds, series.title, marks)
     save_sheet(out / f"overview{part}.png", sheet)

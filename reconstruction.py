@@ -22,8 +22,8 @@ import args
 import backbones
 import metrics
 import util
-from dataset import PICTURES, Stimulus
 from modalities import recipes
+from stimuli import PICTURES, Stimulus
 from util import DataError
 
 # ---------------------------------------------------------------- what is scored

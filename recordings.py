@@ -13,7 +13,9 @@ import numpy as np
 
 import util
 from channels import ALL, check_unique, rename_channels
-from dataset import PARTITIONS, SIMULATED_NOTE, read_pickled_dict
+from eeg_files import SIMULATED_NOTE
+from published import array_in, list_in, read_pickled_dict, refuse_missing_keys
+from stimuli import PARTITIONS
 from stimulus_events import EventTable, Pictures, as_number, list_pictures, read_table
 from util import DataError, UserError
 
@@ -139,15 +141,14 @@ def _published_content(path: Path) -> tuple[np.ndarray, list[str], list[str], fl
     expected = "a pickled dict with raw_eeg_data, ch_names, ch_types and sfreq"
     cure = "download the raw file again"
     content = read_pickled_dict(path, expected, "check --data_path, --subjects and --sessions")
-    lost = [key for key in ("raw_eeg_data", "ch_names", "ch_types", "sfreq") if key not in content]
-    if lost:
-        raise DataError(path, f"keys {sorted(map(str, content))}", expected, cure)
+    keys = ("raw_eeg_data", "ch_names", "ch_types", "sfreq")
+    refuse_missing_keys(path, content, keys, expected, cure)
     try:
-        data = np.asarray(content["raw_eeg_data"])
-        names = [str(name) for name in np.asarray(content["ch_names"]).tolist()]
-        kinds = [str(kind) for kind in np.asarray(content["ch_types"]).tolist()]
+        data = array_in(content, "raw_eeg_data")
+        names = [str(name) for name in list_in(content, "ch_names")]
+        kinds = [str(kind) for kind in list_in(content, "ch_types")]
         rate_hz = float(content["sfreq"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(path, f"values of another kind ({error})", expected, cure) from None
     if data.ndim != 2 or data.dtype.kind not in "fiu" or not 0 < len(names) == len(data):
         raise DataError(

@@ -29,9 +29,7 @@ import dataset
 import figures
 import injection
 import reconstruction
-import superpixel
 import util
-from dataset import Stimulus
 from figures import (
     CONTROL_LABELS,
     HEADLINE_METRICS,
@@ -47,6 +45,8 @@ from figures import (
     recipe_title,
 )
 from modalities import NAMES, SITES, recipes
+from pictures import read_picture
+from stimuli import Stimulus
 from util import DataError, StageError, UserError
 
 HERE = Path(__file__).resolve().parent
@@ -379,11 +379,8 @@ def data_uri(content: bytes) -> str:
 
 
 def open_picture(path: Path, px: int) -> Any:
-    """A PIL picture, reduced to ``px``. Raises DataError."""
-    try:
-        picture = superpixel.read_picture(path)
-    except superpixel.PictureError as error:
-        raise DataError(path, str(error), "a whole picture", "draw or copy it again") from None
+    """A PIL picture, reduced to ``px``. Raises PictureError."""
+    picture = read_picture(path)
     picture.thumbnail((px, px), resample=1)
     return picture
 

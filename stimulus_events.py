@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import math
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from dataset import IMAGE_FOLDER, PARTITIONS, Stimulus, check_disjoint, list_stimuli
+from stimuli import (
+    IMAGE_FOLDER,
+    PARTITIONS,
+    STIMULUS_COLUMNS,
+    Stimulus,
+    check_disjoint,
+    list_stimuli,
+)
+from user_tables import first_of, read_columns
 from util import DataError, json_hash
 
-STIMULUS_COLUMNS = ("stimulus", "stim_file", "image", "picture")
 TIME_COLUMNS = ("onset", "sample", "marker")  # the first that a table has counts
 NOTHING = ("", "n/a", "na", "nan", "none")  # an event without a picture, as BIDS writes it
 CURE = "see docs/own_recordings.md for the columns"
@@ -41,10 +47,9 @@ class EventTable:
 
 def read_table(path: Path) -> EventTable:
     """A CSV or TSV with a header, in UTF-8, with any line ends. Raises DataError."""
-    rows = list(_rows(path))
-    head = [name.strip().lower() for name in rows[0]] if rows else []
-    stimulus = next((name for name in STIMULUS_COLUMNS if name in head), None)
-    kind = next((name for name in TIME_COLUMNS if name in head), None)
+    rows = read_columns(path, "events", CURE)
+    _, head = next(rows, (1, {}))
+    stimulus, kind = first_of(STIMULUS_COLUMNS, head), first_of(TIME_COLUMNS, head)
     if stimulus is None or kind is None:
         raise DataError(
             path,
@@ -53,14 +58,7 @@ def read_table(path: Path) -> EventTable:
             CURE,
         )
     shown, skipped = [], 0
-    for line, cells in enumerate(rows[1:], start=2):
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(head):
-            raise DataError(
-                f"{path}, line {line}", f"{len(cells)} cells", f"{len(head)}, as in line 1", CURE
-            )
-        of = dict(zip(head, (cell.strip() for cell in cells), strict=True))
+    for line, of in rows:
         if of[stimulus].lower() in NOTHING:
             skipped += 1
         else:
@@ -68,24 +66,6 @@ def read_table(path: Path) -> EventTable:
     if not shown:
         raise DataError(path, "no event with a picture", "a line per event", CURE)
     return EventTable(path, kind, shown, skipped)
-
-
-def _rows(path: Path) -> Iterator[list[str]]:
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # Excel begins with a byte order mark
-    except FileNotFoundError:
-        raise DataError(path, "no such file", "a CSV or TSV table of events", CURE) from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(
-            path, f"unreadable ({error})", "a CSV or TSV table in UTF-8", "save it as UTF-8"
-        ) from None
-    lines = text.splitlines()
-    first = lines[0] if lines else ""
-    separator = max("\t;,", key=first.count)
-    try:
-        yield from csv.reader(lines, delimiter=separator, strict=True)
-    except csv.Error as error:
-        raise DataError(path, f"not CSV ({error})", "a CSV or TSV table", CURE) from None
 
 
 def as_number(event: Shown, table: EventTable) -> float:
@@ -170,7 +150,7 @@ class Pictures:
 def list_pictures(data_path: Path) -> Pictures:
     """Those of training_images/ and test_images/, whichever exist.
 
-    Raises DataError where there are none, or where one is a link that leads out of its folder.
+    Raises DataError where there are none.
     """
     there = [name for name in PARTITIONS if (Path(data_path) / IMAGE_FOLDER[name]).is_dir()]
     if not there:
@@ -181,14 +161,6 @@ def list_pictures(data_path: Path) -> Pictures:
             "arrange them so; docs/own_recordings.md shows how",
         )
     rows = {name: list_stimuli(data_path, name) for name in there}
-    for name, items in rows.items():
-        root = (Path(data_path) / IMAGE_FOLDER[name]).resolve()
-        for item in items:
-            target = item.path.resolve()
-            if not target.is_relative_to(root):
-                raise DataError(
-                    item.path, f"a link to {target}", f"a picture inside {root}", "copy it there"
-                )
     if len(rows) == len(PARTITIONS):
         check_disjoint(rows["training"], rows["test"])
     return Pictures(rows, Path(data_path))

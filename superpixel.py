@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,37 +13,6 @@ if TYPE_CHECKING:
 
 SIGMA_PX = 1.0
 MIN_SIZE_FACTOR, MAX_SIZE_FACTOR = 0.1, 2.0
-MAX_PIXELS = 64_000_000  # a picture that unpacks to more is refused, not decoded
-
-
-class PictureError(ValueError):
-    """A picture file that cannot be read as an RGB picture."""
-
-
-def read_picture(path: Path) -> Image.Image:
-    """An RGB picture at its own size. Raises PictureError, before decoding what is too large."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise PictureError(
-                    f"{path}: {image.width} x {image.height} pixels, "
-                    f"expected at most {MAX_PIXELS:,}"
-                )
-            if image.mode.startswith("I"):  # 16 bits: Pillow's convert would clip them to white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
-    except PictureError:  # a ValueError, too, and complete
-        raise
-    except (
-        OSError,
-        UnidentifiedImageError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:
-        raise PictureError(f"{path}: not a readable picture ({error})") from None
 
 
 def at_slic_size(image: Image.Image, size_px: int) -> np.ndarray:

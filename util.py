@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -27,6 +28,17 @@ LOG = logging.getLogger("eeg2image")
 PREEMPTED = 75  # EX_TEMPFAIL: saved and stopped on a signal; the same command goes on
 _HASHED_WHOLE = 1 << 28  # files above 256 MiB are identified by their size and both ends
 _END = 1 << 20
+_LONGEST = 2000  # characters of what a message says was found
+
+
+def _shown(found: object) -> str:
+    """For a terminal: files may hold anything, also what moves its cursor, and any length."""
+    text = str(found)
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... ({len(text):,} characters)"
+    return "".join(
+        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
 
 
 class StageError(Exception):
@@ -37,8 +49,11 @@ class StageError(Exception):
     def __init__(self, where: object, found: object, expected: object, cure: str) -> None:
         self.where, self.found, self.expected, self.cure = str(where), found, expected, cure
         super().__init__(
-            f"{where}\n  found:    {found}\n  expected: {expected}\n  cure:     {cure}"
+            f"{where}\n  found:    {_shown(found)}\n  expected: {expected}\n  cure:     {cure}"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors travel between processes
+        return type(self), (self.where, self.found, self.expected, self.cure)
 
 
 class UserError(StageError):
@@ -55,6 +70,24 @@ class Preempted(Exception):  # noqa: N818 - not an error: the state is saved
     """SIGTERM or SIGUSR1 arrived and the state is saved. Exit code :data:`PREEMPTED`."""
 
 
+_SURROUNDINGS = {  # what no program can mend: expected, cure
+    errno.ENOSPC: ("room on the disk", "make room; the same command goes on"),
+    errno.EDQUOT: ("room in your quota", "make room; the same command goes on"),
+    errno.EFBIG: ("a disk and limits that allow such files", "raise the limit (ulimit -f)"),
+    errno.EROFS: ("a disk that can be written", "name another folder"),
+    errno.EACCES: ("rights to it", "ask its owner, or name another folder"),
+    errno.EPERM: ("rights to it", "ask its owner, or name another folder"),
+    errno.EIO: ("a disk that works", "copy it from elsewhere"),
+}
+
+
+def _tell(error: StageError) -> None:
+    if _LOG_HANDLERS:
+        LOG.error("error: %s", error)
+    else:  # before a run directory was opened
+        sys.stderr.write(f"error: {error}\n")
+
+
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Turn a stage's ``main`` into one that returns exit codes: 2 user error, 1 data error."""
 
@@ -64,14 +97,18 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
         try:
             return main(argv)
         except StageError as error:
-            if _LOG_HANDLERS:
-                LOG.error("error: %s", error)
-            else:  # before a run directory was opened
-                sys.stderr.write(f"error: {error}\n")
+            _tell(error)
             return error.exit_code
         except Preempted as stop:
             LOG.warning("%s", stop)
             return PREEMPTED
+        except OSError as error:
+            if error.errno not in _SURROUNDINGS:
+                raise
+            where = error.filename or "the disk"
+            trouble = DataError(where, error.strerror, *_SURROUNDINGS[error.errno])
+            _tell(trouble)
+            return trouble.exit_code
         except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong flag
             return stop.code if isinstance(stop.code, int) else 2
         except KeyboardInterrupt:
@@ -145,15 +182,19 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises DataError for a missing, empty or damaged file."""
+def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+    """``pairs`` makes an object of its (key, value) pairs.
+
+    Raises DataError for a missing, empty or damaged file.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
+        return json.loads(text, object_pairs_hook=pairs)
     except FileNotFoundError:
         raise DataError(
             path, "no such file", "a JSON file", "run the stage that writes it first"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise DataError(
             path, f"not JSON ({error})", "a JSON file", "delete it and rerun its stage"
         ) from None

@@ -31,7 +31,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataset
+import eeg_files
 import engine
+import published
 import train
 import util
 from aligners import Alignment
@@ -306,7 +308,7 @@ def write_subjects(
         source = dataset.eeg_file(root, f"sub-{subject:02d}", "training")
         source.parent.mkdir(parents=True)
         source.write_text(f"stands for the published file of subject {subject}")
-        copy = dataset.copy_of(source, dataset.cache_folder(root, None))
+        copy = eeg_files.copy_of(source, eeg_files.cache_folder(root, None))
         copy.parent.mkdir(exist_ok=True)
         eeg = np.lib.format.open_memmap(copy, mode="w+", dtype=np.float32, shape=shape)
         if dense:
@@ -353,7 +355,7 @@ def everything_into_memory(root: Path, subjects: int) -> float:
     started = time.perf_counter()
     parts = []
     for _ in range(subjects):
-        eeg = dataset.read_pickled_dict(path)["preprocessed_eeg_data"]
+        eeg = published.read_pickled_dict(path)["preprocessed_eeg_data"]
         parts.append(torch.from_numpy(eeg).float())
     torch.cat(parts)
     return time.perf_counter() - started

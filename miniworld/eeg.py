@@ -24,7 +24,7 @@ from PIL import Image
 
 import scalp
 import util
-from dataset import SIMULATED_NOTE
+from eeg_files import SIMULATED_NOTE
 from miniworld.pictures import (
     COLOURS,
     PARTITIONS,

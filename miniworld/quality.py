@@ -16,6 +16,7 @@ import util
 from clip_feature_extractor import load_clip
 from miniworld import judge, models, pictures
 from modalities import recipes
+from pictures import read_picture
 from reconstruction import read_run
 
 Verdicts = Mapping[str, Mapping[str, np.ndarray]]  # {recipe or control: {attribute: bool [n]}}
@@ -74,9 +75,7 @@ def judged_run(
     drawn_recipes = {record["recipe"] for record in records}
     for recipe in (item.name for item in recipes("all") if item.name in drawn_recipes):
         chosen = [record for record in records if record["recipe"] == recipe]
-        drawn = np.stack(
-            [np.asarray(superpixel.read_picture(images / record["file"])) for record in chosen]
-        )
+        drawn = np.stack([np.asarray(read_picture(images / record["file"])) for record in chosen])
         scenes = [of_folder[record["folder"]] for record in chosen]
         verdicts = judge.verdicts(model, drawn, scenes)
         found[recipe] = verdicts | {"place": place_errors(drawn, scenes) < PLACE_TOLERANCE}

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import dataset
+import stimuli
 import util
 from modalities import NAMES
 
@@ -78,7 +79,7 @@ def write_published(path: Path, content: Any, protocol: int = 4) -> Path:
 def write_subject(root: Path, subject: int = 0, channels: Sequence[str] = CHANNELS) -> str:
     """Training and test EEG of ``sub-0{subject + 1}`` for the pictures below ``root``."""
     name = f"sub-{subject + 1:02d}"
-    for partition in dataset.PARTITIONS:
+    for partition in stimuli.PARTITIONS:
         content = published(subject, len(dataset.list_stimuli(root, partition)), 4, channels)
         write_published(dataset.eeg_file(root, name, partition), content)
     return name
@@ -102,7 +103,7 @@ def bank_tensors(
 
 def write_bank(folder: Path, root: Path, order: Sequence[int] | None = None) -> Path:
     """A finished bank of the pictures below ``root``; ``order`` permutes the training rows."""
-    for partition in dataset.PARTITIONS:
+    for partition in stimuli.PARTITIONS:
         permuted = order if partition == "training" else None
         tensors = bank_tensors(dataset.list_stimuli(root, partition), permuted)
         util.save_tensors(folder / f"{partition}.safetensors", tensors, {"clip": CLIP})

@@ -16,9 +16,12 @@ import pytest
 import torch
 
 import dataset
+import eeg_files
+import published
 import util
-from dataset import open_recording, open_training, read_pickled_dict
+from dataset import open_recording, open_training
 from modalities import NAMES
+from published import read_pickled_dict
 from util import DataError, UserError
 
 DIM = 3
@@ -109,7 +112,7 @@ def _file(tmp_path, blob, name="preprocessed_eeg_test.npy"):
 
 
 def _check_parsed(path, content):
-    eeg, channels, times = dataset.parse_published(path)
+    eeg, channels, times = published.parse_published(path)
     assert type(eeg) is np.ndarray
     np.testing.assert_array_equal(eeg, content["preprocessed_eeg_data"])
     assert channels == list(builders.CHANNELS)
@@ -225,7 +228,7 @@ def _marked(tmp_path):
 
 def _refused(path, told=""):
     with pytest.raises(DataError, match=path.name) as caught:
-        dataset.parse_published(path)
+        published.parse_published(path)
     assert told in str(caught.value)
 
 
@@ -398,7 +401,7 @@ def _no_parsing(*_):
 def test_later_opens_do_not_read_the_source(tmp_path, monkeypatch):
     path = _file(tmp_path, pickle.dumps(builders.published()))
     first = open_recording(path, tmp_path / "cache")
-    monkeypatch.setattr(dataset, "parse_published", _no_parsing)
+    monkeypatch.setattr(eeg_files, "parse_published", _no_parsing)
     second = open_recording(path, tmp_path / "cache")
     np.testing.assert_array_equal(first.eeg, second.eeg)
     assert (first.channels, first.times, first.hash) == (second.channels, second.times, second.hash)

@@ -13,9 +13,10 @@ from PIL import Image, ImageFilter
 import clip_feature_extractor as stage
 import superpixel
 import util
-from dataset import check_clip, open_bank, stimulus_id
+from dataset import check_clip, open_bank
 from miniworld.models import CLIP_DIM, CLIP_NAME, random_models
 from modalities import MODALITIES, NAMES
+from stimuli import stimulus_id
 
 TRAINING = ("00001_aardvark", "00002_banana_split", "00003_car")
 TEST = ("00001_dog", "00002_egg")

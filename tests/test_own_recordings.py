@@ -19,7 +19,9 @@ import channels
 import dataset
 import generate
 import preprocess
+import published
 import raw_quality
+import stimuli
 import train
 
 PICTURES = (
@@ -68,7 +70,7 @@ def check_responses(root: Path, names=CAP_32, tolerance: float = 0.03) -> None:
     """Every picture's row holds that picture's response."""
     row = 0
     for partition, pictures in (("training", 3), ("test", 1)):
-        eeg, found, times = dataset.parse_published(dataset.eeg_file(root, "sub-01", partition))
+        eeg, found, times = published.parse_published(dataset.eeg_file(root, "sub-01", partition))
         assert found == list(names) and len(eeg) == pictures
         for trials in eeg:
             known = response(row + 1, len(names), np.asarray(times))
@@ -306,7 +308,7 @@ def test_recorders_names_become_10_05_names(data):
 def test_other_rates_are_resampled(data, rate_hz):
     raw, _, lines = recording(rate_hz=rate_hz)
     assert run(data, *save(data, raw, lines)) == 0
-    eeg, _, times = dataset.parse_published(dataset.eeg_file(data, "sub-01", "test"))
+    eeg, _, times = published.parse_published(dataset.eeg_file(data, "sub-01", "test"))
     assert eeg.shape == (1, 3, 32, 250)
     assert abs(times[0]) < 1e-3
     check_responses(data, tolerance=0.04)
@@ -328,7 +330,7 @@ def test_fz_instead_of_cz_is_named_and_can_be_rebuilt(data, capsys):
     assert "no channel Cz; it has Fp1" in told and "--interpolate_missing" in told
     assert run(data, *flags, "--interpolate_missing") == 0
     assert "rebuilt Cz" in capsys.readouterr().out
-    eeg, found, _ = dataset.parse_published(dataset.eeg_file(data, "sub-01", "training"))
+    eeg, found, _ = published.parse_published(dataset.eeg_file(data, "sub-01", "training"))
     assert found == ["Pz", "Cz", "Oz"] and np.abs(eeg[:, :, 1]).max() > 1e-7
 
 
@@ -352,7 +354,7 @@ def test_flat_bad_and_body_channels(data, capsys):
     assert run(data, *flags, "--interpolate_missing") == 0
     assert "flat F3; bad Oz; rebuilt F3 Oz" in capsys.readouterr().out
     file = dataset.eeg_file(data, "sub-01", "training")
-    assert dataset.parse_published(file)[1] == [name for name in CAP_32 if name != "Fp2"]
+    assert published.parse_published(file)[1] == [name for name in CAP_32 if name != "Fp2"]
 
 
 def test_duplicate_names_are_told(data, capsys):
@@ -395,7 +397,7 @@ def test_a_session_without_training_pictures_is_whitened_by_the_others(data):
         flags, tables = [*flags, file], [*tables, table]
     command = ["--data_path", str(data), "--subjects", "sub-01", "--raw", *flags]
     assert preprocess.main([*command, "--events", *tables]) == 0
-    eeg, *_ = dataset.parse_published(dataset.eeg_file(data, "sub-01", "test"))
+    eeg, *_ = published.parse_published(dataset.eeg_file(data, "sub-01", "test"))
     spread = eeg.std(axis=(0, 1, 3))
     assert eeg.shape[1] == 30
     assert spread.max() / spread.min() < 1.3, "4 before whitening"
@@ -407,7 +409,7 @@ def test_later_stages_run_unchanged_on_32_channels_at_256_hz(
     for folder in dataset.IMAGE_FOLDER.values():
         (tmp_path / folder).symlink_to(features.data / folder)
     keys = [
-        item.key for part in dataset.PARTITIONS for item in dataset.list_stimuli(tmp_path, part)
+        item.key for part in stimuli.PARTITIONS for item in dataset.list_stimuli(tmp_path, part)
     ]
     codes = list(range(1, len(keys) + 1)) * 2
     raw, events = simulate(codes, CAP_32, np.eye(32) * 1e-6, rate_hz=256.0)

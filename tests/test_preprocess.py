@@ -28,7 +28,9 @@ from sklearn.utils import shuffle
 import args
 import dataset
 import preprocess
+import published
 import raw_quality
+import stimuli
 import whitening
 from channels import POSTERIOR, THINGS_CHANNELS
 
@@ -43,7 +45,7 @@ def run(root: Path, *flags: object, sessions: int = 2) -> int:
 
 
 def read(root: Path, partition: str, subject: str = "sub-01"):
-    return dataset.parse_published(dataset.eeg_file(root, subject, partition))
+    return published.parse_published(dataset.eeg_file(root, subject, partition))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_the_files_are_those_of_the_reference_method(noisy):
         assert eeg.shape == joined.shape and eeg.dtype == np.float64
         assert channels == list(THINGS_CHANNELS)
         np.testing.assert_allclose(eeg, joined, rtol=1e-7, atol=1e-9)
-        content = dataset.read_pickled_dict(dataset.eeg_file(noisy, "sub-01", name))
+        content = published.read_pickled_dict(dataset.eeg_file(noisy, "sub-01", name))
         assert set(content) == {"preprocessed_eeg_data", "ch_names", "times"}
         np.testing.assert_array_equal(content["times"], times)
         assert len(times) == 300 and times[50] == 0
@@ -319,7 +321,7 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_file(noisy, tmp_path, mon
     assert not list(tmp_path.rglob("preprocessed_eeg_*"))
     assert run(noisy, "--output_path", tmp_path / "out") == 0
     assert calls[3:] == ["sub-01 ses-02 training", "sub-01 ses-02 test"]
-    for partition in dataset.PARTITIONS:
+    for partition in stimuli.PARTITIONS:
         once, again = (
             dataset.eeg_file(root, "sub-01", partition).read_bytes()
             for root in (noisy, tmp_path / "out")

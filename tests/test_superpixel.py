@@ -1,4 +1,4 @@
-"""Superpixels against scikit-image and a loop over segments; pictures of every kind and damage."""
+"""Superpixels against scikit-image and a loop over segments."""
 
 from __future__ import annotations
 
@@ -188,72 +188,3 @@ def test_pictures_are_brought_to_500_px(size):
     assert (found.shape, found.dtype) == ((500, 500, 3), np.uint8)
     expected = image if size == (500, 500) else image.resize((500, 500), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(found, np.asarray(expected))
-
-
-def _saved(folder, name: str, image: Image.Image, **options):
-    path = folder / name
-    image.save(path, **options)
-    return path
-
-
-MODES = {
-    "CMYK": (Image.new("CMYK", (8, 6), (0, 255, 255, 0)), "a.jpg", (255, 0, 0)),
-    "gray": (Image.new("L", (8, 6), 90), "a.png", (90, 90, 90)),
-    "bits": (Image.new("1", (8, 6), 1), "a.png", (255, 255, 255)),
-    "RGBA": (Image.new("RGBA", (8, 6), (9, 99, 199, 255)), "a.png", (9, 99, 199)),
-    "gray with alpha": (Image.new("LA", (8, 6), (60, 255)), "a.png", (60, 60, 60)),
-    "palette": (
-        Image.new("RGB", (8, 6), (10, 20, 30)).convert("P", palette=Image.Palette.ADAPTIVE),
-        "a.png",
-        (10, 20, 30),
-    ),
-    "16 bits": (Image.fromarray(np.full((6, 8), 90 * 257, np.uint16)), "a.png", (90, 90, 90)),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_is_read_as_rgb(tmp_path, mode):
-    image, name, colour = MODES[mode]
-    found = superpixel.read_picture(_saved(tmp_path, name, image))
-    assert (found.mode, found.size) == ("RGB", (8, 6))
-    np.testing.assert_allclose(np.asarray(found), np.broadcast_to(colour, (6, 8, 3)), atol=2)
-
-
-def test_16_bit_pictures_keep_their_shades(tmp_path):
-    """Pillow's own conversion clips them to white."""
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
-    found = np.asarray(superpixel.read_picture(_saved(tmp_path, "a.png", Image.fromarray(ramp))))
-    np.testing.assert_array_equal(found[0, :, 1], np.arange(256))
-
-
-def _damaged(folder, kind: str):
-    whole = _saved(folder, "whole.png", Image.fromarray(_picture("photo", 64))).read_bytes()
-    path = folder / f"{kind}.png"
-    if kind == "folder":
-        path.mkdir()
-    elif kind != "missing":
-        content = {"empty": b"", "text": b"not a picture", "truncated": whole[: len(whole) // 2]}
-        path.write_bytes(content[kind])
-    return path
-
-
-@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "folder", "missing"])
-def test_unreadable_files_are_named(tmp_path, kind):
-    with pytest.raises(superpixel.PictureError, match=f"{kind}.png"):
-        superpixel.read_picture(_damaged(tmp_path, kind))
-
-
-def test_truncated_jpeg_is_named(tmp_path):
-    path = _saved(tmp_path, "cut.jpg", Image.fromarray(_picture("photo", 64)), quality=95)
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(superpixel.PictureError, match=r"cut\.jpg"):
-        superpixel.read_picture(path)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [8001, 20000])  # our limit, and Pillow's own
-def test_oversized_pictures_are_named_and_not_decoded(tmp_path, side):
-    path = _saved(tmp_path, "huge.png", Image.new("1", (side, side)))
-    with pytest.raises(superpixel.PictureError, match=r"huge\.png.*pixels") as refused:
-        superpixel.read_picture(path)
-    assert str(refused.value).count("huge.png") == 1
