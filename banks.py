@@ -54,8 +54,11 @@ def open_bank(folder: Path, partition: str) -> Bank:
             "run that stage; it goes on where it stopped",
         )
     features, header = util.load_tensors(path)
-    ids = features.pop("stimulus", torch.empty(0)).tolist()
-    if sorted(features) != sorted(NAMES) or len(set(ids)) != len(ids) or "clip" not in header:
+    stimulus = features.pop("stimulus", torch.empty(0, 0))
+    ids = stimulus.flatten().tolist()
+    whole = stimulus.ndim == 1 and stimulus.dtype == torch.int64 and len(set(ids)) == len(ids)
+    identity = header.get("clip")
+    if sorted(features) != sorted(NAMES) or not whole or not isinstance(identity, dict):
         raise DataError(
             path,
             f"tensors {sorted(features)}",
@@ -63,11 +66,12 @@ def open_bank(folder: Path, partition: str) -> Bank:
             "run clip_feature_extractor.py again",
         )
     for name, rows in features.items():
-        if rows.ndim != 2 or len(rows) != len(ids) or not torch.isfinite(rows).all():
+        fits = rows.ndim == 2 and len(rows) == len(ids) and rows.dtype == torch.float32
+        if not fits or not torch.isfinite(rows).all():
             raise DataError(
                 path,
                 f"{name}: shape {tuple(rows.shape)}, or NaN",
                 f"finite [{len(ids)}, D]",
                 "run clip_feature_extractor.py again",
             )
-    return Bank(features, ids, header["clip"], util.file_hash(path), path)
+    return Bank(features, ids, identity, util.file_hash(path), path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,11 @@ def eeg_names(raw: mne.io.BaseRaw) -> list[str]:
 
 def check_unique(path: Path, names: Sequence[str]) -> None:
     """Raise DataError for channels of one name, or that MNE has numbered for having one."""
-    plain = [
-        name[:-2] if {f"{name[:-2]}-0", f"{name[:-2]}-1"} <= set(names) else name for name in names
-    ]
-    twice = sorted({name for name in plain if plain.count(name) > 1})
+    known = set(names)
+    plain = Counter(
+        name[:-2] if {f"{name[:-2]}-0", f"{name[:-2]}-1"} <= known else name for name in names
+    )
+    twice = sorted(name for name, number in plain.items() if number > 1)
     if twice:
         raise DataError(
             path,

@@ -69,12 +69,6 @@ class Checkpoints:
         if not latest.is_symlink():
             return None
         model, _ = util.load_tensors(latest / "model.safetensors")
-        try:
-            return model, torch.load(latest / "state.pt", weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise util.DataError(
-                latest / "state.pt",
-                f"unreadable ({error})",
-                "a whole checkpoint",
-                "delete the run directory and train again",
-            ) from None
+        return model, util.load_torch(
+            latest / "state.pt", "a whole checkpoint", "delete the run directory and train again"
+        )

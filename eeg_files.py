@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import util
-from published import parse_published
+from published import DAMAGED, parse_published
 from stimuli import PARTITIONS, Stimulus
 from util import DataError, UserError
 
@@ -55,12 +55,14 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
         _convert(source, copy, about)
     record = util.read_json(about)
     try:
-        eeg = np.load(copy, mmap_mode="r")
-    except (OSError, ValueError) as error:
+        eeg = np.lib.format.open_memmap(copy, mode="r")
+        if [*eeg.shape] != record["shape"] or eeg.dtype != np.float32:
+            raise ValueError(f"{eeg.dtype} {eeg.shape}")
+        return Recording(eeg, record["channels"], record["times"], record["hash"], source)
+    except (OSError, *DAMAGED) as error:
         raise DataError(
             copy, f"unreadable ({error})", "the float32 copy of a recording", f"delete {about}"
         ) from None
-    return Recording(eeg, record["channels"], record["times"], record["hash"], source)
 
 
 def copy_of(source: Path, cache_dir: Path) -> Path:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -424,16 +423,7 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
         raise util.DataError(
             path, "no such file", _ADAPTER_WANTED, "give a local path: nothing is downloaded here"
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise util.DataError(
-            path,
-            f"unreadable ({str(error).partition(chr(10))[0]})",
-            _ADAPTER_WANTED,
-            "take the .safetensors file, complete",
-        ) from None
-    nested = content if isinstance(content, dict) else {}
+    nested = util.load_torch(path, _ADAPTER_WANTED, "take the .safetensors file, complete")
     return {
         f"{part}.{key}": tensor
         for part, tensors in nested.items()

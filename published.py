@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ def _pickle_start(mapped: mmap.mmap) -> int:
     return mapped.tell()
 
 
-_DAMAGED = (
+DAMAGED = (  # what reading a damaged pickle or .npy raises
     pickle.UnpicklingError,
     EOFError,
     ValueError,
@@ -273,7 +274,7 @@ def read_pickled_dict(
         content = _to_numpy(unpickler.load(), {})
     except OSError as error:
         raise DataError(path, _no_file(path, error), expected, where_cure) from None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise DataError(
             path,
             f"{path.stat().st_size:,} bytes, unreadable: {error or type(error).__name__}",
@@ -379,7 +380,7 @@ def check_published(path: Path, eeg: np.ndarray, channels: list[str], times: lis
             f"{eeg.shape[2]} names and at least {eeg.shape[3]} times",
             "preprocess the recording again",
         )
-    twice = sorted({name for name in channels if channels.count(name) > 1})
+    twice = sorted(name for name, number in Counter(channels).items() if number > 1)
     if twice:
         raise DataError(
             path,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import re
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,17 +27,21 @@ if TYPE_CHECKING:
 RAW_FOLDER = "Raw_data"
 TARGET = 99999  # THINGS-EEG2: the picture that subjects had to detect; no trial
 REPETITIONS = {"training": 2, "test": 20}  # of a picture in one session of THINGS-EEG2
-_UNREADABLE = (
+_UNREADABLE = (  # what MNE's readers raise for damaged files
     ValueError,
     OSError,
     RuntimeError,
-    KeyError,
-    IndexError,
+    LookupError,
+    ArithmeticError,
     TypeError,
     EOFError,
     AttributeError,
-    NotImplementedError,
     AssertionError,
+    MemoryError,
+    UnboundLocalError,
+    configparser.Error,
+    re.error,
+    struct.error,
 )
 
 

@@ -10,12 +10,15 @@ import importlib.metadata
 import json
 import logging
 import os
+import pickle
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,18 +307,50 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "{}"))
+            if not isinstance(header, dict):
+                raise ValueError("a header of another kind")
             return {name: file.get_tensor(name) for name in file.keys()}, header
     except FileNotFoundError:
         raise DataError(
             path, "no such file", "a safetensors file", "run the stage that writes it"
         ) from None
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise DataError(
             path,
             f"unreadable ({error})",
             "a complete safetensors file",
             "it was cut short or is of another kind: copy or make it again",
         ) from None
+
+
+_UNLOADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    OverflowError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+
+
+def load_torch(path: Path, expected: str, cure: str) -> dict[Any, Any]:
+    """A dict that ``torch.save`` wrote, on the CPU; nothing in it is run. Raises DataError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickle protocols
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNLOADABLE as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(path, f"unreadable ({reason})", expected, cure) from None
+    if not isinstance(content, dict):
+        raise DataError(path, f"a {type(content).__name__}", expected, cure)
+    return content
 
 
 @dataclass(frozen=True)
@@ -439,11 +474,11 @@ class RunDirectory:
                 "a new or empty directory",
                 "name another output directory",
             )
-        recorded = read_json(self.path / "options.json")
-        if recorded.get("stage") != self.stage:
+        recorded = self._recorded("options.json", ("stage", "options"))
+        if recorded["stage"] != self.stage:
             raise UserError(
                 self.path,
-                f"a run of {recorded.get('stage')}",
+                f"a run of {recorded['stage']}",
                 f"a run of {self.stage}",
                 "name another output directory",
             )
@@ -453,9 +488,8 @@ class RunDirectory:
             for name in fixed
             if now.get(name) != before.get(name)
         ]
-        earlier = (
-            read_json(self.path / "inputs.json") if (self.path / "inputs.json").exists() else inputs
-        )
+        known = (self.path / "inputs.json").exists()
+        earlier = self._recorded("inputs.json") if known else inputs
         changes += [
             f"input {name}: {earlier.get(name)!r} then, {inputs.get(name)!r} now"
             for name in sorted({*inputs, *earlier})
@@ -468,6 +502,14 @@ class RunDirectory:
                 "the same command, which resumes",
                 "name another output directory, or go back to the recorded options",
             )
+
+    def _recorded(self, name: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+        content = read_json(self.path / name)
+        if not isinstance(content, dict) or not all(key in content for key in keys):
+            raise DataError(
+                self.path / name, "something else", "the record of a run", "name another directory"
+            )
+        return content
 
     def start(
         self,

@@ -18,6 +18,12 @@ from miniworld import models as miniature
 from miniworld.__main__ import main as build_world
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz", type=int, default=100, metavar="N", help="inputs for each reader in test_fuzz.py"
+    )
+
+
 @dataclass(frozen=True)
 class Chain:
     """Where the stages of the tiny chain left their output."""

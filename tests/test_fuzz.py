@@ -1,0 +1,327 @@
+"""Every reader of files from elsewhere, on damaged and hostile ones: an error of ours, or a value.
+
+Nothing in a file is run, none takes 2 s or a gigabyte. ``--fuzz 10000`` tries that many for each.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import builders
+import helpers_raw
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers_fuzz import (
+    MOST_BYTES,
+    Call,
+    Watch,
+    damaged,
+    forget_peak,
+    peak_bytes,
+    pickled,
+    programs,
+    watched,
+)
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+import args
+import banks
+import eeg_files
+import injection
+import pictures
+import published
+import recordings
+import stimuli
+import stimulus_events
+import util
+from checkpoints import Checkpoints
+from util import StageError
+
+CANARY = "canary"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """``read`` opens the file at ``place``, below a folder that ``seeds`` may fill first."""
+
+    place: str
+    seeds: Callable[[Path], Sequence[bytes]]
+    read: Callable[[Path], object]
+    others: st.SearchStrategy[bytes] | None = None
+    errors: tuple[type[BaseException], ...] = (StageError,)
+
+
+# --- valid files, to be damaged -----------------------------------------------------------------
+
+
+def _hostile() -> list[object]:
+    return [
+        Call(os.system, f"touch {CANARY}"),
+        Call(subprocess.check_call, ["touch", CANARY]),
+        Call(exec, f"open({CANARY!r}, 'w').close()"),
+    ]
+
+
+def _np_saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(content, dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+def _published(_: Path) -> list[bytes]:
+    small = builders.published(rows=2, repetitions=2, samples=4)
+    long = builders.published(rows=12, repetitions=4, samples=20)  # its array stays in the file
+    hostile = [pickled(small | {"info": item}, 4) for item in _hostile()]
+    return [pickled(small, number) for number in range(6)] + [
+        _np_saved(small), pickled(long, 4), _np_saved(long), *hostile
+    ]  # fmt: skip
+
+
+def _raw(_: Path) -> list[bytes]:
+    raw, events = helpers_raw.simulate([1, 2, 99999, 1], ("Fz", "Cz"), rate_hz=50.0)
+    content = helpers_raw.published_raw(raw, events)
+    return [pickled(content, 2), pickled(content, 4), _np_saved(content)]
+
+
+CAPTIONS = {"training_images/00001_train1/train1_1.png": "a wet dog, running", "test1": "ein Öl"}
+
+
+def _captions_json(folder: Path) -> list[bytes]:
+    builders.write_pictures(folder, training=2, images=1, test=1)
+    return [json.dumps(CAPTIONS, ensure_ascii=plain).encode() for plain in (True, False)]
+
+
+def _captions_csv(folder: Path) -> list[bytes]:
+    builders.write_pictures(folder, training=2, images=1, test=1)
+    lines = [f'{key},"{text}"' for key, text in CAPTIONS.items()]
+    whole = "\r\n".join(["picture,caption", *lines, ""])
+    return [whole.encode(), whole.encode("utf-8-sig"), whole.replace(",", "\t").encode()]
+
+
+def _events(folder: Path) -> list[bytes]:
+    builders.write_pictures(folder, training=2, images=1, test=1)
+    rows = ["train1_1.png", "test_images/00001_test1/a.png", "n/a", "00002_train2\\train2_1.png"]
+    tables = [
+        [f"{kind}{by}stimulus{by}note"] + [f"{n}{by}{row}{by}x" for n, row in enumerate(rows)]
+        for kind, by in (("onset", ","), ("sample", "\t"), ("marker", ";"))
+    ]
+    return ["\n".join(lines).encode() for lines in tables]
+
+
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _pictures(_: Path) -> list[bytes]:
+    y, x = np.mgrid[:24, :32] * 8
+    rgb = Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+    deep = Image.fromarray((x * 200).astype(np.uint16))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    told = PngImagePlugin.PngInfo()
+    told.add_text("Comment", "x" * 500, zip=True)
+    told.add_itxt("Title", "ü" * 300, zip=True)
+    more = {"exif": exif, "icc_profile": bytes(200)}
+    return [
+        _saved(rgb, "PNG", pnginfo=told, **more),
+        _saved(rgb.convert("P"), "PNG", transparency=3),
+        _saved(rgb.convert("RGBA"), "PNG"),
+        _saved(deep, "PNG"),
+        _saved(rgb, "PNG", save_all=True, append_images=[rgb.rotate(90)]),
+        _saved(rgb, "JPEG", **more),
+        _saved(rgb, "JPEG", progressive=True),
+        _saved(rgb.convert("CMYK"), "JPEG"),
+        _saved(rgb.convert("L"), "JPEG"),
+        _saved(rgb, "MPO", save_all=True, append_images=[rgb]),
+        _saved(rgb, "GIF"),
+    ]
+
+
+def _bank(folder: Path) -> list[bytes]:
+    builders.write_pictures(folder, training=2, images=1, test=1)
+    path = builders.write_bank(folder / "bank", folder) / "training.safetensors"
+    return [path.read_bytes()]
+
+
+def _checkpoint(folder: Path) -> list[bytes]:
+    tensor = torch.arange(6.0).reshape(2, 3)
+    state = {"step": 3, "optimiser": {"state": {0: {"exp_avg": tensor}}, "lr": [0.1]}}
+    kept = Checkpoints(folder / "checkpoints")
+    kept.save(3, {"weight": tensor}, {"options": {}}, state, best=True)
+    old = io.BytesIO()
+    torch.save(state, old, _use_new_zipfile_serialization=False)
+    hostile = [pickled(item, 2) for item in _hostile()]
+    return [(folder / "checkpoints/latest/state.pt").read_bytes(), old.getvalue(), *hostile]
+
+
+def _config(_: Path) -> list[bytes]:
+    content = {"data_path": "D", "epochs": 3, "channels": ["O1", "O2"], "low_level": True,
+               "learning_rate": 1e-4, "time_window": [0.0, 0.5], "seed": 2}  # fmt: skip
+    return [yaml.safe_dump(content).encode(), json.dumps({"options": content}).encode()]
+
+
+def _run_folder(folder: Path) -> list[bytes]:
+    util.write_json(folder / "inputs.json", {"a": "b"})
+    return [json.dumps({"stage": "train", "options": {"epochs": 3}, "provenance": {}}).encode()]
+
+
+def _journal(_: Path) -> list[bytes]:
+    return [b"".join(util.json_line({"epoch": n, "loss": 0.5}).encode() for n in range(3))]
+
+
+def _copy(folder: Path, suffix: str) -> list[bytes]:
+    path = builders.write_published(folder / "sub-01" / "a.npy", builders.published(rows=2))
+    eeg_files.open_recording(path, folder / "cache")
+    (copy,) = (folder / "cache").glob(f"*{suffix}")
+    copy.rename(folder / f"found{suffix}")
+    (folder / f"found{suffix}").with_suffix(f"{suffix}.name").write_text(copy.name)
+    return [(folder / f"found{suffix}").read_bytes()]
+
+
+def _presets(_: Path) -> list[bytes]:
+    paths = sorted((Path(injection.__file__).parent / "configs/injection").glob("*.yaml"))
+    return [path.read_bytes() for path in paths]
+
+
+def _header(folder: Path) -> list[bytes]:
+    raw, events = helpers_raw.simulate([1, 2], ("Fz", "Cz", "Pz"), rate_hz=100.0)
+    return [helpers_raw.write_brainvision(folder, raw, events).read_bytes()]
+
+
+def _adapter(_: Path) -> list[bytes]:
+    whole = io.BytesIO()
+    torch.save({"image_proj": {"proj.weight": torch.zeros(4, 2)}, "ip_adapter": {}}, whole)
+    return [whole.getvalue()]
+
+
+# --- how they are read --------------------------------------------------------------------------
+
+
+def _read_captions(path: Path) -> None:
+    known = [*stimuli.list_stimuli(path.parent, "training")]
+    stimuli.read_captions(path, known)
+
+
+def _read_events(path: Path) -> None:
+    table = stimulus_events.read_table(path)
+    known = stimulus_events.list_pictures(path.parent)
+    for event in table.shown:
+        known.find(event, table)
+        if table.kind != "marker":
+            stimulus_events.as_number(event, table)
+
+
+def _read_picture(path: Path) -> None:
+    width, height = pictures.picture_size(path)
+    assert width * height <= pictures.MAX_PIXELS
+    image = pictures.read_picture(path)
+    assert image.mode == "RGB" and set(image.size) == {width, height}
+
+
+def _resolve(path: Path) -> None:
+    args.resolve("train", ["--clip_feature_path", "F", "--output_dir", "O", "--config", str(path)])
+
+
+def _read_copy(path: Path) -> None:
+    name = path.with_suffix(f"{path.suffix}.name").read_text()
+    (path.parent / "cache" / name).write_bytes(path.read_bytes())
+    source = path.parent / "sub-01" / "a.npy"
+    eeg = eeg_files.open_recording(source, path.parent / "cache")
+    eeg_files.select_signal(eeg, None)
+
+
+def _check_run(path: Path) -> None:
+    util.RunDirectory(path.parent, "train").check({"epochs": 3}, {"a": "b"}, ["epochs"])
+
+
+READERS = {
+    "published": Reader("a.npy", _published, published.parse_published, programs()),
+    "raw": Reader("r.npy", _raw, lambda p: recordings.PublishedTake(p, "test").open(), programs()),
+    "captions.json": Reader("c.json", _captions_json, _read_captions),
+    "captions.csv": Reader("c.csv", _captions_csv, _read_captions),
+    "events": Reader("e.tsv", _events, _read_events),
+    "pictures": Reader("p.png", _pictures, _read_picture),
+    "safetensors": Reader("bank/training.safetensors", _bank, util.load_tensors),
+    "bank": Reader(
+        "bank/training.safetensors", _bank, lambda p: banks.open_bank(p.parent, "training")
+    ),
+    "checkpoint": Reader(
+        "checkpoints/step-00000003/state.pt",
+        _checkpoint,
+        lambda p: Checkpoints(p.parent.parent).load(),
+        programs(),
+    ),
+    "adapter.bin": Reader("a.bin", _adapter, injection._read_bin, programs()),
+    "config": Reader("c.yaml", _config, _resolve, errors=(SystemExit,)),
+    "config.json": Reader("c.json", lambda f: _config(f)[::-1], _resolve, errors=(SystemExit,)),
+    "json": Reader("a.json", _run_folder, util.read_json),
+    "run": Reader("options.json", _run_folder, _check_run),
+    "journal": Reader("a.jsonl", _journal, util.read_jsonl),
+    "copy": Reader("found.npy", lambda folder: _copy(folder, ".npy"), _read_copy),
+    "copy.json": Reader("found.json", lambda folder: _copy(folder, ".json"), _read_copy),
+    "injection": Reader("i.yaml", _presets, lambda p: injection.load_injection(str(p))),
+    "vhdr": Reader("a.vhdr", _header, recordings.read_raw),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_file_hurts(tmp_path, name, pytestconfig, monkeypatch, capsys):
+    reader, watch, count = READERS[name], Watch(), pytestconfig.getoption("--fuzz")
+    monkeypatch.chdir(tmp_path)
+    seeds = reader.seeds(tmp_path)
+    files = damaged(seeds) if reader.others is None else st.one_of(damaged(seeds), reader.others)
+    path = tmp_path / reader.place
+
+    def read(content: bytes) -> bool:
+        path.write_bytes(content)
+        with watched(tmp_path, watch):
+            try:
+                reader.read(path)
+            except reader.errors as error:
+                assert len(str(error)) < 20_000
+                return False
+        return True
+
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(files)
+    def attempt(content: bytes) -> None:
+        watch.accepted += read(content)
+        assert not (tmp_path / CANARY).exists(), "something was run"
+
+    assert read(seeds[0]), "the file was refused before it was damaged"
+    forget_peak()
+    begin = peak_bytes()
+    attempt()
+    grown = peak_bytes() - begin
+    with capsys.disabled():
+        if count > 100:
+            print(f"\n{name}: {watch}, {grown / 1e6:.0f} MB")
+    assert grown < MOST_BYTES
+
+
+def test_the_watch_would_bark(tmp_path):
+    """What the fuzzed readers must never do is noticed."""
+    for deed in (lambda: os.system("true"), lambda: open("/dev/full", "w").close()):
+        with pytest.raises(AssertionError), watched(tmp_path, Watch()):
+            deed()
+    with pytest.raises(MemoryError), watched(tmp_path, Watch()):
+        bytearray(6 * MOST_BYTES)
