@@ -57,6 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default
                   "scheduler": "EulerDiscreteScheduler"},
 }  # fmt: skip
 QUANTITIES = ("velocity", "noise", "embedding")  # what priors may predict, see unet.PriorBank
+CHECKS = ("quick", "full")  # of dataset.py: how closely
 STEERING = ("config", "dry_run", "print_config")
 
 
@@ -173,6 +174,7 @@ class _Group:
         required: bool = False,
         choices: Sequence[str] | None = None,
         nargs: str | int | None = None,
+        const: Any = None,
         per_call: bool = False,
     ) -> None:
         self._group.add_argument(
@@ -184,6 +186,7 @@ class _Group:
             required=required,
             choices=choices,
             nargs=nargs,
+            const=const,
         )
         self._note(flag, per_call)
 
@@ -208,12 +211,13 @@ def _did_you_mean(found: str, known: Sequence[str]) -> str:
 # ---------------------------------------------------------------- flags shared by stages
 
 
-def _common(parser: Parser, *, device: bool = True) -> None:
+def _common(parser: Parser, *, device: bool = True, writes: bool = True) -> None:
     group = parser.flags("this call")
     group.add("--config", type=Path, metavar="FILE", per_call=True,
         help="YAML or JSON with option names as keys, or the options.json of a run")
-    group.switch(
-        "--dry_run", help="check everything, say what would be done, write nothing", per_call=True)
+    if writes:
+        group.switch("--dry_run", per_call=True,
+            help="check everything, say what would be done, write nothing")
     group.switch(
         "--print_config", help="print the resolved options as YAML and stop", per_call=True)
     if device:
@@ -378,6 +382,28 @@ def preprocess() -> Parser:
     return parser
 
 
+def check() -> Parser:
+    parser = Parser(
+        "check",
+        "Before the first stage: what is there, missing or inconsistent in a data folder. Reads\n"
+        "headers and samples, writes nothing; exit code 0 if all is well, 1 for problems.",
+        "python dataset.py --check --data_path DATA",
+    )
+    group = parser.flags("check")
+    group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
+        help="folder with Preprocessed_data_250Hz/, training_images/, test_images/")
+    group.add("--check", nargs="?", choices=CHECKS, const=CHECKS[0], default=CHECKS[0],
+        help="how closely: headers and samples, in seconds, or every value of every file")
+    group.add("--subjects", nargs="+", metavar="SUB",
+        help="e.g. sub-01 sub-08; default: all that are there")
+    group.add("--captions", type=Path, metavar="FILE",
+        help="also whether these captions belong to the pictures")
+    group.add("--clip_feature_path", type=Path, metavar="DIR",
+        help="also whether this output of clip_feature_extractor.py belongs to the pictures")
+    _common(parser, device=False, writes=False)
+    return parser
+
+
 def features() -> Parser:
     parser = Parser(
         "features",
@@ -390,8 +416,9 @@ def features() -> Parser:
         help="folder with training_images/ and test_images/")
     group.add("--output_path", type=Path, required=True, per_call=True, metavar="DIR",
         help="where the feature bank is written")
-    group.add("--captions", type=Path, per_call=True, metavar="JSON",
-        help="captions by picture (training_images/C/F.jpg) or by concept")
+    group.add("--captions", type=Path, per_call=True, metavar="CSV|JSON",
+        help="captions by picture (training_images/C/F.jpg) or by concept: a table with columns "
+        "picture or concept, and caption, or a JSON object")
     group.add("--text_template", default=TEXT_TEMPLATE, metavar="TEXT",
         help="used where --captions has nothing; {concept} is the folder name after its number")
     group = parser.flags("CLIP")
@@ -566,7 +593,7 @@ def generate() -> Parser:
     group.add("--negative_prompt",
         default="monochrome, lowres, bad anatomy, worst quality, low quality", metavar="TEXT",
         help="for guidance, the same for all pictures (IP-Adapter's own default)")
-    group.add("--captions", type=Path, per_call=True, metavar="JSON",
+    group.add("--captions", type=Path, per_call=True, metavar="CSV|JSON",
         help="captions for --prompt_source oracle")
     _superpixel_size(group)
     group.add("--size", type=picture_size, default=768, metavar="PX", help="width and height")
@@ -759,6 +786,7 @@ def demo() -> Parser:
 
 
 STAGES: dict[str, Callable[[], Parser]] = {
+    "check": check,
     "preprocess": preprocess,
     "features": features,
     "train": train,
@@ -771,6 +799,7 @@ STAGES: dict[str, Callable[[], Parser]] = {
     "demo": demo,
 }
 _PROGRAMS = {
+    "check": "dataset.py",
     "preprocess": "preprocess.py",
     "features": "clip_feature_extractor.py",
     "train": "train.py",

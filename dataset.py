@@ -9,9 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import args
+
+if __name__ == "__main__":
+    args.answer_quick_questions("check")
+
 import numpy as np
 import torch
 
+import doctor
 import util
 from banks import Bank, open_bank
 from eeg_files import (
@@ -395,3 +401,25 @@ def open_training(
         bank.clip,
         {"clip_features": bank.hash, **hashes},
     )
+
+
+# ---------------------------------------------------------------- as a script
+
+
+@util.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Inspect a data folder and say what to do next. Exit code 1 if something is wrong with it."""
+    values = args.resolve("check", argv).values
+    findings = doctor.examine(
+        values.data_path,
+        values.subjects,
+        values.captions,
+        values.clip_feature_path,
+        values.check == args.CHECKS[-1],
+    )
+    print(f"{values.data_path}:", *findings.lines(), sep="\n")
+    return int(bool(findings.problems))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -196,6 +196,11 @@ def caption(stimulus: Stimulus, captions: Mapping[str, str], template: str) -> s
     return found or template.format(concept=stimulus.concept)
 
 
+def keys_hash(stimuli: Mapping[str, Sequence[Stimulus]]) -> str:
+    """Of the pictures' names in row order: rows of the EEG belong to them."""
+    return util.json_hash([item.key for items in stimuli.values() for item in items])
+
+
 def check_disjoint(training: Sequence[Stimulus], test: Sequence[Stimulus]) -> None:
     """Raise DataError if a test concept is also a training concept."""
     shared = sorted({item.concept for item in training} & {item.concept for item in test})

@@ -16,10 +16,11 @@ from stimuli import (
     STIMULUS_COLUMNS,
     Stimulus,
     check_disjoint,
+    keys_hash,
     list_stimuli,
 )
 from user_tables import first_of, read_columns
-from util import DataError, json_hash
+from util import DataError
 
 TIME_COLUMNS = ("onset", "sample", "marker")  # the first that a table has counts
 NOTHING = ("", "n/a", "na", "nan", "none")  # an event without a picture, as BIDS writes it
@@ -100,8 +101,7 @@ class Pictures:
 
     @property
     def hash(self) -> str:
-        """Of their names in row order: rows of the EEG belong to them."""
-        return json_hash([item.key for items in self.rows.values() for item in items])
+        return keys_hash(self.rows)
 
     def find(self, event: Shown, table: EventTable) -> tuple[str, int]:
         """(partition, row) of the picture that a line names. Raises DataError.

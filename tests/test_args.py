@@ -18,6 +18,7 @@ GENERATE = [
 ]
 EVALUATE = ["--data_path", "D", "--output_dir", "O", "--images", "I"]
 MINIMAL = {
+    "check": ["--data_path", "D"],
     "preprocess": ["--data_path", "D"],
     "features": FEATURES,
     "train": TRAIN,
