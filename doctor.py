@@ -371,7 +371,7 @@ def _check_twice(own: dict[str, Recording], full: bool, findings: Findings) -> N
 def _same(own: dict[str, Recording], one: tuple[str, int, int], two: tuple[str, int, int]) -> bool:
     """Whether two trials are equal; constant ones are told of as flat channels."""
     a, b = (own[partition].eeg[row, repetition] for partition, row, repetition in (one, two))
-    return a.shape == b.shape and bool(np.array_equal(a, b)) and bool(a.std() > 0)
+    return bool(np.array_equal(a, b)) and bool((a != a.flat[0]).any())
 
 
 def _trial(place: tuple[str, int, int]) -> str:
@@ -429,14 +429,13 @@ def _window(item: Recording) -> str:
 
 def compare_scales(recordings: Recordings, findings: Findings) -> None:
     """Files in another unit than the first, judged by a few of their trials."""
-    sizes = {
-        item.path: float(np.nan_to_num(np.asarray(item.eeg[0, :4], np.float64)).std())
-        for own in recordings.values()
-        for item in own.values()
-    }
-    known = {path: size for path, size in sizes.items() if size > 0}
-    middle = float(np.median(list(known.values()) or [1.0]))
-    for path, size in known.items():
+    sizes = {}
+    for item in (item for own in recordings.values() for item in own.values()):
+        values = np.asarray(item.eeg[0, :4], np.float64)
+        if np.isfinite(values).all() and np.ptp(values) > 0:
+            sizes[item.path] = float(values.std())
+    middle = float(np.median(list(sizes.values()) or [1.0]))
+    for path, size in sizes.items():
         if not 1 / OTHER_SCALE < size / middle < OTHER_SCALE:
             findings.problem(
                 path,
