@@ -17,7 +17,7 @@ import numpy as np
 
 from util import DataError
 
-MOST_STEPS = 20_000  # opcodes of a pickle; a published file has some hundred
+MOST_STEPS = 10_000  # opcodes of a pickle; a published file has some hundred
 _MAPPED = 4096  # bytes; a shorter array is read, a longer one stays in the file
 _PUT = ("PUT", "BINPUT", "LONG_BINPUT")
 _REFUSED = ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4")
