@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
 import pickle
 import pickletools
 import re
@@ -269,6 +270,8 @@ def read_pickled_dict(
     """
     try:
         with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise EOFError("an empty file")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         unpickler = _RestrictedUnpickler(*condense(mapped, _pickle_start(mapped)))
         content = _to_numpy(unpickler.load(), {})
@@ -339,7 +342,7 @@ def parse_published(path: Path) -> tuple[np.ndarray, list[str], list[float]]:
         content,
         ("preprocessed_eeg_data", "ch_names", "times"),
         "preprocessed_eeg_data, ch_names and times",
-        "this is not a preprocessed THINGS-EEG2 file",
+        "take a preprocessed THINGS-EEG2 file, or preprocess the recording (preprocess.py)",
     )
     try:
         eeg = array_in(content, "preprocessed_eeg_data")

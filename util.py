@@ -440,6 +440,16 @@ def pick_device(name: str) -> torch.device:
 # ---------------------------------------------------------------- run directories
 
 
+def _changes(
+    kind: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]
+) -> list[str]:
+    return [
+        f"{kind}{name}: {before.get(name)!r} then, {now.get(name)!r} now"
+        for name in names
+        if now.get(name) != before.get(name)
+    ]
+
+
 class RunDirectory:
     """A directory that explains itself and refuses to become another run.
 
@@ -474,27 +484,20 @@ class RunDirectory:
                 "a new or empty directory",
                 "name another output directory",
             )
-        recorded = self._recorded("options.json", ("stage", "options"))
-        if recorded["stage"] != self.stage:
+        recorded = self._recorded("options.json")
+        if recorded.get("stage") != self.stage:
             raise UserError(
                 self.path,
-                f"a run of {recorded['stage']}",
+                f"a run of {recorded.get('stage')}",
                 f"a run of {self.stage}",
                 "name another output directory",
             )
-        now, before = _plain(options), recorded["options"]
-        changes = [
-            f"--{name}: {before.get(name)!r} then, {now.get(name)!r} now"
-            for name in fixed
-            if now.get(name) != before.get(name)
-        ]
+        before = self._recorded("options.json", "options")
         known = (self.path / "inputs.json").exists()
-        earlier = self._recorded("inputs.json") if known else inputs
-        changes += [
-            f"input {name}: {earlier.get(name)!r} then, {inputs.get(name)!r} now"
-            for name in sorted({*inputs, *earlier})
-            if _plain(inputs).get(name) != earlier.get(name)
-        ]
+        earlier = self._recorded("inputs.json") if known else _plain(inputs)
+        changes = _changes("--", before, _plain(options), fixed) + _changes(
+            "input ", earlier, _plain(inputs), sorted({*inputs, *earlier})
+        )
         if changes:
             raise UserError(
                 self.path,
@@ -503,13 +506,15 @@ class RunDirectory:
                 "name another output directory, or go back to the recorded options",
             )
 
-    def _recorded(self, name: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+    def _recorded(self, name: str, key: str | None = None) -> dict[str, Any]:
+        """What a run wrote, or the part of it under ``key``. Raises DataError for other content."""
         content = read_json(self.path / name)
-        if not isinstance(content, dict) or not all(key in content for key in keys):
+        part = content.get(key) if key and isinstance(content, dict) else content
+        if not isinstance(part, dict):
             raise DataError(
                 self.path / name, "something else", "the record of a run", "name another directory"
             )
-        return content
+        return part
 
     def start(
         self,

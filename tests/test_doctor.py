@@ -117,9 +117,18 @@ def test_what_is_no_problem_is_noted(data, capsys):
     change(data, edited("preprocessed_eeg_data", lambda eeg: eeg[:, :3]), "sub-02")
     util.write_json(data / "Preprocessed_data_250Hz/sub-01/simulated.json", {})
     (data / "training_images/00001_train1/x.gif").write_bytes(b"GIF89a")
+    one = eeg_file(data, "sub-01", "test")
+    one.rename(data.parent / "elsewhere.npy")
+    one.symlink_to(data.parent / "elsewhere.npy")
     code, told = run(data, capsys)
     assert code == 0, told
-    for part in ("another order in sub-02", "training: [3, 4] trials", "SIMULATED", "x.gif"):
+    for part in (
+        "another order in sub-02",
+        "training: [3, 4] trials",
+        "SIMULATED",
+        "x.gif",
+        "link",
+    ):
         assert part in told
 
 

@@ -128,14 +128,14 @@ def test_the_same_caption_twice_is_one(tmp_path):
     assert read_captions(path) == {"a": "one"}
 
 
-def test_captions_of_other_stimuli_are_refused_and_of_nothing_told(data, caplog):
+def test_captions_of_other_stimuli_are_refused_and_of_nothing_told(data, caplog, monkeypatch):
     known = list_stimuli(data, "training")
     path = _write(data, "concept,caption\nlion,a lion\nTrain1,a dog\n")
     with pytest.raises(DataError, match=r"(?s)e\.g\. lion.*train1_1\.png or train1"):
         read_captions(path, known)
     with pytest.raises(DataError, match="no captions"):
         read_captions(_write(data, "concept,caption\n"), known)
-    logging.getLogger("eeg2image").propagate = True
+    monkeypatch.setattr(logging.getLogger("eeg2image"), "propagate", True)
     read_captions(_write(data, "concept,caption\nlion,a lion\ntrain1,a dog\n"), known)
     assert "1 of 2 captions belong to no picture of DATA, e.g. lion" in caplog.text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -381,3 +382,44 @@ def test_an_absent_gpu_is_refused(name):
 
 def test_shards_parse():
     assert util.parse_shard("2/3") == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "number, told",
+    [(errno.ENOSPC, "make room"), (errno.EROFS, "another folder"), (errno.EFBIG, "ulimit")],
+)
+def test_what_no_program_can_mend_is_told_without_a_traceback(number, told, capsys):
+    @util.command
+    def main(argv=None):
+        raise OSError(number, os.strerror(number), "the/file")
+
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert "the/file" in error and os.strerror(number) in error and told in error
+
+
+def test_other_failures_of_the_system_stay_loud():
+    @util.command
+    def main(argv=None):
+        raise FileNotFoundError(errno.ENOENT, "a mistake of ours", "x")
+
+    with pytest.raises(FileNotFoundError):
+        main()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"stage": "train"}', '{"stage": "train", "options": 1}']
+)
+def test_records_of_another_kind_are_refused(tmp_path, content):
+    (tmp_path / "options.json").write_text(content)
+    with pytest.raises((DataError, UserError), match=str(tmp_path)):
+        RunDirectory(tmp_path, "train").check({"a": 1}, {}, ["a"])
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b"\xff", b"", b"{"])
+def test_json_of_any_damage_is_a_data_error(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.json"):
+        util.read_json(tmp_path / "a.json")
+    with pytest.raises(DataError, match="not JSON"):
+        util.read_json(tmp_path)
