@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 64_000_000  # a picture that unpacks to more is refused, not decoded
+MAX_SCANNED = 1_000_000_000  # pixels times scans of a progressive JPEG, each of which takes time
 FORMATS = ("PNG", "JPEG")
 _ORIENTATION = 0x0112
 _SIGNATURES = {
@@ -55,7 +56,7 @@ class PictureError(DataError):
         super().__init__(
             path,
             found,
-            f"a whole PNG or JPEG picture of at most {MAX_PIXELS:,} pixels",
+            f"a whole, still PNG or JPEG picture of at most {MAX_PIXELS:,} pixels",
             "replace it by a readable one, or remove it with its EEG rows",
         )
 
@@ -107,6 +108,8 @@ def read_picture(path: Path) -> Image.Image:
     from PIL import Image
 
     with _opened(path) as image:
+        if image.format != "PNG":
+            _refuse_many_scans(path, image)
         image.load()
         turned = _upright(image)
         if turned.mode.startswith("I"):  # 16 bits: Pillow's convert would clip them to white
@@ -120,6 +123,13 @@ def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) as stored, from the header alone. Raises PictureError."""
     with _opened(path) as image:
         return image.size
+
+
+def _refuse_many_scans(path: Path, image: Image.Image) -> None:
+    """Raise PictureError for a small file that would be decoded for minutes."""
+    scans = Path(path).read_bytes().count(b"\xff\xda")
+    if scans * image.width * image.height > MAX_SCANNED:
+        raise PictureError(path, f"{scans} scans of {image.width} x {image.height} pixels")
 
 
 def _upright(image: Image.Image) -> Image.Image:

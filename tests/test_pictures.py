@@ -247,3 +247,14 @@ def test_the_error_comes_whole_out_of_another_process(tmp_path):
     assert (type(again), str(again)) == (PictureError, str(caught.value))
     error = DataError("a", 1, "b", "c")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_jpeg_of_endless_scans_is_not_decoded(tmp_path):
+    """Each scan passes over all pixels: 100 kB that would take minutes."""
+    path = _saved(tmp_path, "a.jpg", Image.new("RGB", (7000, 7000)), progressive=True, quality=10)
+    whole = path.read_bytes()
+    assert read_picture(path).size == (7000, 7000)
+    last = whole[whole.rfind(b"\xff\xda") : -2]
+    path.write_bytes(whole[:-2] + last * 100 + whole[-2:])
+    with pytest.raises(PictureError, match="scans of 7000 x 7000 pixels"):
+        read_picture(path)
