@@ -904,7 +904,7 @@ def _read_config(parser: Parser, path: Path) -> dict[str, Any]:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}")
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: not YAML or JSON: {error}")
     if isinstance(content, dict) and "options" in content:  # a run's own options.json
         content = content["options"]

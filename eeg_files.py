@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Sequence
@@ -73,40 +74,24 @@ def copy_of(source: Path, cache_dir: Path) -> Path:
 
 
 def _convert(source: Path, copy: Path, about: Path) -> None:
-    from tqdm import tqdm
-
+    """Write the float32 copy, and last what there is to know about it."""
     eeg, channels, times = parse_published(source)
     # jobs on several nodes may convert the same file, with the same process number
     temporary = copy.with_name(f".{copy.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=eeg.shape)
+        _write_float32(temporary, eeg, channels, source)
+        os.replace(temporary, copy)
     except OSError as error:
         raise UserError(
             "--cache_dir",
             f"{copy.parent}: {error.strerror}",
-            "a folder that can be written",
+            f"a folder that can be written, with room for {4 * eeg.size / 1e9:.2g} GB",
             "name one with --cache_dir",
         ) from None
-    try:
-        for row in tqdm(
-            range(len(eeg)), desc=f"converting {source.parent.name}/{source.name}", leave=False
-        ):
-            if not np.isfinite(eeg[row]).all():
-                bad = np.argwhere(~np.isfinite(eeg[row]))[0]
-                raise DataError(
-                    source,
-                    f"NaN or infinity at condition {row}, repetition {bad[0]}, channel "
-                    f"{channels[bad[1]]}, sample {bad[2]}",
-                    "finite values",
-                    "preprocess the recording again",
-                )
-            out[row] = eeg[row]
-        out.flush()
-        del out
-        os.replace(temporary, copy)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     util.write_json(
         about,
         {
@@ -117,6 +102,34 @@ def _convert(source: Path, copy: Path, about: Path) -> None:
             "hash": util.file_hash(source),
         },
     )
+
+
+def _write_float32(path: Path, eeg: np.ndarray, channels: Sequence[str], source: Path) -> None:
+    """An .npy of finite values, row by row. Raises DataError, and OSError for a full disk.
+
+    Written, not mapped: a page that no longer fits on the disk would kill the process.
+    """
+    from tqdm import tqdm
+
+    name = f"converting {source.parent.name}/{source.name}"
+    with open(path, "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": eeg.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for row in tqdm(range(len(eeg)), desc=name, leave=False):
+            with np.errstate(over="ignore"):
+                trials = np.ascontiguousarray(eeg[row], "<f4")
+            if not np.isfinite(trials).all():
+                bad = np.argwhere(~np.isfinite(trials))[0]
+                raise DataError(
+                    source,
+                    f"NaN or infinity at condition {row}, repetition {bad[0]}, channel "
+                    f"{channels[bad[1]]}, sample {bad[2]}",
+                    "finite values",
+                    "preprocess the recording again",
+                )
+            file.write(trials)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def load_injection(preset_or_file: str) -> InjectionMap:
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise util.UserError(
             path,
             f"not YAML ({error})",

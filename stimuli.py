@@ -127,7 +127,9 @@ def read_captions(path: Path | None, stimuli: Sequence[Stimulus] = ()) -> dict[s
     for where, key, text in read(Path(path)):
         if not key or not text:
             lacks = "caption" if key else "picture or concept"
-            raise DataError(where, f"no {lacks}", "both", "complete it, or leave it out")
+            raise DataError(
+                where, f"no {lacks}", "a picture or concept, and its caption", "complete it"
+            )
         if captions.setdefault(key, text) != text:
             raise DataError(
                 where,

@@ -347,6 +347,8 @@ def load_torch(path: Path, expected: str, cure: str) -> dict[Any, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNLOADABLE as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # whose message advises to run the file
+            reason = "it holds more than tensors and plain values, or is damaged"
         raise DataError(path, f"unreadable ({reason})", expected, cure) from None
     if not isinstance(content, dict):
         raise DataError(path, f"a {type(content).__name__}", expected, cure)
