@@ -250,13 +250,13 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole records; a line torn by a kill is skipped."""
+    """All whole records; a line torn by a kill, and what is no record, is skipped."""
     records = []
     if Path(path).exists():
         for line in Path(path).read_bytes().split(b"\n"):
-            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def sha256(path: Path) -> str:

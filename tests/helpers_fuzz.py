@@ -72,7 +72,7 @@ def damaged(draw: st.DrawFn, seeds: Sequence[bytes]) -> bytes:
     if draw(st.integers(0, 7)) == 0:
         return draw(st.binary(max_size=200))
     content, other = draw(st.sampled_from(seeds)), draw(st.sampled_from(seeds))
-    for step in draw(st.lists(_STEP, min_size=1, max_size=6)):
+    for step in draw(st.lists(_STEP, min_size=1, max_size=4)):
         content = _changed(content, step, other)
     return content
 
