@@ -17,7 +17,16 @@ import numpy as np
 import scalp
 import util
 from banks import open_bank
-from eeg_files import EEG_FOLDER, SIMULATED_NOTE, Recording, check_rows, eeg_file, list_subjects
+from channels import grade
+from eeg_files import (
+    EEG_FOLDER,
+    RAW_FOLDER,
+    SIMULATED_NOTE,
+    Recording,
+    check_rows,
+    eeg_file,
+    list_subjects,
+)
 from pictures import PictureError, picture_size, read_picture
 from published import parse_published
 from stimuli import (
@@ -31,12 +40,10 @@ from stimuli import (
 )
 from util import DataError, StageError
 
-RAW_FOLDER = "Raw_data"
 SAMPLED_TRIALS = 512  # of a file, whose every value is looked at
 COMPARED_TRIALS = 4000  # of a file, of which three channels' first samples are
 SAMPLED_PICTURES = 500  # of a partition, whose headers are read
 NAMED = 3  # examples in a message
-FLAT = 1e-4  # of the median channel's standard deviation
 SCALE = (1e-9, 1e5)  # standard deviations from nanovolts in volts to millivolts in microvolts
 OTHER_SCALE = 100.0  # between two files: another unit
 OTHER_PICTURES = (".gif", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
@@ -326,9 +333,9 @@ def _check_values(recording: Recording, full: bool, findings: Findings) -> None:
 def _judge_amplitude(recording: Recording, spread: np.ndarray, findings: Findings) -> None:
     """``spread`` [C]: mean standard deviation over time within a trial."""
     middle = float(np.median(spread))
-    flat = [
-        name for name, size in zip(recording.channels, spread, strict=True) if size <= FLAT * middle
-    ]
+    flat, noisy = grade(dict(zip(recording.channels, spread.tolist(), strict=True)))
+    if noisy:
+        findings.notes.append(f"{recording.path}: noisy channels: {_some(noisy)}")
     if flat:
         findings.problem(
             recording.path,

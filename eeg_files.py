@@ -17,6 +17,7 @@ from published import DAMAGED, parse_published
 from stimuli import PARTITIONS, Stimulus
 from util import DataError, UserError
 
+RAW_FOLDER = "Raw_data"
 EEG_FOLDER = "Preprocessed_data_250Hz"
 EEG_FILE = {partition: f"preprocessed_eeg_{partition}.npy" for partition in PARTITIONS}
 SIMULATED_NOTE = "simulated.json"  # lies in a subject's folder if its EEG is simulated

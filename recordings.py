@@ -15,7 +15,7 @@ import numpy as np
 
 import util
 from channels import ALL, check_unique, rename_channels
-from eeg_files import SIMULATED_NOTE
+from eeg_files import RAW_FOLDER, SIMULATED_NOTE
 from published import array_in, list_in, read_pickled_dict, refuse_missing_keys
 from stimuli import PARTITIONS
 from stimulus_events import EventTable, Pictures, as_number, list_pictures, read_table
@@ -24,7 +24,6 @@ from util import DataError, UserError
 if TYPE_CHECKING:
     import mne
 
-RAW_FOLDER = "Raw_data"
 TARGET = 99999  # THINGS-EEG2: the picture that subjects had to detect; no trial
 REPETITIONS = {"training": 2, "test": 20}  # of a picture in one session of THINGS-EEG2
 _UNREADABLE = (  # what MNE's readers raise for damaged files

@@ -32,7 +32,7 @@ LAYERS: dict[str, float] = {
     **dict.fromkeys(("backbones", "compare"), 2),
     "monitor": 2.2,
     "stimulus_events": 2.5,
-    "channels": 2.5,
+    "channels": 1.5,
     "recordings": 3,
     "raw_quality": 3,
     **dict.fromkeys(("engine", "fusion", "figures", "sampler", "sweeps", "encoders"), 2.5),
