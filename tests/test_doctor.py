@@ -117,6 +117,7 @@ def test_what_is_no_problem_is_noted(data, capsys):
     change(data, edited("preprocessed_eeg_data", lambda eeg: eeg[:, :3]), "sub-02")
     util.write_json(data / "Preprocessed_data_250Hz/sub-01/simulated.json", {})
     (data / "training_images/00001_train1/x.gif").write_bytes(b"GIF89a")
+    change(data, lambda c: c[EEG].__setitem__((slice(None), slice(None), 1), c[EEG][:, :, 1] * 9))
     one = eeg_file(data, "sub-01", "test")
     one.rename(data.parent / "elsewhere.npy")
     one.symlink_to(data.parent / "elsewhere.npy")
@@ -128,6 +129,7 @@ def test_what_is_no_problem_is_noted(data, capsys):
         "SIMULATED",
         "x.gif",
         "link",
+        "noisy channels: Cz",
     ):
         assert part in told
 
