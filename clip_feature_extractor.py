@@ -19,7 +19,8 @@ from torch import nn
 
 import superpixel
 import util
-from modalities import MODALITIES
+from banks import layer_name
+from modalities import MODALITIES, NAMES
 from pictures import PictureError, read_picture
 from stimuli import (
     IMAGE_FOLDER,
@@ -56,6 +57,21 @@ class Clip:
         """[B, 3, S, S] after the transform -> un-normalised float32 [B, D]."""
         device = next(self.model.parameters()).device
         return self.model.encode_image(crops.to(device), normalize=False).float().cpu()
+
+    @torch.no_grad()
+    def encode_layers(self, crops: torch.Tensor, layers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Image layers, counted from 1, averaged over the picture: {name: float32 [B, W]}."""
+        if not layers:
+            return {}
+        device = next(self.model.parameters()).device
+        order = sorted(set(layers))
+        found = self.model.visual.forward_intermediates(
+            crops.to(device), indices=[layer - 1 for layer in order], intermediates_only=True
+        )["image_intermediates"]  # [B, W, h, w] each
+        return {
+            layer_name(layer): maps.mean(dim=(2, 3)).float().cpu()
+            for layer, maps in zip(order, found, strict=True)
+        }
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -134,6 +150,21 @@ def check_pretrained(name: str, clip_pretrained: str) -> None:
         )
 
 
+def check_layers(name: str, layers: Sequence[int]) -> None:
+    """Raise UserError for layers that the image side of an open_clip model does not have."""
+    import open_clip
+
+    built = open_clip.get_model_config(name)["vision_cfg"].get("layers", 0)  # timm's have no number
+    depth = built if isinstance(built, int) else 1 + len(built)  # a ResNet's stem and its stages
+    if max(layers, default=0) > depth:
+        raise UserError(
+            "--image_layers",
+            str(max(layers)),
+            f"1 to {depth}, the layers of {name}" if depth else "a ViT or ResNet of open_clip",
+            "choose among them" if depth else f"leave it out: {name} is built by timm",
+        )
+
+
 def weights_hash(model: nn.Module) -> str:
     """sha256 over names and bytes of the loaded weights: the same for a tag and for its file."""
     digest = hashlib.sha256()
@@ -209,8 +240,12 @@ def encode(
     slic_px: int,
     blur_px: float,
     png_folder: Path | None,
+    layers: Sequence[int] = (),
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Features {modality: [b, D]} batch by batch; superpixels are made in worker processes."""
+    """Features {modality: [b, D]} batch by batch; superpixels are made in worker processes.
+
+    ``layers``: of the image side, to be kept beside them.
+    """
     loader = torch.utils.data.DataLoader(
         Pictures(stimuli, clip.transform, slic_px, blur_px, png_folder),
         batch_size=batch_size,
@@ -225,6 +260,7 @@ def encode(
         crops = torch.stack(items)  # [b, visual, 3, S, S]
         visual = clip.encode_pictures(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])
         features = {name: visual[:, column] for column, name in enumerate(VISUAL)}
+        features |= clip.encode_layers(crops[:, VISUAL.index("image")], layers)
         text = clip.encode_texts(texts[done : done + len(items)])
         yield features | dict.fromkeys(TEXT, text)
         done += len(items)
@@ -242,6 +278,7 @@ def encode_partition(
     slic_px: int,
     blur_px: float,
     png_folder: Path | None,
+    layers: Sequence[int],
 ) -> None:
     """Encode shard by shard, skip those on disk, join them into ``{partition}.safetensors``."""
     from tqdm import tqdm
@@ -266,6 +303,7 @@ def encode_partition(
                 slic_px,
                 blur_px,
                 png_folder,
+                layers,
             ):
                 parts.append(part)
                 bar.update(len(part["image"]))
@@ -286,10 +324,8 @@ def join_shards(
 ) -> None:
     """Write the partition's features with row ids, and its manifest. Raises DataError for NaN."""
     loaded = [util.load_tensors(path)[0] for path in shards]
-    features = {
-        modality.name: torch.cat([part[modality.name] for part in loaded])
-        for modality in MODALITIES
-    }
+    names = [*NAMES, *sorted(loaded[0].keys() - set(NAMES))]
+    features = {name: torch.cat([part[name] for part in loaded]) for name in names}
     for name, rows in features.items():
         if not torch.isfinite(rows).all():
             raise DataError(
@@ -343,10 +379,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     stimuli = {partition: list_stimuli(values.data_path, partition) for partition in PARTITIONS}
     check_disjoint(stimuli["training"], stimuli["test"])
     captions = read_captions(values.captions, [*stimuli["training"], *stimuli["test"]])
-    check_pretrained(model_name(values.clip_model), values.clip_pretrained)
+    name = model_name(values.clip_model)
+    check_pretrained(name, values.clip_pretrained)
+    layers = values.image_layers or []
+    check_layers(name, layers)
     device = util.pick_device(values.device)
     weights = Path(values.clip_pretrained)
-    inputs = {IMAGE_FOLDER[name]: picture_hash(items) for name, items in stimuli.items()} | {
+    inputs = {IMAGE_FOLDER[part]: picture_hash(items) for part, items in stimuli.items()} | {
         "captions": util.json_hash(captions),
         "clip_weights": util.file_hash(weights) if weights.is_file() else values.clip_pretrained,
     }
@@ -374,6 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             values.superpixel_size,
             values.target_blur,
             png_folder,
+            layers,
         )
     run.finish({name: len(items) for name, items in stimuli.items()})
     for path in (run.path / "shards").glob("*.safetensors"):

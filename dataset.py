@@ -19,7 +19,7 @@ import torch
 
 import doctor
 import util
-from banks import Bank, open_bank
+from banks import open_bank
 from eeg_files import (
     EEG_FILE,
     EEG_FOLDER,
@@ -126,16 +126,18 @@ def open_test(
     return TestEEG(average_trials(recording, signal), subject, stimuli, recording.hash, file)
 
 
-def check_clip(bank: Bank, clip: Mapping[str, Any], model: Path) -> None:
-    """Raise DataError if the bank was made by another CLIP than the model's targets."""
-    differing = [key for key in {**clip, **bank.clip} if bank.clip.get(key) != clip.get(key)]
+def check_clip(
+    found_clip: Mapping[str, Any], bank: Path, clip: Mapping[str, Any], model: Path | str
+) -> None:
+    """Raise DataError if the bank is of another CLIP (``found_clip``) than the model's targets."""
+    differing = [key for key in {**clip, **found_clip} if found_clip.get(key) != clip.get(key)]
     if differing:
         found, needed = (
             ", ".join(f"{key} {identity.get(key)}" for key in differing)
-            for identity in (bank.clip, clip)
+            for identity in (found_clip, clip)
         )
         raise DataError(
-            bank.path,
+            bank,
             found,
             f"{needed}, as {model} was trained on",
             "use the features that the model was trained on, or train it on these",
@@ -179,7 +181,8 @@ def _as_tensor(eeg: np.ndarray) -> torch.Tensor:
 class TrainingData:
     """Recordings of all subjects, joined with their targets, split by concept.
 
-    ``signal``: {channels, times, subjects}; ``targets`` {modality: [N, D]} in stimulus row order;
+    ``signal``: {channels, times, subjects}; ``targets`` {modality: [N, D]} in stimulus row order,
+    and the layer of CLIP that was asked for;
     ``stimulus`` and ``concept`` int64 [N]: their ids and the number of each one's concept;
     ``train_rows`` and ``val_rows`` int64: rows of disjoint concepts.
     """
@@ -364,16 +367,17 @@ def open_training(
     val_fraction: float,
     seed: int,
     cache_dir: Path | None,
+    layer: str | None = None,
 ) -> TrainingData:
     """Open everything training reads, checked and joined by stimulus id.
 
-    Raises UserError / DataError.
+    ``layer``: of CLIP, whose features are wanted among the targets. Raises UserError / DataError.
     """
     names = list_subjects(data_path, subjects)
     stimuli = list_stimuli(data_path, "training")
     if (Path(data_path) / IMAGE_FOLDER["test"]).is_dir():
         check_disjoint(stimuli, list_stimuli(data_path, "test"))
-    bank = open_bank(feature_path, "training")
+    bank = open_bank(feature_path, "training", [layer])
     targets = bank.rows_for(stimuli)
     recordings = [
         open_recording(eeg_file(data_path, name, "training"), cache_folder(data_path, cache_dir))

@@ -15,6 +15,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import banks
 import dataset
 import engine
 import train
@@ -112,7 +113,7 @@ def steps_of_the_real_model(root: Path, out: Path, steps: int, accumulate: int) 
     processes = Processes.join("cpu")
     data = training_data(root)
     alignment = Alignment("prior", False, 0.3, "velocity", None)
-    decoder = train.new_decoder(data, 0, alignment, None)
+    decoder = train.new_decoder(data, 0, alignment, None, layer=banks.FINAL_LAYER)
     contrast = Contrast(0.1, positives="concept")
     objective = train.JointObjective(decoder, data, contrast, 1.0, noise_draws=2)
     schedule = Schedule(**SCHEDULE | {"batch_size": 8, "ema_decay": 0.0, "learning_rate": 1e-3})

@@ -140,9 +140,9 @@ def test_target_blur_is_of_the_image_alone_and_marks_the_bank(world, bank, clip,
     one, other = open_bank(bank, "test"), open_bank(tmp_path / "blurred", "test")
     assert other.clip == one.clip | {"target_blur_px": 3.0}
     for found, trained_on in ((one, other), (other, one)):
-        check_clip(found, found.clip, tmp_path / "model")
+        check_clip(found.clip, found.path, found.clip, tmp_path / "model")
         with pytest.raises(util.DataError, match="target_blur_px"):
-            check_clip(found, trained_on.clip, tmp_path / "model")
+            check_clip(found.clip, found.path, trained_on.clip, tmp_path / "model")
 
 
 def test_another_blur_in_the_same_folder_is_refused(world, bank, capsys):
