@@ -63,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default
 }  # fmt: skip
 QUANTITIES = ("velocity", "noise", "embedding")  # what priors may predict, see unet.PriorBank
 CHECKS = ("quick", "full")  # of dataset.py: how closely
+MOST_BRACKETS, MOST_ALIASES = 500, 20  # of a YAML file
 STEERING = ("config", "dry_run", "print_config")
 
 
@@ -906,6 +907,9 @@ def _config_tokens(parser: Parser, path: Path) -> list[str]:
             parser.error(f"--config {path}: {_did_you_mean(str(key), known)}")
         if value is None:
             continue
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (list, dict)) for item in items):
+            parser.error(f"--config {path}: {key}: nested values, expected one, or a list of some")
         if isinstance(actions[key], argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
                 parser.error(f"--config {path}: {key}: {value!r}, expected true or false")
@@ -917,10 +921,29 @@ def _config_tokens(parser: Parser, path: Path) -> list[str]:
     return tokens
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """With few aliases: by many, a few lines become more than any memory holds once printed."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > MOST_ALIASES:
+            raise yaml.YAMLError(f"more than {MOST_ALIASES} aliases (*name)")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values. Raises YAMLError, or ValueError or RecursionError for odd content."""
+    if text.count("[") + text.count("{") > MOST_BRACKETS:  # nested, they take quadratic time
+        raise ValueError(f"more than {MOST_BRACKETS} brackets")
+    return yaml.load(text, _PlainLoader)
+
+
 def _read_config(parser: Parser, path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else read_yaml(text)
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}")
     except (ValueError, RecursionError, yaml.YAMLError) as error:

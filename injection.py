@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import nn
 
+import args
 import modalities
 import util
 
@@ -134,7 +135,7 @@ def load_injection(preset_or_file: str) -> InjectionMap:
             _suggest(preset_or_file, presets),
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = args.read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise util.UserError(
             path,

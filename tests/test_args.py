@@ -380,3 +380,19 @@ def test_help_names_every_flag_with_its_default(capsys):
             if isinstance(action.default, int | float) and not isinstance(action.default, bool):
                 assert f"(default: {action.default})" in " ".join(told.split())
         assert "example:" in told
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        ("seed: 1\nepochs: " + "[" * 5000, "brackets"),
+        ("a: &a 1\nchannels: [" + "*a, " * 21 + "]\n", "aliases"),
+        ("channels: [[O1], [O2]]", "nested values"),
+        ("seed: {a: 1}", "nested values"),
+        ("seed: !!python/object/apply:os.system ['true']", "not YAML"),
+        ("- " * 5000, "not YAML"),
+        ("seed: 2001-99-99", "not YAML"),
+    ],
+)
+def test_a_config_cannot_hurt(tmp_path, capsys, content, told):
+    assert told in _refused(capsys, "train", [*TRAIN, *_config(tmp_path, content)])
