@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 from collections import Counter
@@ -458,6 +459,27 @@ def test_a_cache_that_cannot_be_written_is_the_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--cache_dir"):
         open_recording(path, tmp_path / "file" / "cache")
+
+
+def test_a_disk_without_room_for_the_copy_is_told_and_nothing_is_left(tmp_path):
+    """By a limit on the size of files; a copy that is mapped would die of SIGBUS on a full disk."""
+    path = _file(tmp_path, pickle.dumps(builders.published()))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"(?s)--cache_dir.*File too large.*with room for"):
+            open_recording(path, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache").iterdir())
+    assert open_recording(path, tmp_path / "cache").eeg.shape == (12, 4, 5, 20)
+
+
+def test_a_value_too_large_for_float32_is_located(tmp_path):
+    content = builders.published()
+    content["preprocessed_eeg_data"][3, 1, 2, 5] = 1e39
+    with pytest.raises(DataError, match="condition 3, repetition 1, channel Pz, sample 5"):
+        open_recording(_file(tmp_path, pickle.dumps(content)), tmp_path / "cache")
 
 
 # --- channels and samples -----------------------------------------------------------------------
