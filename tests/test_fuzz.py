@@ -9,6 +9,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ from checkpoints import Checkpoints
 from util import StageError
 
 CANARY = "canary"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is watched in /proc")
 
 
 @dataclass(frozen=True)
