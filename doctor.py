@@ -158,14 +158,14 @@ def _check_readable(
 
 def _check_copies(stimuli: Stimuli, findings: Findings) -> None:
     """Test pictures that are training pictures, byte for byte."""
-    by_size: dict[int, list[Stimulus]] = defaultdict(list)
-    for item in stimuli["training"]:
-        by_size[item.path.stat().st_size].append(item)
-    leaked = []
-    for item in stimuli["test"]:
-        like = by_size.get(item.path.stat().st_size, [])
-        own = util.file_hash(item.path) if like else ""
-        leaked += [f"{item.key} = {one.key}" for one in like if util.file_hash(one.path) == own]
+    sizes = {item.path.stat().st_size for item in stimuli["test"]}
+    known = {
+        util.file_hash(item.path): item.key
+        for item in stimuli["training"]
+        if item.path.stat().st_size in sizes
+    }
+    same = ((item.key, known.get(util.file_hash(item.path))) for item in stimuli["test"])
+    leaked = [f"{key} = {other}" for key, other in same if other]
     if leaked:
         findings.problem(
             IMAGE_FOLDER["test"],
