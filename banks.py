@@ -92,13 +92,17 @@ def open_bank(folder: Path, partition: str, layers: Collection[str | None] = ())
             "run clip_feature_extractor.py with --image_layers into another folder",
         )
     features = {name: stored[name] for name in wanted}
+    _check_finite(path, features, len(ids))
+    return Bank(features, ids, identity, util.file_hash(path), path)
+
+
+def _check_finite(path: Path, features: dict[str, torch.Tensor], number: int) -> None:
     for name, rows in features.items():
-        fits = rows.ndim == 2 and len(rows) == len(ids) and rows.dtype == torch.float32
+        fits = rows.ndim == 2 and len(rows) == number and rows.dtype == torch.float32
         if not fits or not torch.isfinite(rows).all():
             raise DataError(
                 path,
                 f"{name}: shape {tuple(rows.shape)}, or NaN",
-                f"finite [{len(ids)}, D]",
+                f"finite [{number}, D]",
                 "run clip_feature_extractor.py again",
             )
-    return Bank(features, ids, identity, util.file_hash(path), path)
