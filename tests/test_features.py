@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from skimage.color import rgb2lab
 
 import clip_feature_extractor as stage
 import superpixel
@@ -156,7 +157,8 @@ def test_superpixel_features_are_open_clip_s(world, bank, clip, modality):
         rgb = superpixel.at_slic_size(_read(world, key), SLIC_PX)
         labels = superpixel.segment(superpixel.smooth_lab(rgb), modality.slic)
         gain = modality.slic.texture_gain
-        images.append(Image.fromarray(superpixel.fill(rgb, labels, superpixel.texture(rgb), gain)))
+        grain = superpixel.texture(rgb2lab(rgb))
+        images.append(Image.fromarray(superpixel.fill(rgb, labels, grain, gain)))
     found = _tensors(bank, "test")[modality.name]
     torch.testing.assert_close(found, _encoded(clip, images), rtol=1e-4, atol=1e-4)
 
