@@ -63,14 +63,14 @@ class Clip:
         device = self.device
         if device.type == "cuda":
             crops = crops.pin_memory()  # only from there, copying does not wait either
-        with self._products():
+        with self.products():
             encoded = self.model.encode_image(crops.to(device, non_blocking=True), normalize=False)
         return encoded.float()
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Un-normalised float32 [B, D] on the model's device."""
-        with self._products():
+        with self.products():
             encoded = self.model.encode_text(
                 self.tokenize(list(texts)).to(self.device), normalize=False
             )
@@ -80,7 +80,8 @@ class Clip:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _products(self) -> torch.autocast:
+    def products(self) -> torch.autocast:
+        """The context in which the model computes."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
 

@@ -80,7 +80,8 @@ def smooth_lab(rgb: np.ndarray, lab: np.ndarray | None = None) -> np.ndarray:
 def segment(lab: np.ndarray, level: Slic) -> np.ndarray:
     """SLIC labels (Achanta et al. 2012, scikit-image) of ``smooth_lab``: int64 [H, W] from 0.
 
-    Equal to ``slic(rgb, sigma=1)``, whose preparation is done once for all levels here.
+    Equal to ``slic(rgb, sigma=1)``, whose preparation is done once for all levels here; only where
+    colours are equal to the last bit, as in drawings, may rounding decide ties in another way.
     scikit-image stretches its input to 0..1; dividing compactness by the span keeps the distances
     in Lab units.
     """
