@@ -6,7 +6,8 @@
 same model on the same crops, made before, in the same batches. The weights are random, which costs
 the same. Counted from the first batch that CLIP gets: how long that takes is told beside it, once
 per run and not per picture. The forward pass and the processes that make superpixels need cores of
-their own: on a CPU set OMP_NUM_THREADS to the cores less --num_workers.
+their own: on a CPU set OMP_NUM_THREADS to the cores less --num_workers. Where other programs run,
+the CPU time of stage 1's own process tells what it costs beside the forward pass.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ def random_clip(name: str, precision: str, device: torch.device) -> stage.Clip:
 
 
 def prepared(work: Work) -> tuple[torch.Tensor, float]:
-    """(crops [N, visual, 3, S, S], median seconds per picture), made in this process."""
+    """(crops [N, visual, 3, S, S], median seconds of CPU per picture), made in this process."""
     made, seconds = [], []
     pictures = stage.Pictures(work.stimuli, work.clip.transform, work.views)
     for row in range(len(pictures)):
-        started = time.perf_counter()
+        started = time.process_time()
         made.append(pictures[row])
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return torch.stack(stage.next_crops(iter(made), len(made))), statistics.median(seconds)
 
 
@@ -77,58 +78,74 @@ def wait(device: torch.device) -> float:
     return time.perf_counter()
 
 
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of encoding all pictures, and the features float32 [N, visual, D]."""
+
+    clock: float
+    cpu: float  # of this process
+    features: torch.Tensor
+    until_first: float = 0.0  # by the clock, before it
+
+
 @torch.no_grad()
-def bare(work: Work, crops: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """(seconds, features [N, visual, D]) of the model alone."""
+def bare(work: Work, crops: torch.Tensor) -> Timed:
+    """The model alone."""
     device = work.clip.device
     batches = [part.flatten(0, 1).to(device) for part in crops.split(work.batch_size)]
-    started = wait(device)
+    started, cpu = wait(device), time.process_time()
     with work.clip.products():
         encoded = [work.clip.model.encode_image(batch, normalize=False) for batch in batches]
-    return wait(device) - started, torch.cat(encoded).float().unflatten(0, crops.shape[:2]).cpu()
+    clock, cpu = wait(device) - started, time.process_time() - cpu
+    return Timed(clock, cpu, torch.cat(encoded).float().unflatten(0, crops.shape[:2]).cpu())
 
 
-def whole(work: Work, folder: Path) -> tuple[float, float, torch.Tensor]:
-    """(seconds from CLIP's first batch, seconds until then, features) of stage 1."""
+def whole(work: Work, folder: Path) -> Timed:
+    """Stage 1, from files to a file of features, from CLIP's first batch on."""
     started, first = time.perf_counter(), []
     hook = work.clip.model.visual.register_forward_pre_hook(
-        lambda *_: first.append(time.perf_counter())
+        lambda *_: first.append((time.perf_counter(), time.process_time()))
     )
     piece = stage.Piece(folder / "pictures.safetensors", stimuli=work.stimuli)
     stage.encode(work.clip, [piece], work.views, work.batch_size, work.num_workers)
-    ended = time.perf_counter()
+    ended, cpu = time.perf_counter(), time.process_time()
     hook.remove()
     features = util.load_tensors(piece.path)[0]
     visual = torch.stack([features[name] for name in stage.VISUAL], dim=1)
-    return ended - first[0], first[0] - started, visual
+    clock, cpu_before = first[0]
+    return Timed(ended - clock, cpu - cpu_before, visual, clock - started)
 
 
 def features_vs_forward(work: Work, folder: Path, repeats: int) -> dict[str, Any]:
     """Pictures per second, both sides in turn. SystemExit if the features differ."""
     crops, preparing = prepared(work)
     bare(work, crops[: work.batch_size])  # first calls
-    ours, fill, baseline = [], [], []
+    pairs = []
     for _ in range(repeats):
-        seconds, expected = bare(work, crops)
-        baseline.append(seconds)
-        seconds, waited, found = whole(work, folder)
-        ours.append(seconds)
-        fill.append(waited)
-        if not torch.equal(found, expected):
-            apart = float((found - expected).abs().max())
+        alone, ours = bare(work, crops), whole(work, folder)
+        pairs.append((alone, ours))
+        if not torch.equal(ours.features, alone.features):
+            apart = float((ours.features - alone.features).abs().max())
             raise SystemExit(f"stage 1 and its model alone differ by {apart}")
-    n, forward = len(work.stimuli), statistics.median(baseline)
+    n = len(work.stimuli)
+    forward, stage_1 = (
+        statistics.median(one.clock for one in side) for side in zip(*pairs, strict=True)
+    )
+    cpu, stage_1_cpu = (
+        statistics.median(one.cpu for one in side) for side in zip(*pairs, strict=True)
+    )
     return {
-        "ours": n / statistics.median(ours), "baseline": n / forward,
-        "ratio": forward / statistics.median(ours), "unit": "pictures/s", "n": repeats,
+        "ours": n / stage_1, "baseline": n / forward,
+        "ratio": forward / stage_1, "unit": "pictures/s", "n": repeats,
         "pictures": n, "crops_per_picture": crops.shape[1], "batch_size": work.batch_size,
         "model": work.clip.identity["model"], "precision": str(work.clip.dtype or torch.float32),
         "device": str(work.clip.device), "num_workers": work.num_workers,
         "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "prepare_s_per_picture": preparing, "forward_s_per_picture": forward / n,
         "processes_per_forward": math.ceil(preparing * n / forward),
-        "until_first_batch_s": statistics.median(fill),
-        "ratio_of_each_repeat": [b / a for a, b in zip(ours, baseline, strict=True)],
+        "until_first_batch_s": statistics.median(ours.until_first for _, ours in pairs),
+        "ratio_of_each_repeat": [alone.clock / ours.clock for alone, ours in pairs],
+        "ratio_of_cpu": cpu / stage_1_cpu,
     }  # fmt: skip
 
 
@@ -145,7 +162,8 @@ Making a picture's crops takes {row["prepare_s_per_picture"]:.3f} s of a core, e
 {row["forward_s_per_picture"]:.3f} s:
 {row["processes_per_forward"]} process(es) keep up with the model; here {row["num_workers"]}, and \
 {row["threads"]} thread(s) for the model, on {row["cores"]} cores.
-Until the first batch, once per run: {row["until_first_batch_s"]:.1f} s."""
+Until the first batch, once per run: {row["until_first_batch_s"]:.1f} s. \
+CPU time of the model alone / of stage 1's own process: {row["ratio_of_cpu"]:.3f}."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
