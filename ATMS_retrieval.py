@@ -21,7 +21,7 @@ from torch import nn
 import aligners
 import engine
 import util
-from dataset import Batch, TestEEG, TrainingData
+from dataset import Bank, Batch, Stimulus, TestEEG, TrainingData, layer_name
 from encoders import (
     NICE,
     Braindecode,
@@ -37,6 +37,7 @@ from loss import Contrast, embedding_losses
 from metrics import retrieval_topk
 from modalities import NAMES
 from processes import Processes, gathered
+from projector import Projector, new_projector
 from subject_layers.transformer import ChannelTransformer
 from unet import Sampling, TargetSpace
 from util import WHOLE, Part
@@ -203,6 +204,8 @@ def model_file(run: Path, checkpoint: str) -> Path:
 class Decoder(nn.Module):
     """An encoder with its aligner; ``bank`` is None after contrastive pre-training alone.
 
+    ``projector``: of the layer of CLIP that EEG embeddings are compared with; None: with the image
+    embeddings as they are.
     ``signal``: what the EEG must look like ({channels, times, subjects}); ``clip``: identity of the
     encoder that made the targets. Both are kept in the checkpoint's header and checked against
     every later input.
@@ -214,9 +217,10 @@ class Decoder(nn.Module):
         bank: TargetSpace | None,
         signal: Mapping[str, Any],
         clip: Mapping[str, Any],
+        projector: Projector | None = None,
     ) -> None:
         super().__init__()
-        self.encoder, self.bank = encoder, bank
+        self.encoder, self.bank, self.projector = encoder, bank, projector
         self.signal, self.clip = dict(signal), dict(clip)
         # by validation, for fusion.py and for aligners.spread_factors
         self.calibration: dict[str, dict[str, float]] | None = None
@@ -227,6 +231,7 @@ class Decoder(nn.Module):
             "encoder_name": self.encoder.name,
             "encoder": self.encoder.config,
             "bank": self.bank.config if self.bank else None,
+            "projector": self.projector.config if self.projector else None,
             "signal": self.signal,
             "clip": self.clip,
             "calibration": self.calibration,
@@ -236,6 +241,25 @@ class Decoder(nn.Module):
     def networks(self) -> list[nn.Module]:
         """Where the time of a training step goes."""
         return [self.encoder, *(self.bank.networks() if self.bank else [])]
+
+    @property
+    def layer(self) -> str | None:
+        """What the projector needs of a bank beside the five modalities."""
+        return self.projector.layer if self.projector else None
+
+    def contrasted(self, targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{image, text: [N, D]} that EEG embeddings are drawn to and compared with."""
+        chosen = {name: targets[name] for name in ("image", "text")}
+        if self.projector is not None:
+            chosen["image"] = self.projector(targets[self.projector.layer])
+        return chosen
+
+    @torch.no_grad()
+    def gallery(self, bank: Bank, stimuli: Sequence[Stimulus]) -> torch.Tensor:
+        """What EEG embeddings retrieve of ``stimuli``: [n, D], on the CPU."""
+        device = next(self.parameters()).device
+        rows = {name: values.to(device) for name, values in bank.rows_for(stimuli).items()}
+        return self.contrasted(rows)["image"].cpu()
 
     def subject_index(self, subject: str) -> int:
         """Row of a subject's own parameters; -1 for a person the model was not trained on."""
@@ -267,7 +291,9 @@ class Decoder(nn.Module):
             )
         bank = aligners.aligner_from(header["bank"]) if header["bank"] else None
         encoder = _encoder_of(header, path)
-        decoder = cls(encoder, bank, header["signal"], header["clip"])
+        config = header.get("projector")  # headers of older models have none
+        projector = Projector(**config) if config else None
+        decoder = cls(encoder, bank, header["signal"], header["clip"], projector)
         decoder.calibration = header["calibration"]
         decoder.held_out = header.get("held_out")  # headers of older models have none
         try:
@@ -359,12 +385,18 @@ def new_encoder(data: TrainingData, seed: int, name: str = ATMS.__name__) -> Enc
             ) from None
 
 
-def validation_retrieval(embeddings: torch.Tensor, data: TrainingData) -> dict[str, float]:
+@torch.no_grad()
+def validation_retrieval(
+    decoder: Decoder, embeddings: torch.Tensor, data: TrainingData
+) -> dict[str, float]:
     """Retrieval per modality of held-out stimuli by EEG embeddings [stimuli x subjects, D]."""
+    device = next(decoder.parameters()).device
     truth = torch.arange(len(data.val_rows)).repeat(len(data.recordings))
+    galleries = {name: rows[data.val_rows].to(device) for name, rows in data.targets.items()}
+    galleries |= decoder.contrasted(galleries)
     scores = {}
     for name in NAMES:
-        result = retrieval_topk(embeddings, data.targets[name][data.val_rows], truth)
+        result = retrieval_topk(embeddings, galleries[name].cpu(), truth)
         scores |= {f"val_{name}_top1": result["top1"], f"val_{name}_top5": result["top5"]}
     return scores | {"val_gallery": len(data.val_rows)}
 
@@ -380,7 +412,7 @@ def contrast_from(values: Any) -> Contrast:
 
 
 def global_losses(
-    encoder: Encoder,
+    decoder: Decoder,
     embedding: torch.Tensor,
     targets: Mapping[str, torch.Tensor],
     how: Contrast,
@@ -396,9 +428,10 @@ def global_losses(
     everybody = gathered if part.count > 1 else _as_they_are
     with torch.autocast(embedding.device.type, enabled=False):
         wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-        everyone = {name: everybody(targets[name]) for name in ("image", "text")}
+        needed = {decoder.layer, "image", "text"} - {None}
+        everyone = decoder.contrasted({name: everybody(targets[name]) for name in sorted(needed)})
         together = None if groups is None else everybody(groups)
-        scale = encoder.similarity_scale
+        scale = decoder.encoder.similarity_scale
         return embedding_losses(everybody(wide), everyone, scale, how, together, contrast_weight)
 
 
@@ -415,17 +448,18 @@ class ContrastiveObjective:
     def losses(
         self, batch: Batch, generator: torch.Generator, part: Part = WHOLE
     ) -> dict[str, torch.Tensor]:
-        encoder = self.decoder.encoder
+        decoder = self.decoder
         groups = self.data.groups(batch.stimulus, self.contrast.positives)
-        embedding = encoder(batch.eeg, batch.subject)
-        return global_losses(encoder, embedding, batch.targets, self.contrast, groups, 1.0, part)
+        embedding = decoder.encoder(batch.eeg, batch.subject)
+        return global_losses(decoder, embedding, batch.targets, self.contrast, groups, 1.0, part)
 
     def validate(self) -> dict[str, float]:
         """Held-out concepts only; ``select`` (higher is better) chooses ``best``."""
         eeg, subject = self.data.validation()
         if not len(eeg):
             return {}
-        scores = validation_retrieval(self.decoder.embed(eeg, subject), self.data)
+        embeddings = self.decoder.embed(eeg, subject)
+        scores = validation_retrieval(self.decoder, embeddings, self.data)
         return scores | {"select": scores["val_image_top5"]}
 
 
@@ -437,9 +471,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = Processes.join(options.values.device)
     for fold in engine.folds(options):
         values = fold.values
-        data = engine.open_data(values)
+        layer = layer_name(values.contrast_layer)
+        data = engine.open_data(values, layer)
         encoder = new_encoder(data, values.seed, values.encoder)
-        decoder = Decoder(encoder, None, data.signal, data.clip)
+        projector = new_projector(layer, data.targets, data.train_rows, values.seed)
+        decoder = Decoder(encoder, None, data.signal, data.clip, projector)
         objective = ContrastiveObjective(decoder, data, contrast_from(values))
         engine.train(fold, decoder, objective, data, processes)
     return 0

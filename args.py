@@ -48,6 +48,11 @@ WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the ban
 ENCODERS = ("ATMS", "EEGProject", "NICE")  # this project's own; other names are braindecode's
 AUTO = "auto"
 EACH = "each"
+FINAL = "final"
+OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to already
+    "encoder", "aligner", "contrast_layer", "prior_predicts", "prior_loss", "condition_dropout",
+    "loss_weights",
+)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
     "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
     # distilled models: no guidance, few steps that start at pure noise
@@ -99,6 +104,11 @@ def picture_size(text: str) -> int:
 def batch_size(text: str) -> int | str:
     """A number of rows, or ``auto``."""
     return AUTO if text == AUTO else positive_int(text)
+
+
+def contrast_layer(text: str) -> int | str:
+    """A layer's number from 1 on, or ``final``."""
+    return text if text == FINAL else positive_int(text)
 
 
 def shard(text: str) -> str:
@@ -312,6 +322,11 @@ def _contrast(group: _Group) -> None:
     group.add("--contrast_positives", choices=("pair", "concept"), default="pair",
         help="which rows of a batch the contrastive loss draws together: an EEG and its own "
         "target, or all of the same concept; the rest is pushed apart")
+    group.add("--contrast_layer", type=contrast_layer, metavar=f"N|{FINAL}",
+        help="compare EEG with this layer of CLIP's image side (clip_feature_extractor.py "
+        f"--image_layers), or the {FINAL} one, through a trained linear projection, which "
+        "retrieval then uses, too; the five embeddings to draw from stay as they are; default: "
+        "the final layer without a projection")
     group.add("--target_mse", type=non_negative, default=0.0, metavar="WEIGHT",
         help="weight of the MSE between the encoder's output and the un-normalised image "
         "embedding, beside the contrastive loss; 0 = off")
@@ -408,6 +423,10 @@ def features() -> Parser:
     group.add("--target_blur", type=non_negative, default=0.0, metavar="SIGMA_PX",
         help="blur the picture before CLIP, for the image modality only: EEG holds little fine "
         "detail, and what is drawn from such targets holds less; 0 = off")
+    group.add("--image_layers", type=positive_int, nargs="+", metavar="N",
+        help="also keep these layers of CLIP's image side, averaged over the picture, for "
+        "train.py --contrast_layer: transformer blocks from 1 on (ViT-H-14 has 32), or the stem "
+        "and the 4 stages of a ResNet")
     _precision(group, "CLIP's products; weights stay float32. The others are faster on a GPU and "
         "a little off: models and banks of another precision are not mixed")
     _superpixel_size(parser.flags("superpixels"))
@@ -916,6 +935,8 @@ def _validate(parser: Parser, values: argparse.Namespace) -> None:
         parser.error(f"--control {control} needs --clip_feature_path, where the embeddings are")
     if parser.stage == "evaluate":
         _validate_evaluate(parser, values)
+    if getattr(values, "contrast_layer", None) and values.target_mse:
+        parser.error("--target_mse needs the image embeddings as they are: not --contrast_layer")
     if parser.stage == "train":
         _validate_train(parser, values)
     if parser.stage == "preprocess":
@@ -929,6 +950,9 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
         parser.error("--adapt_from goes with neither --init_from nor --leave_out")
     if values.trainable != "all" and not values.adapt_from:
         parser.error(f"--trainable {values.trainable} freezes parts of a model: needs --adapt_from")
+    for flag in OF_THE_MODEL:
+        if values.adapt_from and getattr(values, flag) != parser.actions()[flag].default:
+            parser.error(f"--{flag} was settled when the model of --adapt_from was trained")
     for flag, default in (("prior_predicts", "velocity"), ("prior_loss", None)):
         if values.aligner != "prior" and getattr(values, flag) != default:
             parser.error(f"--{flag} is of --aligner prior, not of --aligner {values.aligner}")

@@ -28,6 +28,7 @@ from dataset import (
     Stimulus,
     caption,
     check_disjoint,
+    layer_name,
     list_stimuli,
     read_captions,
 )
@@ -60,12 +61,28 @@ class Clip:
 
         A GPU is not waited for: it computes while the caller makes the next crops.
         """
-        device = self.device
-        if device.type == "cuda":
-            crops = crops.pin_memory()  # only from there, copying does not wait either
         with self.products():
-            encoded = self.model.encode_image(crops.to(device, non_blocking=True), normalize=False)
+            encoded = self.model.encode_image(self._moved(crops), normalize=False)
         return encoded.float()
+
+    @torch.no_grad()
+    def encode_layers(self, crops: torch.Tensor, layers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Image layers, counted from 1, averaged over the picture: {name: float32 [B, W]}.
+
+        On the model's device, as :meth:`encode_pictures`.
+        """
+        if not layers:
+            return {}
+        order = sorted(set(layers))
+        indices = [layer - 1 for layer in order]
+        with self.products():
+            found = self.model.visual.forward_intermediates(
+                self._moved(crops), indices=indices, intermediates_only=True
+            )["image_intermediates"]  # [B, W, h, w] each
+        return {
+            layer_name(layer): maps.float().mean(dim=(2, 3))
+            for layer, maps in zip(order, found, strict=True)
+        }
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -79,6 +96,11 @@ class Clip:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def _moved(self, crops: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            crops = crops.pin_memory()  # only from there, copying does not wait either
+        return crops.to(self.device, non_blocking=True)
 
     def products(self) -> torch.autocast:
         """The context in which the model computes."""
@@ -154,6 +176,21 @@ def check_pretrained(name: str, clip_pretrained: str) -> None:
             f"{clip_pretrained}: no such file, nor a tag of {name}",
             f"a weight file, or one of {', '.join(tags) or '(no tags)'}",
             "check the path or the tag",
+        )
+
+
+def check_layers(name: str, layers: Sequence[int]) -> None:
+    """Raise UserError for layers that the image side of an open_clip model does not have."""
+    import open_clip
+
+    built = open_clip.get_model_config(name)["vision_cfg"].get("layers", 0)  # timm's have no number
+    depth = built if isinstance(built, int) else 1 + len(built)  # a ResNet's stem and its stages
+    if max(layers, default=0) > depth:
+        raise UserError(
+            "--image_layers",
+            str(max(layers)),
+            f"1 to {depth}, the layers of {name}" if depth else "a ViT or ResNet of open_clip",
+            "choose among them" if depth else f"leave it out: {name} is built by timm",
         )
 
 
@@ -272,11 +309,17 @@ def pieces_of(
 
 
 def encode(
-    clip: Clip, pieces: Sequence[Piece], views: Views, batch_size: int, num_workers: int
+    clip: Clip,
+    pieces: Sequence[Piece],
+    views: Views,
+    batch_size: int,
+    num_workers: int,
+    layers: Sequence[int] = (),
 ) -> None:
     """Encode and save piece by piece, while processes make the pictures of the next batches.
 
-    Raises DataError for a picture that cannot be read.
+    ``layers``: of CLIP's image side, to be kept beside the modalities. Raises DataError for a
+    picture that cannot be read.
     """
     from tqdm import tqdm
 
@@ -291,11 +334,16 @@ def encode(
     with tqdm(made, total=len(stimuli), desc="encoding", unit="picture") as bar:
         crops = iter(bar)
         for piece in pieces:
-            util.save_tensors(piece.path, encode_piece(clip, piece, crops, batch_size), header)
+            features = encode_piece(clip, piece, crops, batch_size, layers)
+            util.save_tensors(piece.path, features, header)
 
 
 def encode_piece(
-    clip: Clip, piece: Piece, crops: Iterator[torch.Tensor | str], batch_size: int
+    clip: Clip,
+    piece: Piece,
+    crops: Iterator[torch.Tensor | str],
+    batch_size: int,
+    layers: Sequence[int],
 ) -> dict[str, torch.Tensor]:
     """Features {modality: float32 [rows, D]} of a piece; ``crops``: its pictures' are next."""
     if piece.texts:
@@ -304,9 +352,10 @@ def encode_piece(
     parts = []
     for stimuli in cut(piece.stimuli, batch_size):
         shown = torch.stack(next_crops(crops, len(stimuli)))  # [b, visual, 3, S, S]
-        parts.append(clip.encode_pictures(shown.flatten(0, 1)).unflatten(0, shown.shape[:2]))
-    visual = torch.cat(parts)
-    return {name: visual[:, column] for column, name in enumerate(VISUAL)}
+        visual = clip.encode_pictures(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
+        features = {name: visual[:, column] for column, name in enumerate(VISUAL)}
+        parts.append(features | clip.encode_layers(shown[:, VISUAL.index("image")], layers))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def next_crops(crops: Iterator[torch.Tensor | str], count: int) -> list[torch.Tensor]:
@@ -364,7 +413,8 @@ def join(
     for partition, items in stimuli.items():
         rows = [row_of[text] for text in texts[partition]]
         found = encoded[partition] | {name: encoded["text"][name][rows] for name in TEXT}
-        features = {name: found[name] for name in NAMES}
+        names = [*NAMES, *sorted(found.keys() - set(NAMES))]
+        features = {name: found[name] for name in names}
         write_partition(run.path / partition, items, texts[partition], features, header)
 
 
@@ -421,10 +471,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     stimuli = {partition: list_stimuli(values.data_path, partition) for partition in PARTITIONS}
     check_disjoint(stimuli["training"], stimuli["test"])
     captions = read_captions(values.captions)
-    check_pretrained(model_name(values.clip_model), values.clip_pretrained)
+    name = model_name(values.clip_model)
+    check_pretrained(name, values.clip_pretrained)
+    check_layers(name, values.image_layers or ())
     device = util.pick_device(values.device)
     weights = Path(values.clip_pretrained)
-    inputs = {IMAGE_FOLDER[name]: picture_hash(items) for name, items in stimuli.items()} | {
+    inputs = {IMAGE_FOLDER[part]: picture_hash(items) for part, items in stimuli.items()} | {
         "captions": util.json_hash(captions),
         "clip_weights": util.file_hash(weights) if weights.is_file() else values.clip_pretrained,
     }
@@ -467,6 +519,7 @@ def encode_missing(
         views,
         values.batch_size,
         default_workers() if values.num_workers is None else values.num_workers,
+        values.image_layers or (),
     )
 
 

@@ -41,7 +41,7 @@ def banked_embeddings(
     ``mean_embedding``: the mean over training stimuli, the best guess without any EEG.
     """
     bank = open_bank(features, "test" if control == "true_embedding" else "training")
-    check_clip(bank, decoder.clip, features)
+    check_clip(bank.clip, bank.path, decoder.clip, "the model")
     if control == "true_embedding":
         return bank.rows_for(stimuli)
     return {name: rows.mean(dim=0).expand(len(stimuli), -1) for name, rows in bank.features.items()}

@@ -7,7 +7,7 @@ import pickle
 import platform
 import tokenize
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+import args
 import util
 from modalities import NAMES
 from util import WHOLE, DataError, Part, UserError
@@ -26,6 +27,8 @@ EEG_FILE = {partition: f"preprocessed_eeg_{partition}.npy" for partition in PART
 IMAGE_FOLDER = {partition: f"{partition}_images" for partition in PARTITIONS}
 SIMULATED_NOTE = "simulated.json"  # lies in a subject's folder if its EEG is simulated
 PICTURES = (".png", ".jpg", ".jpeg")
+LAYER_PREFIX = "image_layer_"
+FINAL_LAYER = "image"  # CLIP's last layer, projected: the image modality itself
 _CACHE_VERSION = 1
 
 
@@ -639,9 +642,19 @@ def open_test(
 # ---------------------------------------------------------------- feature banks
 
 
+def layer_name(layer: int | str | None) -> str | None:
+    """What a bank calls the features of CLIP's image layer 1, 2, ... or ``final``; None of None."""
+    if layer is None:
+        return None
+    return FINAL_LAYER if layer == args.FINAL else f"{LAYER_PREFIX}{layer}"
+
+
 @dataclass(frozen=True)
 class Bank:
-    """Embeddings {modality: float32 [N, D]} of a partition, with the stimulus id of each row."""
+    """Embeddings {modality: float32 [N, D]} of a partition, with the stimulus id of each row.
+
+    ``features`` also holds the other layers [N, W] that it was opened with.
+    """
 
     features: dict[str, torch.Tensor]
     ids: list[int]
@@ -666,8 +679,11 @@ class Bank:
         return {name: features[rows] for name, features in self.features.items()}
 
 
-def open_bank(folder: Path, partition: str) -> Bank:
-    """A partition of the output of stage 1. DataError for an unfinished, damaged or NaN bank."""
+def open_bank(folder: Path, partition: str, layers: Collection[str | None] = ()) -> Bank:
+    """A partition of the output of stage 1. DataError for an unfinished, damaged or NaN bank.
+
+    ``layers``: names of CLIP's layers that are wanted beside the five modalities, if any.
+    """
     folder = Path(folder)
     path = folder / f"{partition}.safetensors"
     if not (folder / "DONE").exists():
@@ -677,15 +693,25 @@ def open_bank(folder: Path, partition: str) -> Bank:
             "the output of clip_feature_extractor.py",
             "run that stage; it goes on where it stopped",
         )
-    features, header = util.load_tensors(path)
-    ids = features.pop("stimulus", torch.empty(0)).tolist()
-    if sorted(features) != sorted(NAMES) or len(set(ids)) != len(ids) or "clip" not in header:
+    stored, header = util.load_tensors(path)
+    ids = stored.pop("stimulus", torch.empty(0)).tolist()
+    modalities = {name for name in stored if not name.startswith(LAYER_PREFIX)}
+    if modalities != set(NAMES) or len(set(ids)) != len(ids) or "clip" not in header:
         raise DataError(
             path,
-            f"tensors {sorted(features)}",
+            f"tensors {sorted(stored)}",
             f"{', '.join(NAMES)} and stimulus ids",
             "run clip_feature_extractor.py again",
         )
+    wanted = [*NAMES, *(name for name in sorted({*layers} - {None, *NAMES}))]
+    if lost := [name for name in wanted if name not in stored]:
+        raise DataError(
+            path,
+            f"features of {', '.join(sorted(stored))}",
+            f"also {', '.join(lost)}",
+            "run clip_feature_extractor.py with --image_layers into another folder",
+        )
+    features = {name: stored[name] for name in wanted}
     for name, rows in features.items():
         if rows.ndim != 2 or len(rows) != len(ids) or not torch.isfinite(rows).all():
             raise DataError(
@@ -697,16 +723,18 @@ def open_bank(folder: Path, partition: str) -> Bank:
     return Bank(features, ids, header["clip"], util.file_hash(path), path)
 
 
-def check_clip(bank: Bank, clip: Mapping[str, Any], model: Path) -> None:
-    """Raise DataError if the bank was made by another CLIP than the model's targets."""
-    differing = [key for key in {**clip, **bank.clip} if bank.clip.get(key) != clip.get(key)]
+def check_clip(
+    found_clip: Mapping[str, Any], bank: Path, clip: Mapping[str, Any], model: Path | str
+) -> None:
+    """Raise DataError if the bank is of another CLIP (``found_clip``) than the model's targets."""
+    differing = [key for key in {**clip, **found_clip} if found_clip.get(key) != clip.get(key)]
     if differing:
         found, needed = (
             ", ".join(f"{key} {identity.get(key)}" for key in differing)
-            for identity in (bank.clip, clip)
+            for identity in (found_clip, clip)
         )
         raise DataError(
-            bank.path,
+            bank,
             found,
             f"{needed}, as {model} was trained on",
             "use the features that the model was trained on, or train it on these",
@@ -750,7 +778,8 @@ def _as_tensor(eeg: np.ndarray) -> torch.Tensor:
 class TrainingData:
     """Recordings of all subjects, joined with their targets, split by concept.
 
-    ``signal``: {channels, times, subjects}; ``targets`` {modality: [N, D]} in stimulus row order;
+    ``signal``: {channels, times, subjects}; ``targets`` {modality: [N, D]} in stimulus row order,
+    and the layer of CLIP that was asked for;
     ``stimulus`` and ``concept`` int64 [N]: their ids and the number of each one's concept;
     ``train_rows`` and ``val_rows`` int64: rows of disjoint concepts.
     """
@@ -935,16 +964,17 @@ def open_training(
     val_fraction: float,
     seed: int,
     cache_dir: Path | None,
+    layer: str | None = None,
 ) -> TrainingData:
     """Open everything training reads, checked and joined by stimulus id.
 
-    Raises UserError / DataError.
+    ``layer``: of CLIP, whose features are wanted among the targets. Raises UserError / DataError.
     """
     names = list_subjects(data_path, subjects)
     stimuli = list_stimuli(data_path, "training")
     if (Path(data_path) / IMAGE_FOLDER["test"]).is_dir():
         check_disjoint(stimuli, list_stimuli(data_path, "test"))
-    bank = open_bank(feature_path, "training")
+    bank = open_bank(feature_path, "training", [layer])
     targets = bank.rows_for(stimuli)
     recordings = [
         open_recording(eeg_file(data_path, name, "training"), cache_folder(data_path, cache_dir))

@@ -125,8 +125,8 @@ def folds(options: args.Options) -> Iterator[args.Options]:
         yield replace(options, values=argparse.Namespace(**changed))
 
 
-def open_data(values: argparse.Namespace) -> TrainingData:
-    """What the flags ask for, of ``subjects`` only."""
+def open_data(values: argparse.Namespace, layer: str | None = None) -> TrainingData:
+    """What the flags ask for, of ``subjects`` only; ``layer``: as of ``open_training``."""
     return open_training(
         values.data_path,
         values.clip_feature_path,
@@ -137,6 +137,7 @@ def open_data(values: argparse.Namespace) -> TrainingData:
         values.val_fraction,
         values.seed,
         values.cache_dir,
+        layer,
     )
 
 

@@ -140,18 +140,19 @@ def subject_queries(
     decoder: Decoder, test: TestEEG, bank: Bank, sampling: Sampling, seed: int, control: str | None
 ) -> list[Query]:
     """What one subject's EEG retrieves with: the encoder's output, each prior, the five fused."""
-    gallery = bank.rows_for(test.stimuli)
     everything = range(len(test.eeg))
     found = {}
     if control not in args.WITHOUT_EEG:
         read = controls.controlled_eeg(test, control, seed)
         encoded = decoder.condition(read, everything)
-        found["encoder -> image"] = metrics.cosine_similarity(encoded, gallery["image"])
+        gallery = decoder.gallery(bank, test.stimuli)
+        found["encoder -> image"] = metrics.cosine_similarity(encoded, gallery)
     if decoder.bank is not None:
         samples = controls.predict(
             decoder, test, everything, sampling, seed, control, bank.path.parent
         )
-        of = {name: metrics.cosine_similarity(samples[name], gallery[name]) for name in NAMES}
+        true = bank.rows_for(test.stimuli)
+        of = {name: metrics.cosine_similarity(samples[name], true[name]) for name in NAMES}
         found |= {f"prior {name}": similarity for name, similarity in of.items()}
         found["fused priors"] = sum(item.gain * of[item.name] for item in MODALITIES)
     return [Query(name, test.subject, similarity) for name, similarity in found.items()]
@@ -225,10 +226,13 @@ def runs_of(model_path: Path, subjects: Sequence[str] | None) -> dict[str | None
 
 def open_retrieval(values: Any, opened: Opened) -> None:
     """Models, gallery and test EEG, checked against each other. Raises UserError / DataError."""
-    opened.bank = open_bank(values.clip_feature_path, "test")
-    for left_out, run in runs_of(values.model_path, values.subjects).items():
-        decoder = Decoder.load(run, values.checkpoint)
-        check_clip(opened.bank, decoder.clip, run)
+    runs = runs_of(values.model_path, values.subjects)
+    decoders = {name: Decoder.load(run, values.checkpoint) for name, run in runs.items()}
+    layers = {decoder.layer for decoder in decoders.values()}
+    opened.bank = open_bank(values.clip_feature_path, "test", layers)
+    for left_out, run in runs.items():
+        decoder = decoders[left_out]
+        check_clip(opened.bank.clip, opened.bank.path, decoder.clip, run)
         wanted = [left_out] if left_out else values.subjects or decoder.signal["subjects"]
         key = f"model_{left_out}" if left_out else "model"
         opened.hashes[key] = util.file_hash(model_file(run, values.checkpoint))
@@ -308,7 +312,7 @@ def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], 
         rows += [retrieval_row(query, values.seed, values.permutations) for query in found]
         lines += [line for query in found for line in rank_lines(query, test.stimuli)]
         if values.occlusion:
-            gallery = bank.rows_for(test.stimuli)["image"]
+            gallery = decoder.gallery(bank, test.stimuli)
             occluded += occlusion.occlusion_rows(
                 decoder, test, gallery, values.occlusion, values.seed
             )
@@ -321,6 +325,9 @@ def protocol_of(values: Any, opened: Opened) -> dict[str, str]:
     kinds = {model.bank.kind for model in opened.models.values() if model.bank is not None}
     if kinds - {PriorBank.kind}:
         protocol["prior"] = f"here what the model's own aligner predicts: {', '.join(kinds)}"
+    layers = {model.layer for model in opened.models.values()} - {None}
+    if layers:
+        protocol["encoder"] = f"images as CLIP's {', '.join(layers)}, projected by the model"
     if not opened.groups:
         return protocol
     protocol["pictures"] = f"{values.protocol}: {PICTURE_PROTOCOL[values.protocol]}"

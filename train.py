@@ -28,10 +28,11 @@ from ATMS_retrieval import (
     new_encoder,
     validation_retrieval,
 )
-from dataset import Batch, TrainingData, list_stimuli
+from dataset import FINAL_LAYER, Batch, TrainingData, check_clip, layer_name, list_stimuli
 from loss import Contrast, prior_total
 from modalities import NAMES
 from processes import Processes
+from projector import new_projector
 from util import WHOLE, Part
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
@@ -75,7 +76,7 @@ class JointObjective:
     ) -> dict[str, torch.Tensor]:
         terms = self.decoder.bank.losses(targets, embedding, generator, noise_draws, part)
         own = global_losses(
-            self.decoder.encoder,
+            self.decoder,
             embedding,
             targets,
             self.contrast,
@@ -108,9 +109,8 @@ class JointObjective:
         scores |= {
             f"val_{name}_skill": of["skill"] for name, of in self.decoder.calibration.items()
         }
-        return (
-            scores | validation_retrieval(embeddings, self.data) | {"select": -scores["val_loss"]}
-        )
+        scores |= validation_retrieval(self.decoder, embeddings, self.data)
+        return scores | {"select": -scores["val_loss"]}
 
     def _calibrate(
         self, condition: torch.Tensor, targets: dict[str, torch.Tensor]
@@ -118,7 +118,7 @@ class JointObjective:
         """What ``--fusion_weights`` needs to know, saved with the model."""
         bank = self.decoder.bank
         samples = fusion.repeated_samples(bank, condition, range(len(condition)), self.data.seed)
-        truth = {name: bank.standardise(name, rows).cpu() for name, rows in targets.items()}
+        truth = {name: bank.standardise(name, targets[name]).cpu() for name in NAMES}
         return fusion.calibrate(samples, truth)
 
 
@@ -128,37 +128,60 @@ def new_decoder(
     alignment: aligners.Alignment,
     init_from: Path | None,
     encoder_name: str = ATMS.__name__,
+    layer: str | None = None,
 ) -> Decoder:
     """A fresh decoder, its aligner standardised on the training rows.
 
-    ``init_from``: a run of ATMS_retrieval.py whose encoder it starts from. Raises UserError.
+    ``init_from``: a run of ATMS_retrieval.py whose encoder, and projector of CLIP's ``layer``, it
+    starts from. Raises UserError.
     """
     encoder = new_encoder(data, seed, encoder_name)
-    if init_from is not None:
-        donor = Decoder.load(init_from, "best")
-        found, needed = ((one.name, one.config) for one in (donor.encoder, encoder))
-        if found != needed or donor.signal != data.signal:
-            raise util.UserError(
-                "--init_from",
-                f"{found[0]} for {found[1]} of {donor.signal['subjects']}",
-                f"{needed[0]} for {needed[1]} of {data.signal['subjects']}",
-                "pre-train with the same --encoder, subjects, channels and time window",
-            )
-        encoder.load_state_dict(donor.encoder.state_dict())
+    projector = new_projector(layer, data.targets, data.train_rows, seed)
     width = data.targets["image"].shape[1]
     bank = aligners.new_aligner(width, encoder.embed_dim, alignment, seed)
     bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
-    return Decoder(encoder, bank, data.signal, data.clip)
+    decoder = Decoder(encoder, bank, data.signal, data.clip, projector)
+    if init_from is not None:
+        start_from(Decoder.load(init_from, "best"), decoder)
+    return decoder
 
 
-def adapted(run: Path, data: TrainingData, trainable: str) -> tuple[TrainingData, Decoder]:
+def start_from(donor: Decoder, decoder: Decoder) -> None:
+    """Take over a pre-trained encoder and projector. Raises UserError unless all of them fit."""
+
+    found, needed = (
+        [one.encoder.name, one.encoder.config, one.layer, one.signal] for one in (donor, decoder)
+    )
+    if found != needed:
+        raise util.UserError(
+            "--init_from",
+            _start(donor),
+            _start(decoder),
+            "pre-train with the same --encoder, --contrast_layer, subjects, channels and time "
+            "window",
+        )
+    decoder.encoder.load_state_dict(donor.encoder.state_dict())
+    if decoder.projector is not None:
+        decoder.projector.load_state_dict(donor.projector.state_dict())
+
+
+def _start(one: Decoder) -> str:
+    """What has to be the same to start from another model, for a message."""
+    return (
+        f"{one.encoder.name} for {one.encoder.config} of {one.signal['subjects']}, compared with "
+        f"{one.layer or FINAL_LAYER} features"
+    )
+
+
+def adapted(
+    decoder: Decoder, run: Path, data: TrainingData, features: Path, trainable: str
+) -> tuple[TrainingData, Decoder]:
     """(the data with the model's numbering of subjects, the model of ``run`` with them added).
 
     New subjects begin as an unknown one is computed: with the mean layer and the shared token.
     ``trainable``: subject_layers, encoder or all; the rest stays as it is. Raises UserError for
-    subjects that the model knows already, and for another signal.
+    subjects that the model knows already, and for another signal, DataError for another CLIP.
     """
-    decoder = Decoder.load(run, "best")
     known, new = decoder.signal["subjects"], data.signal["subjects"]
     for name in ("channels", "times"):
         if decoder.signal[name] != data.signal[name]:
@@ -175,7 +198,7 @@ def adapted(run: Path, data: TrainingData, trainable: str) -> tuple[TrainingData
             f"subjects other than {', '.join(known)}",
             "name the new ones alone",
         )
-    check_clip_of(data, decoder, run)
+    check_clip(data.clip, features, decoder.clip, run)
     decoder.encoder.add_subjects(len(new))
     decoder.signal["subjects"] = [*known, *new]
     decoder.train_only(trainable)
@@ -185,17 +208,6 @@ def adapted(run: Path, data: TrainingData, trainable: str) -> tuple[TrainingData
         first_subject=len(known),
         hashes=data.hashes | {"adapt_from": util.file_hash(model_file(run, "best"))},
     ), decoder
-
-
-def check_clip_of(data: TrainingData, decoder: Decoder, run: Path) -> None:
-    """Raise UserError if the features are of another CLIP than the model's."""
-    if data.clip != decoder.clip:
-        raise util.UserError(
-            "--clip_feature_path",
-            f"features of {data.clip}",
-            f"{decoder.clip}, as {run} was trained on",
-            "use the features that the model was trained on",
-        )
 
 
 @util.command
@@ -212,9 +224,12 @@ def train_one(options: args.Options, processes: Processes) -> None:
     """One model."""
     values = options.values
     check_encoder(values.encoder)
-    data = engine.open_data(values)
-    if values.adapt_from is not None:
-        data, decoder = adapted(values.adapt_from, data, values.trainable)
+    known = Decoder.load(values.adapt_from, "best") if values.adapt_from else None
+    layer = known.layer if known else layer_name(values.contrast_layer)
+    data = engine.open_data(values, layer)
+    if known:
+        features = values.clip_feature_path
+        data, decoder = adapted(known, values.adapt_from, data, features, values.trainable)
     else:
         alignment = aligners.Alignment(
             values.aligner,
@@ -223,7 +238,7 @@ def train_one(options: args.Options, processes: Processes) -> None:
             values.prior_predicts,
             values.prior_loss,
         )
-        decoder = new_decoder(data, values.seed, alignment, values.init_from, values.encoder)
+        decoder = new_decoder(data, values.seed, alignment, values.init_from, values.encoder, layer)
     objective = JointObjective(
         decoder, data, contrast_from(values), values.contrast_weight, values.noise_draws
     )

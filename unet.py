@@ -25,6 +25,7 @@ from util import WHOLE, Part, generator_for
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
+MANY_TIMESTEPS = 512  # so many of TRAIN_STEPS repeat enough for sorting them to pay
 TRAIN_STEPS = 1000  # DDPM: linear betas 1e-4 .. 2e-2 over 1000 steps
 NOISE_SCHEDULE = {
     "num_train_timesteps": TRAIN_STEPS,
@@ -43,6 +44,18 @@ def timestep_features(t: torch.Tensor, width: int) -> torch.Tensor:
     )
     angle = t[..., None].float() * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def distinct_timesteps(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timesteps t [..., B] -> (each row's different ones [..., K], the place of each t [..., B]).
+
+    Rows with fewer than K repeat step 0. Places count through all rows' K one after another.
+    """
+    found = [row.unique(return_inverse=True) for row in t.reshape(-1, t.shape[-1])]
+    most = max(len(values) for values, _ in found)
+    distinct = torch.stack([F.pad(values, (0, most - len(values))) for values, _ in found])
+    place = torch.stack([number * most + inverse for number, (_, inverse) in enumerate(found)])
+    return distinct.reshape(*t.shape[:-1], most), place.reshape(t.shape)
 
 
 class TimeEmbedding(nn.Module):
@@ -140,10 +153,13 @@ class DiffusionPriorUNet(nn.Module):
         return [part.repeat_interleave(rows_each, dim=-2) for part in parts]
 
     def embed_time(self, t: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        """What timesteps t add before each block, down then up."""
-        time = timestep_features(t, self.time_embed_dim).to(dtype)
+        """What timesteps t add before each block, down then up. Equal ones are embedded once."""
         layers = (*self.encode_time_embedding, *self.decode_time_embedding)
-        return [layer(time) for layer in layers]
+        few = t.shape[-1] < MANY_TIMESTEPS or torch.compiler.is_compiling()
+        distinct, place = (t, None) if few else distinct_timesteps(t)
+        time = timestep_features(distinct, self.time_embed_dim).to(dtype)
+        parts = [layer(time) for layer in layers]
+        return parts if few else [F.embedding(place, part.flatten(0, -2)) for part in parts]
 
     def denoise(
         self, x: torch.Tensor, times: list[torch.Tensor], conditions: list[torch.Tensor] | None

@@ -34,6 +34,7 @@ from dataset import Bank, TestEEG, eeg_file, list_subjects, open_bank, open_test
 from modalities import NAMES
 from unet import Sampling
 
+LAYERS = (2, 3, 4, 5)  # of the miniature CLIP: the stages of its ResNet
 BASE = "as_is"  # the demo's own settings, which all others are compared with
 GUIDANCE = args.STAGES["generate"]().actions()["prior_guidance"].default
 
@@ -68,6 +69,7 @@ VARIANTS: Mapping[str, Variant] = {
         {"contrast_normalise": "targets", "contrast_positives": "concept"}
     ),
     "contrast_off": Variant({"contrast_weight": 0.0}),
+    **{f"layer_{layer}": Variant({"contrast_layer": layer}) for layer in (*LAYERS, args.FINAL)},
     **{f"target_mse_{weight}": Variant({"target_mse": weight}) for weight in (0.1, 1.0)},
 }
 TOP1 = ("top1_image", "top1_encoder")  # whose chance is 1 / gallery; cosines' is 0
@@ -88,8 +90,9 @@ def scores_of(
     predicted = decoder.predict(read, everything, sampling, seed)
     encoded = decoder.condition(read, everything)
     found = {}
-    for name, query in zip(TOP1, (predicted["image"], encoded), strict=True):
-        similarity = metrics.cosine_similarity(query, gallery["image"])
+    asked = ((predicted["image"], gallery["image"]), (encoded, decoder.gallery(bank, test.stimuli)))
+    for name, pair in zip(TOP1, asked, strict=True):
+        similarity = metrics.cosine_similarity(*pair)
         found[name] = metrics.top_k_probability(*metrics.ranks(similarity, truth), 1)
     deviations = []
     for name in NAMES:
@@ -107,7 +110,8 @@ def score_run(out: Path, run: Path, variant: Variant, file: Path, seed: int) -> 
     if file.exists() and (record := util.read_json(file))["key"] == key:
         return record["scores"]
     decoder, data = Decoder.load(run, "best"), out / "world" / "data"
-    bank, signal = open_bank(out / "clip_features", "test"), decoder.signal
+    bank = open_bank(out / "clip_features", "test", [decoder.layer])
+    signal = decoder.signal
     tests = [
         open_test(
             eeg_file(data, name, "test"), name, data, None, signal["channels"], signal["times"]
@@ -203,8 +207,9 @@ def run_all(
 
     Variants that differ in prediction only share their trainings.
     """
-    world = demo.commands(out, seeds[0], scale, "validation")[:2]
-    if code := demo.run(world):
+    world, (what, features) = demo.commands(out, seeds[0], scale, "validation")[:2]
+    features = [*features, *demo.flags(image_layers=LAYERS)]
+    if code := demo.run([world, (what, features)]):
         raise SystemExit(code)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     jobs = [(seed, name) for seed in seeds for name in variants]

@@ -149,6 +149,8 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Chain:
                 "8",
                 "--clip_pretrained",
                 str(chain.models / "miniature-clip.safetensors"),
+                "--image_layers",
+                "2",
             ]
         )
         == 0

@@ -24,7 +24,7 @@ LAYERS: dict[str, float] = {
     **dict.fromkeys(("stacked", "processes", "optimisation", "checkpoints"), 1.5),
     **dict.fromkeys(("whitening", "dropout"), 1),
     "epoching": 1.5,
-    **dict.fromkeys(("subject_layers", "unet", "dataset", "injection"), 2),
+    **dict.fromkeys(("subject_layers", "unet", "dataset", "injection", "projector"), 2),
     **dict.fromkeys(("backbones", "compare"), 2),
     "monitor": 2.2,
     "stimulus_events": 2.5,

@@ -606,10 +606,12 @@ def test_a_bank_without_its_origin_or_cut_short_is_refused(world):
 
 def test_a_bank_of_another_clip_is_refused(world):
     bank = dataset.open_bank(world / "bank", "test")
-    dataset.check_clip(bank, builders.CLIP, world / "model")
+    dataset.check_clip(bank.clip, bank.path, builders.CLIP, world / "model")
     for key in builders.CLIP:
         with pytest.raises(DataError, match=f"{key} other, as .*model was trained on"):
-            dataset.check_clip(bank, builders.CLIP | {key: "other"}, world / "model")
+            dataset.check_clip(
+                bank.clip, bank.path, builders.CLIP | {key: "other"}, world / "model"
+            )
 
 
 def test_bank_hash_follows_its_content(world):

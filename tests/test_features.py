@@ -140,9 +140,9 @@ def test_target_blur_is_of_the_image_alone_and_marks_the_bank(world, bank, clip,
     one, other = open_bank(bank, "test"), open_bank(tmp_path / "blurred", "test")
     assert other.clip == one.clip | {"target_blur_px": 3.0}
     for found, trained_on in ((one, other), (other, one)):
-        check_clip(found, found.clip, tmp_path / "model")
+        check_clip(found.clip, found.path, found.clip, tmp_path / "model")
         with pytest.raises(util.DataError, match="target_blur_px"):
-            check_clip(found, trained_on.clip, tmp_path / "model")
+            check_clip(found.clip, found.path, trained_on.clip, tmp_path / "model")
 
 
 def test_another_blur_in_the_same_folder_is_refused(world, bank, capsys):
@@ -395,6 +395,16 @@ def test_parts_join_to_the_same_bytes_as_one_run(world, bank, tmp_path, capsys, 
     assert (output / "DONE").exists() and not (output / "shards").exists()
 
 
+def test_parts_keep_layers_of_the_image_side(world, bank, tmp_path):
+    for part in ("2/2", "1/2"):
+        assert _run(world, tmp_path / "bank", "--image_layers", 1, "--shard", part) == 0
+    one, other = _tensors(bank, "training"), _tensors(tmp_path / "bank", "training")
+    layer = other.pop("image_layer_1")
+    assert layer.dtype == torch.float32 and len(layer) == len(TRAINING) * PER_CONCEPT
+    assert len(layer.unique(dim=0)) == len(layer)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_part_that_has_done_its_share_loads_no_model(world, tmp_path, monkeypatch):
     assert _run(world, tmp_path / "bank", "--shard", "2/2") == 0
     monkeypatch.setattr(stage, "load_clip", _refuse_to_finish)
@@ -484,7 +494,7 @@ def test_precision_marks_the_bank_and_is_close(world, bank, tmp_path, precision)
             assert not torch.equal(rows, other)
             assert torch.cosine_similarity(rows, other).min() > 0.999
     with pytest.raises(util.DataError, match="precision"):
-        check_clip(found, open_bank(bank, "test").clip, tmp_path / "model")
+        check_clip(found.clip, found.path, open_bank(bank, "test").clip, tmp_path / "model")
 
 
 def test_another_precision_in_the_same_folder_is_refused(world, bank, capsys):

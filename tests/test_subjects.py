@@ -153,7 +153,7 @@ def test_one_command_trains_all_folds_and_one_scores_them(features: Chain, tmp_p
     [
         (("--leave_out", "sub-09"), "sub-01, sub-02, sub-03"),
         (("--leave_out", "sub-01", "--subjects", "sub-01"), "at least two"),
-        (("--adapt_from", "nowhere", "--subjects", "sub-09"), "sub-09"),
+        (("--subjects", "sub-09"), "sub-09"),
         (("--adapt_from", "nowhere"), "--subjects"),
         (("--trainable", "encoder"), "--adapt_from"),
     ],
@@ -168,6 +168,12 @@ def test_wrong_subjects_are_refused(three, tmp_path, capsys, more, told):
 
 
 # --- adaptation ---------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_there_is_named(three, tmp_path, capsys):
+    command = flags(three, tmp_path / "run", "--adapt_from", "nowhere", "--subjects", "sub-03")
+    assert train.main(command) == 1 and "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

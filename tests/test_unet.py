@@ -7,6 +7,7 @@ import torch
 from helpers_golden import assert_golden, golden_input, golden_state, prior_shapes
 
 import stacked
+import unet
 from aligners import aligner_from
 from loss import LossTerms, prior_loss, prior_total
 from modalities import MODALITIES, NAMES
@@ -213,9 +214,10 @@ def test_a_state_dict_without_a_prior_s_weights_is_refused():
         PriorBank(D, C).load_state_dict(state)
 
 
-@pytest.mark.parametrize("draws", [1, 3])
-def test_the_bank_equals_five_networks_in_turn(draws):
+@pytest.mark.parametrize(("draws", "many"), [(1, unet.MANY_TIMESTEPS), (3, 24), (40, 1)])
+def test_the_bank_equals_five_networks_in_turn(draws, many, monkeypatch):
     """Losses and gradients, in float64, to 1e-6: what makes it fast changes no number."""
+    monkeypatch.setattr(unet, "MANY_TIMESTEPS", many)
     bank = _bank(condition_dropout=0.3).double()
     priors = {name: own_prior(bank, name) for name in NAMES}
     targets = {name: rows.double() for name, rows in _targets(8).items()}
@@ -232,6 +234,15 @@ def test_the_bank_equals_five_networks_in_turn(draws):
     for place, prior in enumerate(priors.values()):
         for key, weight in prior.named_parameters():
             torch.testing.assert_close(stacks[key].grad[place], weight.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_equal_timesteps_are_embedded_once():
+    t = torch.tensor([[7, 3, 7, 7], [1, 2, 4, 1]])
+    distinct, place = unet.distinct_timesteps(t)
+    assert distinct.tolist() == [[3, 7, 0], [1, 2, 4]]
+    assert torch.equal(distinct.flatten()[place], t)
+    one, where = unet.distinct_timesteps(t[1])
+    assert torch.equal(one[where], t[1])
 
 
 def test_the_batched_product_of_gpus_equals_the_one_of_cpus():
