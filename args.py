@@ -262,8 +262,7 @@ def _training(group: _Group) -> None:
     group.add("--accumulate", type=positive_int, default=1, metavar="N",
         help="compute a batch in N parts, for GPUs that are too small for it; negatives of the "
         "contrastive loss are those of the same part")
-    group.add("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of the networks' products; weights, losses and the optimiser stay float32")
+    _precision(group, "the networks' products; weights, losses and the optimiser stay float32")
     group.add("--epochs_per_call", type=positive_int, metavar="N", per_call=True,
         help="save and stop after N epochs (exit code 75); the same command goes on")
     group.add("--save_every", type=positive_int, default=1, metavar="EPOCHS", per_call=True,
@@ -336,6 +335,11 @@ def _contrast(group: _Group) -> None:
     group.add("--target_mse", type=non_negative, default=0.0, metavar="WEIGHT",
         help="weight of the MSE between the encoder's output and the un-normalised image "
         "embedding, beside the contrastive loss; 0 = off")
+
+
+def _precision(group: _Group, what: str) -> None:
+    group.add("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
+        help=f"of {what}")
 
 
 def _superpixel_size(group: _Group) -> None:
@@ -451,10 +455,16 @@ def features() -> Parser:
         help="also keep these layers of CLIP's image side, averaged over the picture, for "
         "train.py --contrast_layer: transformer blocks from 1 on (ViT-H-14 has 32), or the stem "
         "and the 4 stages of a ResNet")
+    _precision(group, "CLIP's products; weights stay float32. The others are faster on a GPU and "
+        "a little off: models and banks of another precision are not mixed")
     _superpixel_size(parser.flags("superpixels"))
     group = parser.flags("work")
+    group.add("--shard", type=shard, default="1/1", metavar="i/n", per_call=True,
+        help="encode the i-th of n parts, for SLURM arrays: jobs with one --output_path share the "
+        "work; the last one joins the bank, or a call without --shard")
     group.add("--num_workers", type=count, metavar="N", per_call=True,
-        help="superpixel processes; 0 = in this process; default: cores - 1, at least 1")
+        help="superpixel processes, which stay two batches ahead of CLIP; 0 = in this process; "
+        "default: cores - 1, at least 1")
     group.add("--shard_size", type=positive_int, default=256, metavar="PICTURES",
         help="a restart loses at most this many")
     group.switch("--save_superpixels", help="also write the superpixel PNGs to look at")

@@ -30,7 +30,6 @@ from optimisation import Average, Schedule, copied, new_optimizer, set_learning_
 from processes import Processes
 from util import Part
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HELD_SHARE = 0.5  # of a GPU's free memory that EEG may take with --data_on_device auto
 WITHOUT = "without_"  # folder of a model + the subject that it never saw
 UNKNOWN_SHARE = 0.2  # of samples whose subject stays unknown, where one is left out
@@ -334,7 +333,7 @@ class _Training:
     def losses(self, batch: Batch, part: Part) -> dict[str, torch.Tensor]:
         """Of a part of a batch, in the precision of the run. Noise is drawn where it computes."""
         kind = self.processes.device.type
-        dtype = PRECISIONS[self.computing.precision]
+        dtype = util.PRECISIONS[self.computing.precision]
         generator = util.generator_for(
             self.schedule.seed, "noise", self.step, device=self.processes.device
         )

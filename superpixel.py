@@ -22,21 +22,34 @@ def at_slic_size(image: Image.Image, size_px: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def smooth_lab(rgb: np.ndarray) -> np.ndarray:
-    """What SLIC clusters: uint8 rgb [H, W, 3], stretched to 0..1, as smoothed Lab float64."""
+def stretched(rgb: np.ndarray) -> np.ndarray:
+    """uint8 rgb [H, W, 3] as scikit-image's SLIC sees it: float64 whose extremes are 0 and 1."""
+    from skimage.util import img_as_float
+
+    image = img_as_float(rgb)
+    image -= image.min()
+    image /= max(image.max(), np.finfo(np.float64).tiny)
+    return image
+
+
+def smooth_lab(rgb: np.ndarray, lab: np.ndarray | None = None) -> np.ndarray:
+    """What SLIC clusters: uint8 rgb [H, W, 3], stretched to 0..1, as smoothed Lab float64.
+
+    ``lab``: the Lab of rgb itself, which is not computed again if there is nothing to stretch.
+    """
     from skimage.color import rgb2lab
     from skimage.filters import gaussian
 
-    stretched = rgb.astype(np.float64) / 255
-    stretched -= stretched.min()
-    stretched /= max(stretched.max(), np.finfo(np.float64).tiny)
-    return gaussian(rgb2lab(stretched), sigma=(SIGMA_PX, SIGMA_PX, 0), mode="reflect")
+    if lab is None or rgb.min() > 0 or rgb.max() < 255:
+        lab = rgb2lab(stretched(rgb))
+    return gaussian(lab, sigma=(SIGMA_PX, SIGMA_PX, 0), mode="reflect")
 
 
 def segment(lab: np.ndarray, level: Slic) -> np.ndarray:
     """SLIC labels (Achanta et al. 2012, scikit-image) of ``smooth_lab``: int64 [H, W] from 0.
 
-    Equal to ``slic(rgb, sigma=1)``, whose preparation is done once for all levels here.
+    Equal to ``slic(rgb, sigma=1)``, whose preparation is done once for all levels here; only where
+    colours are equal to the last bit, as in drawings, may rounding decide ties in another way.
     scikit-image stretches its input to 0..1; dividing compactness by the span keeps the distances
     in Lab units.
     """
@@ -55,19 +68,16 @@ def segment(lab: np.ndarray, level: Slic) -> np.ndarray:
     )
 
 
-def texture(rgb: np.ndarray) -> np.ndarray:
-    """Chroma texture T of uint8 rgb [H, W, 3]: float [H, W] in 0..1.
+def texture(lab: np.ndarray) -> np.ndarray:
+    """Chroma texture T of Lab float64 [H, W, 3]: float [H, W] in 0..1.
 
-    Magnitude of the 3x3 Sobel gradients of Lab a and b, min-max normalised; 0 for a picture without
+    Magnitude of the 3x3 Sobel gradients of a and b, min-max normalised; 0 for a picture without
     any.
     """
     from scipy.ndimage import sobel
-    from skimage.color import rgb2lab
 
-    chroma = rgb2lab(rgb)[..., 1:]
-    squares = sum(
-        sobel(chroma[..., channel], axis=axis) ** 2 for channel in (0, 1) for axis in (0, 1)
-    )
+    chroma = np.ascontiguousarray(np.moveaxis(lab[..., 1:], -1, 0))
+    squares = sum(sobel(channel, axis=axis) ** 2 for channel in chroma for axis in (0, 1))
     magnitude = np.sqrt(squares)
     low, high = magnitude.min(), magnitude.max()
     # gray has a, b up to 0.005 in scikit-image, gradients to 0.03; one level of colour gives 1
@@ -81,21 +91,26 @@ def fill(rgb: np.ndarray, labels: np.ndarray, grain: np.ndarray, gain: float) ->
     """
     flat = labels.ravel()
     size = np.maximum(np.bincount(flat), 1)
-    mean = (
-        np.stack(
-            [np.bincount(flat, rgb[..., channel].ravel()) / size for channel in range(3)], axis=1
-        )
-        / 255
-    )
-    textured = mean[labels] * (1 + gain * grain[..., None])
-    return np.rint(np.clip(textured, 0, 1) * 255).astype(np.uint8)
+    bright = 1 + gain * grain.ravel()
+    filled = np.empty(rgb.shape, np.uint8)
+    for channel in range(3):  # in place: at this size, memory costs more than arithmetic
+        mean = np.bincount(flat, rgb[..., channel].ravel()) / size / 255
+        textured = mean[flat]
+        textured *= bright
+        np.clip(textured, 0, 1, out=textured)
+        textured *= 255
+        filled[..., channel] = np.rint(textured, out=textured).reshape(labels.shape)
+    return filled
 
 
 def superpixels(rgb: np.ndarray) -> dict[str, np.ndarray]:
     """The registry's superpixel modalities of a picture: {modality: uint8 [H, W, 3]}."""
-    lab, grain = smooth_lab(rgb), texture(rgb)
+    from skimage.color import rgb2lab
+
+    lab = rgb2lab(rgb)
+    smooth, grain = smooth_lab(rgb, lab), texture(lab)
     return {
-        m.name: fill(rgb, segment(lab, m.slic), grain, m.slic.texture_gain)
+        m.name: fill(rgb, segment(smooth, m.slic), grain, m.slic.texture_gain)
         for m in MODALITIES
         if m.slic is not None
     }

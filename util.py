@@ -28,6 +28,8 @@ import numpy as np
 import torch
 
 LOG = logging.getLogger("eeg2image")
+# of --precision: what autocast computes products in; float32 needs none
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PREEMPTED = 75  # EX_TEMPFAIL: saved and stopped on a signal; the same command goes on
 _HASHED_WHOLE = 1 << 28  # files above 256 MiB are identified by their size and both ends
 _END = 1 << 20

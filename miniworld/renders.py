@@ -14,10 +14,12 @@ from PIL import Image
 
 import superpixel
 import util
+from dataset import PICTURES, Stimulus
 from miniworld import models, pictures
 
 SUPERPIXEL_SHARE = 10  # one picture in this many is also kept as superpixels
 SHAPE_SHARE = 0.75  # of near misses
+CAMERA_NOISE = 3.0  # of 255, standard deviation
 SCENES = 2  # pictures of each training concept: they differ in the shape's place
 POSES = {"place": ("x", "y"), "size": ("size",), "rotation": ("rotation",)}
 
@@ -82,6 +84,29 @@ def unseen_scenes(split: str, n: int, seed: int) -> list[pictures.Scene]:
     """One scene of each of n concepts of ``validation`` or ``test``, as a world would show them."""
     plan = pictures.plan_scenes(len(pictures.SHAPES), 1, n, seed, split)
     return list(plan["test"].values())
+
+
+def picture_files(
+    folder: Path | None, n: int, size_px: int, made: Path, seed: int
+) -> list[Stimulus]:
+    """For benchmarks: the first n pictures below ``folder``; without it, renders in ``made``.
+
+    These have a camera's noise: in areas of one colour, SLIC has ties. Raises DataError if
+    ``folder`` has fewer.
+    """
+    if folder is not None:
+        found = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICTURES]
+        if len(found) < n:
+            raise util.DataError(
+                folder, f"{len(found)} pictures", f"{n} or more", "name another folder"
+            )
+        return [Stimulus(str(file.relative_to(folder)), file) for file in found[:n]]
+    stimuli = [Stimulus(f"{row:03d}.png", made / f"{row:03d}.png") for row in range(n)]
+    for stimulus, scene in zip(stimuli, unseen_scenes("test", n, seed), strict=True):
+        noise = util.numpy_generator_for(seed, "noise", stimulus.key)
+        noisy = noise.normal(pictures.render(scene, size_px), CAMERA_NOISE).clip(0, 255)
+        Image.fromarray(noisy.astype(np.uint8)).save(stimulus.path)
+    return stimuli
 
 
 def shrunk(picture: np.ndarray, size_px: int = models.CLIP_PX) -> np.ndarray:

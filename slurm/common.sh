@@ -90,11 +90,13 @@ preprocess_command() {
         --n_jobs "${SLURM_CPUS_PER_TASK:-1}" "${FLAGS[@]}")
 }
 
+# Tasks of an array, 1-N, share the stimuli; the last one joins what they encoded.
 features_command() {
     needs DATA OUT
     split_flags "${FEATURES_FLAGS:-}"
     COMMAND=(clip_feature_extractor.py --data_path "$DATA" --output_path "$OUT/clip_features"
-        --num_workers "${SLURM_CPUS_PER_TASK:-1}" "${FLAGS[@]}")
+        --num_workers "${SLURM_CPUS_PER_TASK:-1}"
+        --shard "${SLURM_ARRAY_TASK_ID:-1}/${SLURM_ARRAY_TASK_COUNT:-1}" "${FLAGS[@]}")
 }
 
 # of SUBJECT; with JOINT of all SUBJECTS; with LEAVE_OUT of all but SUBJECT

@@ -35,7 +35,8 @@ CONTROLS, AT_ONCE, VENV, PARTITION, ACCOUNT, GRES) of SETTINGS_FILE (see slurm/s
 environment; flags win over the file, the file over the environment. Only there, for each STAGE of
 FEATURES, TRAIN, GENERATE, EVALUATE and REPORT:
   STAGE_FLAGS          more flags of the stage, e.g. TRAIN_FLAGS="--epochs 100 --batch_size 16"
-  STAGE_SBATCH         more sbatch options of its jobs, e.g. TRAIN_SBATCH="--time=24:00:00"
+  STAGE_SBATCH         more sbatch options of its jobs, e.g. TRAIN_SBATCH="--time=24:00:00", or
+                       FEATURES_SBATCH="--array=1-4": four jobs share the stimuli
 
 example:
   slurm/pipeline.sh --data DATA --out OUT --sdxl sd_xl_base_1.0.safetensors \

@@ -92,7 +92,7 @@ def target(row: int, modality: str) -> float:
 def bank_tensors(
     stimuli: Sequence[dataset.Stimulus], order: Sequence[int] | None = None, dim: int = 3
 ) -> dict[str, torch.Tensor]:
-    """What clip_feature_extractor.join_shards writes, its rows in another ``order`` if given."""
+    """What clip_feature_extractor.write_partition writes, its rows in another ``order`` if any."""
     order = range(len(stimuli)) if order is None else order
     features = {
         name: torch.tensor([[target(row, name)] * dim for row in order], dtype=torch.float32)

@@ -99,6 +99,9 @@ def test_what_determines_the_result_is_fixed_and_where_it_lies_is_not():
     fixed = args.resolve("generate", GENERATE).fixed
     assert {"mode", "seed", "injection", "guidance", "prompt_source"} <= set(fixed)
     assert not {"shard", "batch_size", "device"} & set(fixed)
+    fixed = args.resolve("features", FEATURES).fixed
+    assert {"precision", "shard_size", "superpixel_size", "target_blur"} <= set(fixed)
+    assert not {"shard", "batch_size", "num_workers", "device"} & set(fixed)
 
 
 # --- misspelt -----------------------------------------------------------------------------------
@@ -153,6 +156,8 @@ WRONG = [
     ("generate", "shard", "1/2/3"),
     ("generate", "shard", "-1/3"),
     ("features", "shard_size", "0"),
+    ("features", "shard", "3/2"),
+    ("features", "precision", "fp16"),
 ]
 
 

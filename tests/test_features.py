@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from skimage.color import rgb2lab
 
 import clip_feature_extractor as stage
 import superpixel
@@ -157,7 +158,8 @@ def test_superpixel_features_are_open_clip_s(world, bank, clip, modality):
         rgb = superpixel.at_slic_size(_read(world, key), SLIC_PX)
         labels = superpixel.segment(superpixel.smooth_lab(rgb), modality.slic)
         gain = modality.slic.texture_gain
-        images.append(Image.fromarray(superpixel.fill(rgb, labels, superpixel.texture(rgb), gain)))
+        grain = superpixel.texture(rgb2lab(rgb))
+        images.append(Image.fromarray(superpixel.fill(rgb, labels, grain, gain)))
     found = _tensors(bank, "test")[modality.name]
     torch.testing.assert_close(found, _encoded(clip, images), rtol=1e-4, atol=1e-4)
 
@@ -284,8 +286,8 @@ class KilledError(Exception):
 
 
 def _kill_after_shards(monkeypatch, count: int) -> None:
-    """Let ``encode`` run for ``count`` shards, then stop the process's work mid-way."""
-    encode, calls = stage.encode, []
+    """Let ``count`` pieces be encoded, then stop the process's work mid-way."""
+    encode, calls = stage.encode_piece, []
 
     def stopping(*arguments):
         calls.append(1)
@@ -293,10 +295,10 @@ def _kill_after_shards(monkeypatch, count: int) -> None:
             raise KilledError
         return encode(*arguments)
 
-    monkeypatch.setattr(stage, "encode", stopping)
+    monkeypatch.setattr(stage, "encode_piece", stopping)
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, 6])  # 3 pieces of text, then 3 + 2 of pictures
 def test_a_killed_run_goes_on_after_its_last_shard(world, bank, tmp_path, monkeypatch, count):
     output = tmp_path / "bank"
     _kill_after_shards(monkeypatch, count)
@@ -313,6 +315,26 @@ def test_a_killed_run_goes_on_after_its_last_shard(world, bank, tmp_path, monkey
     assert _run(world, output) == 0
     _assert_same_bank(bank, output)
     assert (output / "DONE").exists() and not (output / "shards").exists()
+
+
+def _mixed_in(output, path, header_change: dict) -> None:
+    """Change the header of a piece, as if it had been made in another way and copied here."""
+    tensors, header = util.load_tensors(output / "shards" / path)
+    util.save_tensors(output / "shards" / path, tensors, {**header, **header_change})
+
+
+def test_pieces_of_another_precision_are_refused_and_made_again(world, bank, tmp_path, capsys):
+    output = tmp_path / "bank"
+    assert _run(world, output, "--shard", "1/2") == 0
+    clip = util.load_tensors(output / "shards" / "text-000000.safetensors")[1]["clip"]
+    _mixed_in(output, "text-000004.safetensors", {"clip": clip | {"precision": "bfloat16"}})
+    assert _run(world, output) == 1
+    error = capsys.readouterr().err
+    assert "text-000004.safetensors" in error and "'precision': 'bfloat16'" in error
+    assert "delete" in error and not (output / "DONE").exists()
+    (output / "shards" / "text-000004.safetensors").unlink()
+    assert _run(world, output) == 0
+    _assert_same_bank(bank, output)
 
 
 def _refuse_to_finish(*_arguments) -> None:
@@ -356,6 +378,129 @@ def test_other_captions_are_refused(world, bank, tmp_path, capsys):
     util.write_json(tmp_path / "captions.json", {"dog": "any dog"})
     assert _run(world, bank, "--captions", tmp_path / "captions.json") == 2
     assert "input captions" in capsys.readouterr().err
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [("1/2", "2/2"), ("3/3", "1/3", "2/3")], ids=len)
+def test_parts_join_to_the_same_bytes_as_one_run(world, bank, tmp_path, capsys, order):
+    output = tmp_path / "bank"
+    for part in order:
+        assert not (output / "DONE").exists()
+        assert _run(world, output, "--shard", part) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("still missing") == len(order) - 1 and "feature bank" in printed
+    for name in ("training.safetensors", "test.safetensors", "training.json", "test.json"):
+        assert (output / name).read_bytes() == (bank / name).read_bytes()
+    assert (output / "DONE").exists() and not (output / "shards").exists()
+
+
+def test_parts_keep_layers_of_the_image_side(world, bank, tmp_path):
+    for part in ("2/2", "1/2"):
+        assert _run(world, tmp_path / "bank", "--image_layers", 1, "--shard", part) == 0
+    one, other = _tensors(bank, "training"), _tensors(tmp_path / "bank", "training")
+    layer = other.pop("image_layer_1")
+    assert layer.dtype == torch.float32 and len(layer) == len(TRAINING) * PER_CONCEPT
+    assert len(layer.unique(dim=0)) == len(layer)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_part_that_has_done_its_share_loads_no_model(world, tmp_path, monkeypatch):
+    assert _run(world, tmp_path / "bank", "--shard", "2/2") == 0
+    monkeypatch.setattr(stage, "load_clip", _refuse_to_finish)
+    assert _run(world, tmp_path / "bank", "--shard", "2/2") == 0
+    assert not (tmp_path / "bank" / "DONE").exists()
+
+
+def test_more_parts_than_pieces_leave_some_with_nothing_to_do(world, tmp_path):
+    assert _run(world, tmp_path / "bank", "--shard", "99/99") == 0
+    assert not (tmp_path / "bank" / "training.safetensors").exists()
+
+
+def test_a_call_without_a_part_encodes_what_the_parts_left(world, bank, tmp_path, monkeypatch):
+    output = tmp_path / "bank"
+    assert _run(world, output, "--shard", "1/2") == 0
+    made = {path: path.stat().st_mtime_ns for path in (output / "shards").iterdir()}
+    assert len(made) == 4
+    monkeypatch.setattr(stage.util.RunDirectory, "finish", _refuse_to_finish)
+    with pytest.raises(KilledError):
+        _run(world, output)
+    monkeypatch.undo()
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert _run(world, output) == 0
+    _assert_same_bank(bank, output)
+
+
+@pytest.mark.parametrize("moment", ["before it looks", "while it reads"])
+def test_a_part_that_comes_last_together_with_another_is_no_error(
+    world, bank, tmp_path, monkeypatch, moment
+):
+    """Both find all pieces; the other is faster, joins and removes them."""
+    output = tmp_path / "bank"
+    assert _run(world, output, "--shard", "1/2") == 0
+    function = {"before it looks": "finish", "while it reads": "read_pieces"}[moment]
+    original = getattr(stage, function)
+
+    def overtaken(*arguments):
+        monkeypatch.undo()
+        assert _run(world, output) == 0
+        return original(*arguments)
+
+    monkeypatch.setattr(stage, function, overtaken)
+    assert _run(world, output, "--shard", "2/2") == 0
+    _assert_same_bank(bank, output)
+    assert not (output / "shards").exists()
+
+
+# --- texts and precision ----------------------------------------------------------------------
+
+
+def test_every_distinct_text_is_encoded_once(world, tmp_path, monkeypatch):
+    """Counted where open_clip's own text tower reads them."""
+    read, load = [], stage.load_clip
+
+    def listening(*given):
+        made = load(*given)
+        made.model.transformer.register_forward_pre_hook(lambda _, batch: read.append(batch[0]))
+        return made
+
+    monkeypatch.setattr(stage, "load_clip", listening)
+    util.write_json(tmp_path / "captions.json", {"car": "a dog", "dog": "a dog"})
+    options = ("--captions", tmp_path / "captions.json", "--batch_size", 2)
+    assert _run(world, tmp_path / "bank", *options) == 0
+    listed = [
+        row["text"]
+        for partition in ("training", "test")
+        for row in util.read_json(tmp_path / "bank" / f"{partition}.json")["rows"]
+    ]
+    assert len(listed) == 10 and len(set(listed)) == 4
+    assert sum(len(batch) for batch in read) == 4
+    texts = torch.cat([_tensors(tmp_path / "bank", name)["text"] for name in ("training", "test")])
+    same = torch.tensor([[a == b for b in listed] for a in listed])
+    assert torch.equal((texts[:, None] == texts).all(-1), same)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_precision_marks_the_bank_and_is_close(world, bank, tmp_path, precision):
+    assert _run(world, tmp_path / "half", "--precision", precision) == 0
+    found = open_bank(tmp_path / "half", "test")
+    assert found.clip == open_bank(bank, "test").clip | {"precision": precision}
+    header = util.read_json(tmp_path / "half" / "test.json")
+    assert header["clip"]["precision"] == precision
+    for name, rows in _tensors(bank, "test").items():
+        other = _tensors(tmp_path / "half", "test")[name]
+        assert other.dtype == rows.dtype
+        if name != "stimulus":
+            assert not torch.equal(rows, other)
+            assert torch.cosine_similarity(rows, other).min() > 0.999
+    with pytest.raises(util.DataError, match="precision"):
+        check_clip(found.clip, found.path, open_bank(bank, "test").clip, tmp_path / "model")
+
+
+def test_another_precision_in_the_same_folder_is_refused(world, bank, capsys):
+    assert _run(world, bank, "--precision", "bfloat16") == 2
+    assert "--precision: 'float32' then, 'bfloat16' now" in capsys.readouterr().err
 
 
 # --- damaged data and wrong flags -------------------------------------------------------------

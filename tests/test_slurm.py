@@ -257,6 +257,16 @@ def test_a_joint_model_is_what_all_subjects_are_drawn_and_scored_with(
     assert f"--runs {out}/model {out}/images/sub-01 {out}/scores/sub-01" in calls["report.py"][0]
 
 
+def test_an_array_of_features_shares_the_stimuli(
+    cluster: Cluster, pretend: dict, tmp_path: Path
+) -> None:
+    noted_calls(cluster, pretend | {"FEATURES_SBATCH": "--array=1-3"}, tmp_path)
+    lines = Path(f"{pretend['OUT']}.log").read_text().splitlines()
+    found = [line.partition("--shard ")[2] for line in lines if line.startswith("clip_feature")]
+    assert found == ["1/1 --dry_run --device cpu", "1/3", "2/3", "3/3"]
+    assert dependencies(cluster)["train"] == "afterok:features"
+
+
 def test_strangers_are_scored_by_the_model_that_never_saw_them(
     cluster: Cluster, pretend: dict, tmp_path: Path
 ) -> None:

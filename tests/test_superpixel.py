@@ -29,6 +29,12 @@ def _picture(name: str, px: int) -> np.ndarray:
     return waves.clip(0, 255).astype(np.uint8)
 
 
+def _texture(rgb: np.ndarray) -> np.ndarray:
+    from skimage.color import rgb2lab
+
+    return superpixel.texture(rgb2lab(rgb))
+
+
 def _flat(colour: int | tuple[int, int, int], px: int = 120) -> np.ndarray:
     return np.full((px, px, 3), colour, np.uint8)
 
@@ -66,6 +72,16 @@ def test_segments_equal_scikit_image_on_low_contrast():
     np.testing.assert_array_equal(labels, _plain_slic(rgb, level))
 
 
+def test_the_lab_is_shared_only_where_there_is_nothing_to_stretch():
+    from skimage.color import rgb2lab
+
+    full, low = _picture("photo", 100), 100 + _picture("photo", 100) // 8
+    assert (full.min(), full.max()) == (0, 255)
+    for rgb in (full, low):
+        found = superpixel.smooth_lab(rgb, rgb2lab(rgb))
+        np.testing.assert_array_equal(found, superpixel.smooth_lab(rgb))
+
+
 def test_levels_grow_from_coarse_to_fine():
     assert [level.n_segments for level in LEVELS.values()] == [100, 500, 2500]
     lab = superpixel.smooth_lab(_picture("waves", 500))
@@ -85,24 +101,24 @@ def test_the_registry_levels_are_the_published_ones():
 
 
 def test_texture_is_the_chroma_gradient_in_0_to_1():
-    grain = superpixel.texture(_picture("waves", 100))
+    grain = _texture(_picture("waves", 100))
     assert (grain.min(), grain.max()) == (0.0, 1.0)
     half = _flat((200, 40, 40), 60)
     half[:, 30:] = (40, 40, 200)
-    edge = superpixel.texture(half)
+    edge = _texture(half)
     assert (edge[:, 29:31] == 1).all()
     assert edge[:, :28].max() < 1e-6 and edge[:, 32:].max() < 1e-6
 
 
 @pytest.mark.parametrize("colour", [0, 77, 255, (200, 30, 90)])
 def test_texture_of_a_constant_is_zero(colour):
-    assert not superpixel.texture(_flat(colour, 40)).any()
+    assert not _texture(_flat(colour, 40)).any()
 
 
 def test_texture_of_gray_is_zero():
     gray = _picture("photo", 80).mean(2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
     assert gray.std() > 10
-    assert not superpixel.texture(gray).any()
+    assert not _texture(gray).any()
 
 
 def _loop_fill(rgb, labels, grain, gain) -> np.ndarray:
@@ -120,7 +136,7 @@ def test_fill_equals_a_loop_over_segments(gain):
     rgb = _picture("photo", 64)
     level = dataclasses.replace(LEVELS["superpixel_few"], n_segments=20)
     labels = superpixel.segment(superpixel.smooth_lab(rgb), level)
-    grain = superpixel.texture(rgb)
+    grain = _texture(rgb)
     filled = superpixel.fill(rgb, labels, grain, gain)
     expected = _loop_fill(rgb, labels, grain, gain)
     assert np.abs(filled.astype(int) - expected).max() <= 1  # a half may round either way
@@ -149,6 +165,17 @@ def test_levels_of_a_picture_come_closer_to_it():
         assert (filled.shape, filled.dtype) == ((500, 500, 3), np.uint8)
     detail = [np.abs(np.diff(filled.astype(float), axis=1)).mean() for filled in levels.values()]
     assert detail == sorted(detail) and detail[0] < detail[2]
+
+
+@pytest.mark.parametrize("contrast", [1, 8])
+def test_levels_are_scikit_image_s_segments_filled_by_a_loop(contrast):
+    """From the picture to its levels with nothing shared between them."""
+    rgb = _picture("photo", 200) // contrast + 255 // contrast * (contrast > 1)
+    levels = superpixel.superpixels(rgb)
+    for name, level in LEVELS.items():
+        expected = _loop_fill(rgb, _plain_slic(rgb, level), _texture(rgb), level.texture_gain)
+        assert np.abs(levels[name].astype(int) - expected).max() <= 1
+        assert (levels[name] != expected).mean() < 1e-3
 
 
 @pytest.mark.parametrize("colour", [0, 128, 255, (10, 200, 90)])

@@ -163,7 +163,12 @@ class Cluster:
             "SLURM_CPUS_PER_TASK": self._option(task, "cpus-per-task"),
         }
         if number:
-            environment |= {"SLURM_ARRAY_JOB_ID": job, "SLURM_ARRAY_TASK_ID": number}
+            tasks = sum(name.startswith(f"{job}_") for name in self.tasks)
+            environment |= {
+                "SLURM_ARRAY_JOB_ID": job,
+                "SLURM_ARRAY_TASK_ID": number,
+                "SLURM_ARRAY_TASK_COUNT": str(tasks),
+            }
         if self.tasks[task]["restarts"]:
             environment["SLURM_RESTART_COUNT"] = str(self.tasks[task]["restarts"])
         log = open(self._log(task), "ab")  # noqa: SIM115 - closed in _collect
