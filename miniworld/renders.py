@@ -14,8 +14,8 @@ from PIL import Image
 
 import superpixel
 import util
-from dataset import PICTURES, Stimulus
 from miniworld import models, pictures
+from stimuli import PICTURES, Stimulus
 
 SUPERPIXEL_SHARE = 10  # one picture in this many is also kept as superpixels
 SHAPE_SHARE = 0.75  # of near misses
