@@ -175,7 +175,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--n", type=int, default=24, metavar="N", help="pictures (default: %(default)s)")
     add("--size", type=int, default=flags["superpixel_size"].default, metavar="PX",
         help="of superpixels (default: %(default)s)")  # fmt: skip
-    add("--clip_model", default="ViT-B-32", metavar="NAME|JSON", help="(default: %(default)s)")
+    add("--clip_model", default="ViT-B-16", metavar="NAME|JSON", help="(default: %(default)s)")
     add("--precision", choices=flags["precision"].choices, default=flags["precision"].default,
         help="(default: %(default)s)")  # fmt: skip
     add("--device", default="auto", help="(default: %(default)s)")

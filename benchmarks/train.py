@@ -45,7 +45,7 @@ from masking import Masking
 from modalities import NAMES
 from optimisation import Schedule
 from processes import Processes
-from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank
+from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank, timestep_features
 
 DIM, CHANNELS, SAMPLES, RATE_HZ = 1024, 63, 250, 250
 CONCEPTS, IMAGES, REPETITIONS = 1654, 10, 4
@@ -105,6 +105,14 @@ def floor_ms(weights: int, rows: int, passes: float, speed: Mapping[str, float])
 # ---------------------------------------------------------------- the loop everyone writes
 
 
+class PublishedPrior(DiffusionPriorUNet):
+    """The network as published: every row's timestep is embedded, those that repeat as well."""
+
+    def embed_time(self, t: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+        time = timestep_features(t, self.time_embed_dim).to(dtype)
+        return [layer(time) for layer in (*self.encode_time_embedding, *self.decode_time_embedding)]
+
+
 class FivePriors(nn.Module):
     """Five networks one after another, as published code has them."""
 
@@ -114,7 +122,7 @@ class FivePriors(nn.Module):
         self.space = bank  # its target statistics and noise schedule
         self.priors = nn.ModuleDict()
         for name in NAMES:
-            prior, prefix = DiffusionPriorUNet(DIM, DIM, dropout=bank.dropout), f"priors.{name}."
+            prior, prefix = PublishedPrior(DIM, DIM, dropout=bank.dropout), f"priors.{name}."
             prior.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             )
@@ -313,7 +321,7 @@ def write_subjects(
         eeg = np.lib.format.open_memmap(copy, mode="w+", dtype=np.float32, shape=shape)
         if dense:
             eeg[:] = np.random.default_rng(subject).standard_normal(shape, dtype=np.float32)
-        about = {"channels": names, "times": times, "hash": f"subject {subject}"}
+        about = {"shape": shape, "channels": names, "times": times, "hash": f"subject {subject}"}
         util.write_json(copy.with_suffix(".json"), about)
     stimuli = dataset.list_stimuli(root, "training")
     ids = torch.tensor([item.id for item in stimuli])
