@@ -28,7 +28,8 @@ LAYER = "image_layer_2"  # conftest.py keeps it
 @pytest.fixture(scope="module")
 def projected(features: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("layers") / "model"
-    assert train.main(features.train_flags(out, "--contrast_layer", 2)) == 0
+    words = ("--contrast_layer", 2, "--noise_draws", 1, "--epochs", 1)
+    assert train.main(features.train_flags(out, *words)) == 0
     return out
 
 
