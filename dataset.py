@@ -357,6 +357,14 @@ def split_concepts(concepts: Sequence[str], fraction: float, seed: int) -> set[s
     return set(util.numpy_generator_for(seed, "validation").permutation(distinct)[:number].tolist())
 
 
+def training_stimuli(data_path: Path) -> list[Stimulus]:
+    """The training pictures in row order. Raises DataError, also if a concept is tested, too."""
+    stimuli = list_stimuli(data_path, "training")
+    if (Path(data_path) / IMAGE_FOLDER["test"]).is_dir():
+        check_disjoint(stimuli, list_stimuli(data_path, "test"))
+    return stimuli
+
+
 def open_training(
     data_path: Path,
     feature_path: Path,
@@ -374,15 +382,11 @@ def open_training(
     ``layer``: of CLIP, whose features are wanted among the targets. Raises UserError / DataError.
     """
     names = list_subjects(data_path, subjects)
-    stimuli = list_stimuli(data_path, "training")
-    if (Path(data_path) / IMAGE_FOLDER["test"]).is_dir():
-        check_disjoint(stimuli, list_stimuli(data_path, "test"))
+    stimuli = training_stimuli(data_path)
     bank = open_bank(feature_path, "training", [layer])
     targets = bank.rows_for(stimuli)
-    recordings = [
-        open_recording(eeg_file(data_path, name, "training"), cache_folder(data_path, cache_dir))
-        for name in names
-    ]
+    files = [eeg_file(data_path, name, "training") for name in names]
+    recordings = [open_recording(file, cache_folder(data_path, cache_dir)) for file in files]
     for recording in recordings:
         check_rows(recording, stimuli)
     cut = select_signal(recordings[0], channels, time_window)
