@@ -58,15 +58,7 @@ class Network:
 
 def read_state(path: Path) -> State:
     """Tensors of a ``.pth`` file, nothing in it run. Raises DataError."""
-    import pickle
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise DataError(
-            path, f"unreadable ({error})", "the official weight file", "download it again"
-        ) from None
-    return state
+    return util.load_torch(path, "the official weight file", "download it again")
 
 
 def load_into(module: nn.Module, state: State, path: Path) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import scalp
-from util import DataError, UserError
+from util import DataError, UserError, repeated
 
 if TYPE_CHECKING:
     import mne
@@ -52,10 +51,9 @@ def eeg_names(raw: mne.io.BaseRaw) -> list[str]:
 def check_unique(path: Path, names: Sequence[str]) -> None:
     """Raise DataError for channels of one name, or that MNE has numbered for having one."""
     known = set(names)
-    plain = Counter(
+    twice = repeated(
         name[:-2] if {f"{name[:-2]}-0", f"{name[:-2]}-1"} <= known else name for name in names
     )
-    twice = sorted(name for name, number in plain.items() if number > 1)
     if twice:
         raise DataError(
             path,
@@ -83,7 +81,7 @@ def wanted_channels(choice: Sequence[str], available: Sequence[str]) -> list[str
     standard = scalp.standard_names(named)
     own = {name.upper(): name for name in available}
     named = [standard.get(name, own.get(name.upper(), name)) for name in named]
-    twice = sorted({name for name in named if named.count(name) > 1})
+    twice = repeated(named)
     if twice:
         raise UserError("--channels", f"{', '.join(twice)} twice", "each once", "name it once")
     return named

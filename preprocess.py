@@ -24,12 +24,12 @@ import util
 from channels import THINGS_CHANNELS, Signal, eeg_names, prepare, refuse_missing, wanted_channels
 from eeg_files import EEG_FILE, EEG_FOLDER, SIMULATED_NOTE
 from epoching import CHUNK, Piece, Window, cut_all
+from published import OSF_SHAPE
 from recordings import Recorded, Session, Subject, Trials, own_subjects, published_subjects
 from stimuli import IMAGE_FOLDER, PARTITIONS, list_stimuli
 from util import LOG, DataError, UserError
 from whitening import condition_weights, whitener
 
-OSF_SHAPE = (17, 100)  # channels x samples of the authors' own files, see published.py
 PIECE_S = 120.0  # longest stretch of recording that is cut at once
 
 

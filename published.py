@@ -9,15 +9,15 @@ import pickle
 import pickletools
 import re
 import tokenize
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from util import DataError
+from util import DataError, repeated
 
+OSF_SHAPE = (17, 100)  # channels x samples of the authors' own files, at 100 Hz
 MOST_STEPS = 10_000  # opcodes of a pickle; a published file has some hundred
 _MAPPED = 4096  # bytes; a shorter array is read, a longer one stays in the file
 _PUT = ("PUT", "BINPUT", "LONG_BINPUT")
@@ -369,7 +369,7 @@ def check_published(path: Path, eeg: np.ndarray, channels: list[str], times: lis
             "floating point (conditions, repetitions, channels, samples)",
             "preprocess the recording again",
         )
-    if eeg.shape[2:] == (17, 100):
+    if eeg.shape[2:] == OSF_SHAPE:
         raise DataError(
             path,
             "17 channels x 100 samples: the 100 Hz files of the OSF page",
@@ -383,8 +383,7 @@ def check_published(path: Path, eeg: np.ndarray, channels: list[str], times: lis
             f"{eeg.shape[2]} names and at least {eeg.shape[3]} times",
             "preprocess the recording again",
         )
-    twice = sorted(name for name, number in Counter(channels).items() if number > 1)
-    if twice:
+    if twice := repeated(channels):
         raise DataError(
             path,
             f"duplicate channel names: {', '.join(twice)}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from stimuli import (
     STIMULUS_COLUMNS,
     Stimulus,
     check_disjoint,
+    composed,
     keys_hash,
     list_stimuli,
 )
@@ -168,7 +168,7 @@ def list_pictures(data_path: Path) -> Pictures:
 
 def _parts(text: str, where: str) -> tuple[str, ...]:
     """A relative path's parts, Unicode composed. Raises DataError for one that leads elsewhere."""
-    path = PurePosixPath(unicodedata.normalize("NFC", text.replace("\\", "/")))
+    path = PurePosixPath(composed(text.replace("\\", "/")))
     if path.is_absolute() or PureWindowsPath(text).drive or ".." in path.parts or not path.parts:
         raise DataError(
             where,

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from util import DataError
+from util import DataError, repeated
 
 
 def read_rows(path: Path, what: str, cure: str) -> Iterator[tuple[int, list[str]]]:
@@ -47,8 +47,7 @@ def read_columns(path: Path, what: str, cure: str) -> Iterator[tuple[int, dict[s
     for line, cells in read_rows(path, what, cure):
         if line == 1:
             cells = head = [name.strip().lower() for name in cells]
-            twice = sorted({name for name in head if name and head.count(name) > 1})
-            if twice:
+            if twice := repeated(filter(None, head)):
                 raise DataError(path, f"column {twice[0]} twice", "each column once", cure)
         if not any(cell.strip() for cell in cells):
             continue

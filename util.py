@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -439,6 +440,11 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             "--device", name, "auto, cpu, cuda or cuda:N", "name one of these"
         ) from None
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that are there more than once, sorted."""
+    return sorted(name for name, number in Counter(names).items() if number > 1)
 
 
 # ---------------------------------------------------------------- run directories
