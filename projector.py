@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import util
+from unet import mean_and_std
 
 
 class Projector(nn.Module):
@@ -33,12 +34,9 @@ class Projector(nn.Module):
 
     def fit(self, features: torch.Tensor) -> None:
         """Mean and std of training features [N, W]; ValueError if they do not vary at all."""
-        std = features.float().std(0)
-        if not std.max() > 0:
-            raise ValueError(f"{self.layer}: all training features are equal")
-        self.mean.copy_(features.float().mean(0))
-        # as of the aligners' targets: what never moves is not blown up to unit variance
-        self.std.copy_(std.clamp(min=1e-3 * std.max()))
+        mean, std = mean_and_std(self.layer, features.float())
+        self.mean.copy_(mean)
+        self.std.copy_(std)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.linear((features - self.mean) / self.std)

@@ -228,6 +228,17 @@ def sampler_named(name: str) -> SchedulerMixin:
     raise ValueError(f"unknown prior sampler {name!r}; expected dpm or ddim")
 
 
+def mean_and_std(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per dimension of training features [N, D]. ValueError if they do not vary: a dead ``name``.
+
+    A dimension that never moves is not to be blown up to unit variance: std has a floor.
+    """
+    std = rows.std(0)
+    if not std.max() > 0:
+        raise ValueError(f"{name}: all training features are equal, it is dead")
+    return rows.mean(0), std.clamp(min=1e-3 * std.max())
+
+
 class TargetSpace(nn.Module):
     """What every aligner shares: the modalities' embeddings, standardised and back.
 
@@ -275,12 +286,9 @@ class TargetSpace(nn.Module):
                 raise ValueError(
                     f"{name}: features {tuple(rows.shape)}, expected [N, {self.embed_dim}]"
                 )
-            std = rows.std(0)
-            if not std.max() > 0:
-                raise ValueError(f"{name}: all training features are equal, the modality is dead")
-            getattr(self, f"{name}_mean").copy_(rows.mean(0))
-            # a dimension that never moves is not blown up to unit variance
-            getattr(self, f"{name}_std").copy_(std.clamp(min=1e-3 * std.max()))
+            mean, std = mean_and_std(name, rows)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(std)
 
     def standardise(self, name: str, target: torch.Tensor) -> torch.Tensor:
         return (target - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")
