@@ -78,7 +78,7 @@ class Clip:
         indices = [layer - 1 for layer in order]
         with self.products():
             found = self.model.visual.forward_intermediates(
-                self._moved(crops), indices=indices, intermediates_only=True
+                self._moved(crops), indices, stop_early=True, intermediates_only=True
             )["image_intermediates"]  # [B, W, h, w] each
         return {
             layer_name(layer): maps.float().mean(dim=(2, 3))
