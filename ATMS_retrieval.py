@@ -21,8 +21,8 @@ from torch import nn
 import aligners
 import engine
 import util
-from banks import Bank, layer_name
-from dataset import Batch, Stimulus, TestEEG, TrainingData
+from banks import FINAL_LAYER, layer_name
+from dataset import Batch, TestEEG, TrainingData
 from encoders import (
     NICE,
     Braindecode,
@@ -248,19 +248,20 @@ class Decoder(nn.Module):
         """What the projector needs of a bank beside the five modalities."""
         return self.projector.layer if self.projector else None
 
-    def contrasted(self, targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """{image, text: [N, D]} that EEG embeddings are drawn to and compared with."""
-        chosen = {name: targets[name] for name in ("image", "text")}
-        if self.projector is not None:
-            chosen["image"] = self.projector(targets[self.projector.layer])
-        return chosen
+    @property
+    def picture_features(self) -> str:
+        """The features of pictures that EEG embeddings are compared with, by their name."""
+        return self.layer or FINAL_LAYER
+
+    def image_side(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [N, W] of :attr:`picture_features` as EEG embeddings see them: [N, D]."""
+        return features if self.projector is None else self.projector(features)
 
     @torch.no_grad()
-    def gallery(self, bank: Bank, stimuli: Sequence[Stimulus]) -> torch.Tensor:
-        """What EEG embeddings retrieve of ``stimuli``: [n, D], on the CPU."""
-        device = next(self.parameters()).device
-        rows = {name: values.to(device) for name, values in bank.rows_for(stimuli).items()}
-        return self.contrasted(rows)["image"].cpu()
+    def gallery(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What EEG embeddings retrieve, of pictures with ``features`` {name: [N, W]}: [N, D]."""
+        rows = features[self.picture_features]
+        return self.image_side(rows.to(next(self.parameters()).device)).to(rows.device)
 
     def subject_index(self, subject: str) -> int:
         """Row of a subject's own parameters; -1 for a person the model was not trained on."""
@@ -386,18 +387,16 @@ def new_encoder(data: TrainingData, seed: int, name: str = ATMS.__name__) -> Enc
             ) from None
 
 
-@torch.no_grad()
 def validation_retrieval(
     decoder: Decoder, embeddings: torch.Tensor, data: TrainingData
 ) -> dict[str, float]:
     """Retrieval per modality of held-out stimuli by EEG embeddings [stimuli x subjects, D]."""
-    device = next(decoder.parameters()).device
     truth = torch.arange(len(data.val_rows)).repeat(len(data.recordings))
-    galleries = {name: rows[data.val_rows].to(device) for name, rows in data.targets.items()}
-    galleries |= decoder.contrasted(galleries)
+    galleries = {name: rows[data.val_rows] for name, rows in data.targets.items()}
+    galleries["image"] = decoder.gallery(galleries)
     scores = {}
     for name in NAMES:
-        result = retrieval_topk(embeddings, galleries[name].cpu(), truth)
+        result = retrieval_topk(embeddings, galleries[name], truth)
         scores |= {f"val_{name}_top1": result["top1"], f"val_{name}_top5": result["top5"]}
     return scores | {"val_gallery": len(data.val_rows)}
 
@@ -429,8 +428,10 @@ def global_losses(
     everybody = gathered if part.count > 1 else _as_they_are
     with torch.autocast(embedding.device.type, enabled=False):
         wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-        needed = {decoder.layer, "image", "text"} - {None}
-        everyone = decoder.contrasted({name: everybody(targets[name]) for name in sorted(needed)})
+        everyone = {
+            "image": decoder.image_side(everybody(targets[decoder.picture_features])),
+            "text": everybody(targets["text"]),
+        }
         together = None if groups is None else everybody(groups)
         scale = decoder.encoder.similarity_scale
         return embedding_losses(everybody(wide), everyone, scale, how, together, contrast_weight)

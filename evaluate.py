@@ -27,19 +27,11 @@ import reconstruction
 import tables
 import util
 from ATMS_retrieval import Decoder, model_file
-from banks import Bank
-from dataset import (
-    Stimulus,
-    TestEEG,
-    check_clip,
-    eeg_file,
-    is_simulated,
-    list_stimuli,
-    list_subjects,
-    open_bank,
-    open_test,
-)
+from banks import Bank, open_bank
+from dataset import TestEEG, check_clip, is_simulated, open_test
+from eeg_files import eeg_file, list_subjects
 from modalities import MODALITIES, NAMES
+from stimuli import Stimulus, list_stimuli
 from unet import PriorBank, Sampling
 from util import UserError
 
@@ -140,18 +132,17 @@ def subject_queries(
     decoder: Decoder, test: TestEEG, bank: Bank, sampling: Sampling, seed: int, control: str | None
 ) -> list[Query]:
     """What one subject's EEG retrieves with: the encoder's output, each prior, the five fused."""
-    everything = range(len(test.eeg))
+    everything, true = range(len(test.eeg)), bank.rows_for(test.stimuli)
     found = {}
     if control not in args.WITHOUT_EEG:
         read = controls.controlled_eeg(test, control, seed)
         encoded = decoder.condition(read, everything)
-        gallery = decoder.gallery(bank, test.stimuli)
+        gallery = decoder.gallery(true)
         found["encoder -> image"] = metrics.cosine_similarity(encoded, gallery)
     if decoder.bank is not None:
         samples = controls.predict(
             decoder, test, everything, sampling, seed, control, bank.path.parent
         )
-        true = bank.rows_for(test.stimuli)
         of = {name: metrics.cosine_similarity(samples[name], true[name]) for name in NAMES}
         found |= {f"prior {name}": similarity for name, similarity in of.items()}
         found["fused priors"] = sum(item.gain * of[item.name] for item in MODALITIES)
@@ -312,7 +303,7 @@ def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], 
         rows += [retrieval_row(query, values.seed, values.permutations) for query in found]
         lines += [line for query in found for line in rank_lines(query, test.stimuli)]
         if values.occlusion:
-            gallery = decoder.gallery(bank, test.stimuli)
+            gallery = decoder.gallery(bank.rows_for(test.stimuli))
             occluded += occlusion.occlusion_rows(
                 decoder, test, gallery, values.occlusion, values.seed
             )

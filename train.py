@@ -28,12 +28,13 @@ from ATMS_retrieval import (
     new_encoder,
     validation_retrieval,
 )
-from banks import FINAL_LAYER, layer_name
-from dataset import Batch, TrainingData, check_clip, list_stimuli
+from banks import layer_name
+from dataset import Batch, TrainingData, check_clip
 from loss import Contrast, prior_total
 from modalities import NAMES
 from processes import Processes
 from projector import new_projector
+from stimuli import list_stimuli
 from util import WHOLE, Part
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
@@ -149,7 +150,6 @@ def new_decoder(
 
 def start_from(donor: Decoder, decoder: Decoder) -> None:
     """Take over a pre-trained encoder and projector. Raises UserError unless all of them fit."""
-
     found, needed = (
         [one.encoder.name, one.encoder.config, one.layer, one.signal] for one in (donor, decoder)
     )
@@ -168,9 +168,10 @@ def start_from(donor: Decoder, decoder: Decoder) -> None:
 
 def _start(one: Decoder) -> str:
     """What has to be the same to start from another model, for a message."""
+    how = "as they are" if one.projector is None else "projected"
     return (
         f"{one.encoder.name} for {one.encoder.config} of {one.signal['subjects']}, compared with "
-        f"{one.layer or FINAL_LAYER} features"
+        f"{one.picture_features} features {how}"
     )
 
 

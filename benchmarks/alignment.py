@@ -31,7 +31,8 @@ import metrics
 import util
 from ATMS_retrieval import Decoder, model_file
 from banks import Bank, open_bank
-from dataset import TestEEG, eeg_file, list_subjects, open_test
+from dataset import TestEEG, open_test
+from eeg_files import eeg_file, list_subjects
 from modalities import NAMES
 from unet import Sampling
 
@@ -91,7 +92,7 @@ def scores_of(
     predicted = decoder.predict(read, everything, sampling, seed)
     encoded = decoder.condition(read, everything)
     found = {}
-    asked = ((predicted["image"], gallery["image"]), (encoded, decoder.gallery(bank, test.stimuli)))
+    asked = ((predicted["image"], gallery["image"]), (encoded, decoder.gallery(gallery)))
     for name, pair in zip(TOP1, asked, strict=True):
         similarity = metrics.cosine_similarity(*pair)
         found[name] = metrics.top_k_probability(*metrics.ranks(similarity, truth), 1)
