@@ -11,7 +11,9 @@ import torch
 import args
 import util
 from ATMS_retrieval import Decoder
-from dataset import Stimulus, TestEEG, check_clip, open_bank
+from banks import open_bank
+from dataset import TestEEG, check_clip
+from stimuli import Stimulus
 from unet import Sampling
 
 

@@ -24,7 +24,8 @@ import args
 import monitor
 import util
 from checkpoints import Checkpoints
-from dataset import Batch, TrainingData, list_subjects, open_training
+from dataset import Batch, TrainingData, open_training
+from eeg_files import list_subjects
 from masking import Masking, mask_eeg, mask_subject
 from optimisation import Average, Schedule, copied, new_optimizer, set_learning_rate
 from processes import Processes

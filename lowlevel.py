@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import backbones
 import util
 from ATMS_retrieval import Decoder
-from dataset import Stimulus, TestEEG, TrainingData
+from dataset import TestEEG, TrainingData
+from stimuli import Stimulus
 from util import DataError, UserError
 
 GRID = 16  # regular superpixels per side

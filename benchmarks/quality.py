@@ -28,8 +28,8 @@ import metrics
 import modalities
 import reconstruction
 import util
-from dataset import list_stimuli
 from miniworld import judge, models, pictures, quality, renders
+from stimuli import list_stimuli
 
 COLOURS = ("colour", "background")
 # models trained otherwise: {name: flags of train.py}

@@ -30,10 +30,10 @@ import args
 import superpixel
 import util
 from clip_feature_extractor import Pictures, Views
-from dataset import Stimulus
 from miniworld import renders
 from modalities import MODALITIES, Slic
 from pictures import read_picture
+from stimuli import Stimulus
 
 CROP_PX = 224
 PROCESSES = (2, 1)  # ours, baseline
