@@ -39,8 +39,7 @@ class Checkpoints:
         temporary = self.folder / f".{target.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         util.save_tensors(temporary / "model.safetensors", model, header)
-        with util.atomic_write(temporary / "state.pt", "wb") as file:
-            torch.save(dict(state), file)
+        util.save_torch(temporary / "state.pt", state)
         shutil.rmtree(target, ignore_errors=True)  # left there by a kill before its pointer moved
         os.replace(temporary, target)
         for name in ("best", "latest") if best else ("latest",):

@@ -358,6 +358,17 @@ def load_torch(path: Path, expected: str, cure: str) -> dict[Any, Any]:
     return content
 
 
+def save_torch(path: Path, content: Mapping[str, Any]) -> None:
+    """What :func:`load_torch` reads; whole or not at all. OSError for a full disk."""
+    try:
+        with atomic_write(path, "wb") as file:
+            torch.save(dict(content), file)
+    except RuntimeError as error:  # torch complains of its half-written archive instead
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 @dataclass(frozen=True)
 class Part:
     """The ``index``-th of ``count`` equal parts of a batch: of processes, or of accumulation."""

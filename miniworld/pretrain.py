@@ -98,8 +98,7 @@ class Training:
             "average": self.average.values,
             "step": self.step,
         }
-        with util.atomic_write(self.path, "wb") as file:
-            torch.save(state, file)
+        util.save_torch(self.path, state)
 
     def update(self, steps: int, seed: int) -> dict[str, torch.Tensor]:
         """One optimiser step; returns its losses."""

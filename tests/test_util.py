@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import stat
 
 import numpy as np
@@ -423,3 +424,18 @@ def test_json_of_any_damage_is_a_data_error(tmp_path, content):
         util.read_json(tmp_path / "a.json")
     with pytest.raises(DataError, match="not JSON"):
         util.read_json(tmp_path)
+
+
+def test_a_disk_that_fills_up_while_torch_saves_is_told_as_that(tmp_path):
+    """torch itself raises a RuntimeError about its archive; what was there before stays."""
+    path = tmp_path / "state.pt"
+    util.save_torch(path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            util.save_torch(path, {"step": 2, "weights": torch.zeros(1 << 20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert util.load_torch(path, "", "") == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
