@@ -27,23 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = options.values
     snr = eeg.DEFAULT_SNR if values.snr is None else values.snr
     root = values.output_path
-    n_pictures = values.training_concepts * values.images_per_concept + values.test_concepts
-    plan = (
-        f"draw {n_pictures} pictures into {root / 'data'}",
-        f"simulate the EEG of {values.subjects} people at SNR {snr}",
-        f"put {values.weights} miniature CLIP, SDXL and IP-Adapter into {root / 'models'}",
-    )
-    run = util.open_run(options, root, {}, plan)
-    if run.finished:
-        return 0
-    scenes = pictures.write_stimuli(
-        root / "data",
+    planned = pictures.plan_scenes(
         values.training_concepts,
         values.images_per_concept,
         values.test_concepts,
         values.seed,
         values.test_split,
     )
+    plan = (
+        f"draw {sum(map(len, planned.values()))} pictures into {root / 'data'}",
+        f"simulate the EEG of {values.subjects} people at SNR {snr}",
+        f"put {values.weights} miniature CLIP, SDXL and IP-Adapter into {root / 'models'}",
+    )
+    run = util.open_run(options, root, {}, plan)
+    if run.finished:
+        return 0
+    scenes = pictures.write_stimuli(root / "data", planned, values.seed)
     repetitions = {"training": values.training_repetitions, "test": values.test_repetitions}
     features = {
         name: eeg.features_of(rendered(items), items, values.seed) for name, items in scenes.items()

@@ -296,18 +296,20 @@ def sample_concepts(
 
     The second list comes from the fold of ``split`` and the first from folds that are no split's,
     whatever the seed and the numbers: what was trained on training concepts has never seen any
-    world's test concept.
+    world's test concept. Raises ``UserError`` where there are not as many, or too few to show all.
     """
-    if n_training < len(SHAPES):
-        raise ValueError(f"n_training is {n_training}, needs >= {len(SHAPES)} to show all shapes")
     n_possible = len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1) * len(PATTERNS)
     most = n_possible // FOLDS // 2
     others = [fold for fold in range(FOLDS) if fold not in SPLITS.values()]
-    if n_test > most or n_training > most * len(others):
-        raise ValueError(
-            f"asked for {n_training} training and {n_test} test concepts, "
-            f"at most {most * len(others)} and {most}"
-        )
+    bounds = {
+        "--training_concepts": (n_training, len(SHAPES), most * len(others)),
+        "--test_concepts": (n_test, 0, most),
+    }
+    for flag, (asked, low, high) in bounds.items():
+        if not low <= asked <= high:
+            raise util.UserError(
+                flag, asked, f"{low} (all shapes are shown) to {high}", "ask for as many"
+            )
     training = _draw(n_training, others, np.random.default_rng([seed, 0]))
     return training, _draw(n_test, [SPLITS[split]], np.random.default_rng([seed, 0, 1]))
 
@@ -336,9 +338,13 @@ def plan_scenes(
     """{"training" | "test": {path relative to the stimulus root: scene}}, in sorted path order.
 
     Each picture has its own seed, so asking for more pictures never changes the earlier ones.
+    Raises ``UserError`` for numbers that this world cannot have.
     """
     if not 1 <= images_per_concept <= 99:
-        raise ValueError(f"images_per_concept is {images_per_concept}, must be 1..99 (file names)")
+        raise util.UserError(
+            "--images_per_concept", images_per_concept,
+            "1 to 99: file names have two digits", "ask for fewer",
+        )  # fmt: skip
     training, test = sample_concepts(n_training_concepts, n_test_concepts, seed, split)
     jobs = {"training": (training, images_per_concept), "test": (test, 1)}
     plan: dict[str, dict[str, Scene]] = {}
@@ -358,22 +364,18 @@ def _check_no_strangers(root: Path, expected: set[str]) -> None:
     for partition in PARTITIONS:
         for path in sorted((root / f"{partition}_images").glob("*/*")):
             if path.relative_to(root).as_posix() not in expected:
-                raise FileExistsError(
-                    f"{path} is not part of the requested world; use an empty directory"
+                raise util.DataError(
+                    path, "a picture of another world", "only this world's", "name an empty folder"
                 )
 
 
 def write_stimuli(
-    root: str | Path,
-    n_training_concepts: int,
-    images_per_concept: int,
-    n_test_concepts: int,
-    seed: int,
-    split: str = "test",
+    root: Path, plan: Mapping[str, Mapping[str, Scene]], seed: int
 ) -> dict[str, list[Scene]]:
-    """Writes 256 px PNG files, captions.json and scenes.json; returns scenes in sorted order."""
-    root = Path(root)
-    plan = plan_scenes(n_training_concepts, images_per_concept, n_test_concepts, seed, split)
+    """Writes 256 px PNG files, captions.json and scenes.json of ``plan_scenes(..., seed)``.
+
+    Returns the scenes in sorted order. Raises ``DataError`` beside another world's pictures.
+    """
     scenes = {path: scene for part in plan.values() for path, scene in part.items()}
     _check_no_strangers(root, set(scenes))
     for path, scene in scenes.items():

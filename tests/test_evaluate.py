@@ -208,7 +208,7 @@ def linear_bank(root: Path, features: dict[str, np.ndarray]) -> Path:
 def trained_on_simulated_eeg(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """200 unseen concepts, simulated EEG, an encoder trained for a minute: (root, its scores)."""
     root = tmp_path_factory.mktemp("simulated")
-    scenes = pictures.write_stimuli(root / "data", 96, 2, N_TEST, 0)
+    scenes = pictures.write_stimuli(root / "data", pictures.plan_scenes(96, 2, N_TEST, 0), 0)
     shown = {
         name: [pictures.render(scene, 96) for scene in items] for name, items in scenes.items()
     }

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import util
 from miniworld import eeg, pictures
+from miniworld.__main__ import main as build_world
 
 SEED = 3
 SNR = 0.3
@@ -54,10 +56,17 @@ def test_impossible_requests_are_refused():
         pictures.Concept("star", "red", "red", "dots")
     with pytest.raises(ValueError, match="'sphere'"):
         pictures.Concept("sphere", "red", "blue", "dots")
-    with pytest.raises(ValueError, match="n_training is 15"):
+    with pytest.raises(util.UserError, match=r"--training_concepts\n  found:    15"):
         pictures.sample_concepts(15, 5, SEED)
-    with pytest.raises(ValueError, match="images_per_concept is 100"):
+    with pytest.raises(util.UserError, match=r"--images_per_concept\n  found:    100"):
         pictures.plan_scenes(16, 100, 5, SEED)
+
+
+@pytest.mark.parametrize("flag", ["--training_concepts", "--test_concepts"])
+def test_a_world_that_cannot_be_is_refused_before_anything_is_written(flag, tmp_path, capfd):
+    assert build_world(["--output_path", str(tmp_path / "world"), flag, "100000"]) == 2
+    assert flag in capfd.readouterr().err
+    assert not (tmp_path / "world").exists()
 
 
 def test_words():
@@ -111,7 +120,7 @@ def test_shapes_stay_distinguishable_when_rotated():
 
 
 def test_written_stimuli_sort_into_scene_order(tmp_path):
-    scenes = pictures.write_stimuli(tmp_path, 16, 2, 3, SEED)
+    scenes = pictures.write_stimuli(tmp_path, pictures.plan_scenes(16, 2, 3, SEED), SEED)
     assert (len(scenes["training"]), len(scenes["test"])) == (32, 3)
     captions = json.loads((tmp_path / "captions.json").read_text())
     truth = json.loads((tmp_path / "scenes.json").read_text())
@@ -133,8 +142,8 @@ def test_stimuli_of_another_world_are_not_mixed_in(tmp_path):
     stranger = tmp_path / "test_images" / "00001_old" / "old_01.png"
     stranger.parent.mkdir(parents=True)
     stranger.touch()
-    with pytest.raises(FileExistsError, match=r"old_01\.png"):
-        pictures.write_stimuli(tmp_path, 16, 1, 1, SEED)
+    with pytest.raises(util.DataError, match=r"old_01\.png"):
+        pictures.write_stimuli(tmp_path, pictures.plan_scenes(16, 1, 1, SEED), SEED)
 
 
 # --- simulated EEG ------------------------------------------------------------------------------
