@@ -485,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if values.shard != "1/1":
         plan.append(f"of these only part {values.shard}")
-    run = util.open_run(options, values.output_path, inputs, plan)
+    run = util.open_run(options, values.output_path, inputs, plan, shared=True)
     if run.finished:
         return 0
     texts = {

@@ -650,7 +650,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"draw {what} of {values.size} px of each of {len(rows)} on {device}",
     )
     inputs = model_inputs(values, test)
-    run = util.open_run(options, values.output_dir, inputs, plan, part.removeprefix("-"))
+    run = util.open_run(
+        options, values.output_dir, inputs, plan, part.removeprefix("-"), shared=True
+    )
     if run.finished:
         return 0
     if not rows:  # more shards than stimuli: this one has nothing to do

@@ -32,6 +32,7 @@ LOG = logging.getLogger("eeg2image")
 # of --precision: what autocast computes products in; float32 needs none
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PREEMPTED = 75  # EX_TEMPFAIL: saved and stopped on a signal; the same command goes on
+CLAIM_SECONDS = 120  # that a stage waits for another process in its output directory
 _HASHED_WHOLE = 1 << 28  # files above 256 MiB are identified by their size and both ends
 _END = 1 << 20
 _LONGEST = 2000  # characters of what a message says was found
@@ -144,6 +145,31 @@ def start_log(path: Path | None) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
         _LOG_HANDLERS.append(handler)
+
+
+def _claim_log() -> None:
+    """Keep the run that is logged for this process, until it closes the log or ends, however.
+
+    Waits for another one that has it: a server may take a minute to see that a machine has died.
+    Raises BlockingIOError if it goes on. File systems that know no locks are left without.
+    """
+    import fcntl
+
+    (file,) = (one.stream for one in _LOG_HANDLERS if isinstance(one, logging.FileHandler))
+    for second in range(CLAIM_SECONDS + 1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if second == CLAIM_SECONDS:
+                raise
+            if not second:
+                LOG.warning("another process is at work here: waiting %d s for it", CLAIM_SECONDS)
+            time.sleep(1)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            return
 
 
 def _close_log() -> None:
@@ -543,8 +569,13 @@ class RunDirectory:
         provenance: Mapping[str, str],
         inputs: Mapping[str, Any],
         fixed: Sequence[str],
+        *,
+        shared: bool = False,
     ) -> None:
-        """Check, create the directory, write its records and open the log."""
+        """Check, create the directory, write its records and open the log.
+
+        Unless several processes may share the run, raises UserError where another is at work.
+        """
         self.check(options, inputs, fixed)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -560,6 +591,15 @@ class RunDirectory:
             if not (self.path / "inputs.json").exists():  # killed before it was written
                 write_json(self.path / "inputs.json", _plain(inputs))
             start_log(self.path / "log.txt")
+            if not shared:
+                _claim_log()
+        except BlockingIOError:
+            raise UserError(
+                self.path,
+                "another process at work, with the same options",
+                "one at a time",
+                "wait for it, or stop it: the same command then goes on where it was",
+            ) from None
         except OSError as error:
             raise UserError(
                 self.path, str(error), "a directory that can be written", "name another one"
@@ -591,12 +631,18 @@ class Resolved(Protocol):
 
 
 def open_run(
-    options: Resolved, path: Path, inputs: Mapping[str, Any], plan: Iterable[str], part: str = ""
+    options: Resolved,
+    path: Path,
+    inputs: Mapping[str, Any],
+    plan: Iterable[str],
+    part: str = "",
+    *,
+    shared: bool = False,
 ) -> RunDirectory:
     """How every stage begins, once its inputs are checked: refuse another run, or start or resume.
 
     With ``--dry_run`` tell the ``plan`` and end with exit code 0, nothing written. ``part``: a
-    shard of a run that several processes share.
+    shard. ``shared``: several processes may work at it at the same time.
     """
     run = RunDirectory(path, options.stage, part=part)
     run.check(options.recorded(), inputs, options.fixed)
@@ -604,7 +650,7 @@ def open_run(
         lines = "".join(f"  - {line}\n" for line in [*plan, f"write to {path}"])
         sys.stdout.write(f"dry run, nothing was written. Would:\n{lines}")
         raise SystemExit(0)
-    run.start(options.recorded(), options.provenance, inputs, options.fixed)
+    run.start(options.recorded(), options.provenance, inputs, options.fixed, shared=shared)
     if run.finished:
         LOG.info("already finished, nothing to do")
     return run

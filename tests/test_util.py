@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import resource
 import stat
+import time
 
 import numpy as np
 import pytest
@@ -215,10 +218,11 @@ OPTIONS = {"epochs": 3, "lr": 1e-4, "device": "cpu", "window": (0.0, 0.5)}
 FIXED = ("epochs", "lr", "window")
 
 
-def _start(path, stage="train", inputs=None, **changes):
+def _start(path, stage="train", inputs=None, shared=False, **changes):
     run = RunDirectory(path, stage)
     options = OPTIONS | changes
-    run.start(options, dict.fromkeys(options, "default"), inputs or {"eeg": "aa"}, FIXED)
+    start = (options, dict.fromkeys(options, "default"), inputs or {"eeg": "aa"}, FIXED)
+    run.start(*start, shared=shared)
     util._close_log()
     return run
 
@@ -239,6 +243,39 @@ def test_a_run_explains_itself(tmp_path):
     assert {"python", "commit", "host", "command", "slurm"} <= start.keys()
     assert "train" in (run.path / "log.txt").read_text()
     assert not run.finished
+
+
+def _keep_started(path, begun):
+    run = RunDirectory(path, "train")
+    run.start(OPTIONS, dict.fromkeys(OPTIONS, "default"), {"eeg": "aa"}, FIXED)
+    begun.set()
+    time.sleep(600)
+
+
+def test_a_run_is_one_process_at_a_time_until_that_dies(tmp_path, monkeypatch):
+    monkeypatch.setattr(util, "CLAIM_SECONDS", 1)
+    context = multiprocessing.get_context("spawn")
+    begun = context.Event()
+    other = context.Process(target=_keep_started, args=(tmp_path / "run", begun))
+    other.start()
+    try:
+        assert begun.wait(120)
+        with pytest.raises(UserError, match="another process at work"):
+            _start(tmp_path / "run")
+        assert len(util.read_json(tmp_path / "run" / "env.json")) == 1
+        _start(tmp_path / "run", shared=True)  # as the shards of a stage do
+    finally:
+        other.kill()
+        other.join()
+    _start(tmp_path / "run")
+
+
+def test_where_locks_are_unknown_a_run_starts_all_the_same(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    assert _start(tmp_path / "run").path.exists()
 
 
 def test_finishing_is_recorded(tmp_path):
