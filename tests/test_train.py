@@ -225,8 +225,9 @@ def test_the_total_is_the_registry_sum_plus_the_contrast(features: Chain) -> Non
     objective.decoder.eval()
     parts = objective.losses(next(iter(data.batches(0, 16))), util.generator_for(0, "test"))
     weights = dict(zip(NAMES, (0.1, 0.1, 0.2, 0.3, 0.3), strict=True))
-    expected = sum(weights[name] * parts[f"prior_{name}"] for name in NAMES) + parts["contrast"]
-    assert torch.allclose(parts["loss"], expected)
+    expected = sum(weights[name] * parts[f"prior_{name}"] for name in NAMES)
+    assert torch.allclose(parts["aligner"], expected)
+    assert torch.allclose(parts["loss"], expected + parts["contrast"])
 
 
 def test_metrics_name_every_modality_and_the_learning_rate(chain: Chain) -> None:
@@ -244,11 +245,24 @@ def test_metrics_name_every_modality_and_the_learning_rate(chain: Chain) -> None
     assert list((chain.model / "tensorboard").glob("events*"))
 
 
-def test_best_is_the_epoch_with_the_lowest_held_out_loss(uninterrupted: Path) -> None:
+def test_best_is_the_epoch_with_the_lowest_held_out_loss_of_the_aligner(
+    uninterrupted: Path,
+) -> None:
     records = util.read_jsonl(uninterrupted / "metrics.jsonl")
-    best = min(records, key=lambda record: record["val_loss"])
+    best = min(records, key=lambda record: record["val_aligner"])
     _, header = util.load_tensors(uninterrupted / "checkpoints" / "best" / "model.safetensors")
     assert header["step"] == best["step"]
+
+
+def test_a_contrast_that_is_too_sure_of_itself_does_not_choose(features: Chain) -> None:
+    objective, _ = joint(features)
+    objective.decoder.eval()
+    before = objective.validate()
+    with torch.no_grad():
+        objective.decoder.encoder.logit_scale += 2
+    after = objective.validate()
+    assert after["val_loss"] != before["val_loss"]
+    assert after["select"] == before["select"] < 0
 
 
 def test_training_never_opens_the_test_recording_or_bank(
