@@ -60,7 +60,6 @@ VARIANTS: Mapping[str, Variant] = {
     BASE: Variant(),
     "restore_variance": Variant(restore_variance=True),
     "guidance_1": Variant(guidance=1.0),
-    "guidance_1_restore_variance": Variant(guidance=1.0, restore_variance=True),
     **{f"aligner_{kind}": Variant({"aligner": kind}) for kind in ("mlp", "none")},
     "aligner_mlp_restore_variance": Variant({"aligner": "mlp"}, restore_variance=True),
     **{f"predicts_{what}": Variant({"prior_predicts": what}) for what in ("noise", "embedding")},
