@@ -307,9 +307,8 @@ def sample_concepts(
     }
     for flag, (asked, low, high) in bounds.items():
         if not low <= asked <= high:
-            raise util.UserError(
-                flag, asked, f"{low} (all shapes are shown) to {high}", "ask for as many"
-            )
+            why = "training shows every shape, and test concepts are new"
+            raise util.UserError(flag, asked, f"{low} to {high}: {why}", "ask for as many")
     training = _draw(n_training, others, np.random.default_rng([seed, 0]))
     return training, _draw(n_test, [SPLITS[split]], np.random.default_rng([seed, 0, 1]))
 
