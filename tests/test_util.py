@@ -218,11 +218,16 @@ OPTIONS = {"epochs": 3, "lr": 1e-4, "device": "cpu", "window": (0.0, 0.5)}
 FIXED = ("epochs", "lr", "window")
 
 
-def _start(path, stage="train", inputs=None, shared=False, **changes):
+def _begin(path, stage="train", inputs=None, shared=False, **changes):
     run = RunDirectory(path, stage)
     options = OPTIONS | changes
     start = (options, dict.fromkeys(options, "default"), inputs or {"eeg": "aa"}, FIXED)
     run.start(*start, shared=shared)
+    return run
+
+
+def _start(path, *how, **changes):
+    run = _begin(path, *how, **changes)
     util._close_log()
     return run
 
@@ -246,8 +251,7 @@ def test_a_run_explains_itself(tmp_path):
 
 
 def _keep_started(path, begun):
-    run = RunDirectory(path, "train")
-    run.start(OPTIONS, dict.fromkeys(OPTIONS, "default"), {"eeg": "aa"}, FIXED)
+    _begin(path)
     begun.set()
     time.sleep(600)
 
