@@ -18,12 +18,11 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-import aligners
-import engine
 import util
-from banks import FINAL_LAYER, layer_name
+from datafiles.feature_bank import FINAL_LAYER, layer_name
 from dataset import Batch, TestEEG, TrainingData
-from encoders import (
+from decoder import aligners
+from decoder.encoders import (
     NICE,
     Braindecode,
     EEGProject,
@@ -34,12 +33,13 @@ from encoders import (
     pooled_width,
     projection,
 )
+from decoder.projector import Projector, new_projector
 from loss import Contrast, embedding_losses
 from metrics import retrieval_topk
 from modalities import NAMES
-from processes import Processes, gathered
-from projector import Projector, new_projector
 from subject_layers.transformer import ChannelTransformer
+from training import loop
+from training.processes import Processes, gathered
 from unet import Sampling, TargetSpace
 from util import WHOLE, Part
 
@@ -471,15 +471,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = args.resolve("retrieval", argv)
     check_encoder(options.values.encoder)
     processes = Processes.join(options.values.device)
-    for fold in engine.folds(options):
+    for fold in loop.folds(options):
         values = fold.values
         layer = layer_name(values.contrast_layer)
-        data = engine.open_data(values, layer)
+        data = loop.open_data(values, layer)
         encoder = new_encoder(data, values.seed, values.encoder)
         projector = new_projector(layer, data.targets, data.train_rows, values.seed)
         decoder = Decoder(encoder, None, data.signal, data.clip, projector)
         objective = ContrastiveObjective(decoder, data, contrast_from(values))
-        engine.train(fold, decoder, objective, data, processes)
+        loop.train(fold, decoder, objective, data, processes)
     return 0
 
 

@@ -20,12 +20,11 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-import superpixel
 import util
-from banks import layer_name
-from modalities import MODALITIES, NAMES
-from pictures import PictureError, read_picture
-from stimuli import (
+from datafiles import superpixel
+from datafiles.feature_bank import layer_name
+from datafiles.pictures import PictureError, read_picture
+from datafiles.stimuli import (
     IMAGE_FOLDER,
     PARTITIONS,
     Stimulus,
@@ -34,6 +33,7 @@ from stimuli import (
     list_stimuli,
     read_captions,
 )
+from modalities import MODALITIES, NAMES
 from util import DataError, UserError
 
 if TYPE_CHECKING:

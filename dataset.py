@@ -17,10 +17,9 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-import doctor
 import util
-from banks import open_bank
-from eeg_files import (
+from datafiles import check
+from datafiles.eeg_files import (
     EEG_FILE,
     EEG_FOLDER,
     SIMULATED_NOTE,
@@ -35,7 +34,8 @@ from eeg_files import (
     open_recording,
     select_signal,
 )
-from stimuli import IMAGE_FOLDER, Stimulus, check_disjoint, list_stimuli, stimulus_id
+from datafiles.feature_bank import open_bank
+from datafiles.stimuli import IMAGE_FOLDER, Stimulus, check_disjoint, list_stimuli, stimulus_id
 from util import WHOLE, DataError, Part, UserError
 
 
@@ -418,7 +418,7 @@ def open_training(
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspect a data folder and say what to do next. Exit code 1 if something is wrong with it."""
     values = args.resolve("check", argv).values
-    findings = doctor.examine(
+    findings = check.examine(
         values.data_path,
         values.subjects,
         values.captions,

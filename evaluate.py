@@ -17,21 +17,17 @@ import numpy as np
 import torch
 import yaml
 
-import backbones
-import compare
-import controls
-import engine
 import metrics
-import occlusion
-import reconstruction
-import tables
 import util
 from ATMS_retrieval import Decoder, model_file
-from banks import Bank, open_bank
+from datafiles.eeg_files import eeg_file, list_subjects
+from datafiles.feature_bank import Bank, open_bank
+from datafiles.stimuli import Stimulus, list_stimuli
 from dataset import TestEEG, check_clip, is_simulated, open_test
-from eeg_files import eeg_file, list_subjects
+from decoder import controls
+from evaluation import comparison, networks, occlusion, picture_scores, tables
 from modalities import MODALITIES, NAMES
-from stimuli import Stimulus, list_stimuli
+from training import loop
 from unet import PriorBank, Sampling
 from util import UserError
 
@@ -181,7 +177,7 @@ class Opened:
     models: dict[str, Decoder] = field(default_factory=dict)  # of each subject, or one for all
     hashes: dict[str, str] = field(default_factory=dict)  # of the models' files
     tests: list[TestEEG] = field(default_factory=list)
-    groups: list[reconstruction.Group] = field(default_factory=list)
+    groups: list[picture_scores.Group] = field(default_factory=list)
     weights: dict[str, Path] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
 
@@ -201,14 +197,14 @@ def runs_of(model_path: Path, subjects: Sequence[str] | None) -> dict[str | None
     Raises UserError for a subject without a run.
     """
     runs = {
-        folder.name.removeprefix(engine.WITHOUT): folder
-        for folder in sorted(model_path.glob(f"{engine.WITHOUT}*"))
+        folder.name.removeprefix(loop.WITHOUT): folder
+        for folder in sorted(model_path.glob(f"{loop.WITHOUT}*"))
     }
     lost = [name for name in subjects or [] if name not in runs]
     if runs and lost:
         raise UserError(
             "--subjects",
-            f"no {engine.WITHOUT}{lost[0]} in {model_path}",
+            f"no {loop.WITHOUT}{lost[0]} in {model_path}",
             f"some of {', '.join(runs)}",
             "choose among them, or train that fold",
         )
@@ -257,11 +253,11 @@ def open_pictures(values: Any, opened: Opened) -> None:
         check_folder("--weights_dir", values.weights_dir, "a folder of weight files")
     if values.truth:
         check_folder("--truth", values.truth, "the pictures that were seen")
-        stimuli = reconstruction.list_pictures(values.truth)
+        stimuli = picture_scores.list_pictures(values.truth)
     else:
         stimuli = list_stimuli(values.data_path, "test")
-    opened.groups = reconstruction.pair(list(chain(*folders.values())), stimuli)
-    found = reconstruction.available(values.protocol, values.weights_dir)
+    opened.groups = picture_scores.pair(list(chain(*folders.values())), stimuli)
+    found = picture_scores.available(values.protocol, values.weights_dir)
     opened.weights, opened.skipped = found
 
 
@@ -343,7 +339,7 @@ def score(run: Path, values: Any, opened: Opened, inputs: Mapping[str, Any]) -> 
         retrieval, lines, occluded = score_retrieval(values, opened)
         util.write_csv(run / "ranks.csv", lines)
     if opened.groups:
-        pictures, lines = reconstruction.score_groups(
+        pictures, lines = picture_scores.score_groups(
             opened.groups,
             opened.weights,
             values.protocol,
@@ -357,10 +353,10 @@ def score(run: Path, values: Any, opened: Opened, inputs: Mapping[str, Any]) -> 
         "retrieval": retrieval,
         "across_subjects": across_subjects(retrieval),
         "pictures": pictures,
-        "metrics": reconstruction.described(pictures, values.protocol),
+        "metrics": picture_scores.described(pictures, values.protocol),
         "occlusion": {"how": occlusion.HOW, "rows": occluded} if occluded else None,
         "skipped": opened.skipped,
-        "labels": {name: item.label for name, item in reconstruction.SCORES.items()},
+        "labels": {name: item.label for name, item in picture_scores.SCORES.items()},
         "literature": yaml.safe_load(LITERATURE.read_text(encoding="utf-8")),
         "protocol": protocol_of(values, opened),
         "seed": values.seed,
@@ -370,7 +366,7 @@ def score(run: Path, values: Any, opened: Opened, inputs: Mapping[str, Any]) -> 
         "simulated": is_simulated(values.data_path)
         or any(group.simulated for group in opened.groups),
         "inputs": dict(inputs),
-        "weights": {name: backbones.weights_hash(path) for name, path in opened.weights.items()},
+        "weights": {name: networks.weights_hash(path) for name, path in opened.weights.items()},
         **util.environment(),
     }
 
@@ -396,7 +392,7 @@ def run_scores(options: args.Options) -> Path:
 def run_comparison(options: args.Options) -> Path:
     """Compare two finished runs of this stage; returns the run's folder."""
     values = options.values
-    found = compare.comparison(*values.compare, values.seed)
+    found = comparison.comparison(*values.compare, values.seed)
     inputs = {
         side: util.file_hash(folder / "results.json")
         for side, folder in zip("AB", values.compare, strict=True)

@@ -17,20 +17,17 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-import controls
-import fusion
-import injection
-import lowlevel
-import sampler
-import superpixel
-import sweeps
 import util
 from ATMS_retrieval import Decoder, model_file
+from datafiles import superpixel
+from datafiles.eeg_files import SIMULATED_NOTE
+from datafiles.pictures import read_picture
+from datafiles.stimuli import Stimulus, caption, read_captions
 from dataset import TestEEG, locate_test_eeg, open_test
-from eeg_files import SIMULATED_NOTE
+from decoder import controls, fusion, low_level
+from generation import variants
 from modalities import MODALITIES, NAMES, recipes
-from pictures import read_picture
-from stimuli import Stimulus, caption, read_captions
+from sdxl import injection_map, sampler
 from unet import Sampling
 from util import UserError
 
@@ -62,7 +59,7 @@ class Renderer:
     """SDXL with the adapter installed, and the drawing options that all pictures share."""
 
     pipe: Any
-    injector: injection.Injector
+    injector: injection_map.Injector
     prompts: sampler.PromptEmbeds  # encoded once: for all rows, or one per row of the test set
     how: sampler.Denoising
     seed: int
@@ -152,12 +149,12 @@ def stimulus_views(stimulus: Stimulus, slic_px: int) -> list[tuple[str, Any]]:
     levels = superpixel.superpixels(superpixel.at_slic_size(picture, slic_px))
     return [
         ("stimulus", picture),
-        *((sweeps.short(name), Image.fromarray(pixels)) for name, pixels in levels.items()),
+        *((variants.short(name), Image.fromarray(pixels)) for name, pixels in levels.items()),
     ]
 
 
 def drawn_cells(
-    out: Path, folder: str, kinds: Sequence[sweeps.Family], marks: Sequence[str]
+    out: Path, folder: str, kinds: Sequence[variants.Family], marks: Sequence[str]
 ) -> list[tuple[str, Any]]:
     """(label, picture) of every variant of some families, from disk."""
     return [
@@ -171,7 +168,7 @@ def contact_sheet(
     out: Path,
     folder: str,
     seen: Sequence[tuple[str, Any]],
-    kinds: Sequence[sweeps.Family],
+    kinds: Sequence[variants.Family],
     marks: Sequence[str],
 ) -> Any:
     """One stimulus: what was seen, then each family's pictures in a row."""
@@ -185,7 +182,7 @@ def overview(
     test: TestEEG,
     rows: Sequence[int],
     seen: Callable[[int], Sequence[tuple[str, Any]]],
-    kinds: Sequence[sweeps.Family],
+    kinds: Sequence[variants.Family],
     title: str,
     marks: Sequence[str],
 ) -> Any:
@@ -242,7 +239,7 @@ def model_inputs(values: Any, test: TestEEG) -> dict[str, str]:
         ),
         "captions": util.file_hash(values.captions) if values.captions else "",
         "vae": str(values.vae_path or ""),
-        "low_level": util.file_hash(values.model_path / lowlevel.FILE)
+        "low_level": util.file_hash(values.model_path / low_level.FILE)
         if values.init == "superpixel"
         else "",
     }
@@ -349,23 +346,23 @@ class Series:
         return f"sweep of {self.sweep}" if self.sweep else self.mode
 
     @cached_property
-    def preset(self) -> injection.InjectionMap:
-        return injection.load_injection(self.injection)
+    def preset(self) -> injection_map.InjectionMap:
+        return injection_map.load_injection(self.injection)
 
     def families(
-        self, layers: Sequence[injection.Layer], gains: torch.Tensor | None
-    ) -> list[sweeps.Family]:
-        return sweeps.families(self.mode, self.sweep, self.preset, layers, self.strength, gains)
+        self, layers: Sequence[injection_map.Layer], gains: torch.Tensor | None
+    ) -> list[variants.Family]:
+        return variants.families(self.mode, self.sweep, self.preset, layers, self.strength, gains)
 
     def pictures(
-        self, layers: Sequence[injection.Layer], gains: torch.Tensor | None
+        self, layers: Sequence[injection_map.Layer], gains: torch.Tensor | None
     ) -> list[tuple[tuple[str, ...], torch.Tensor]]:
         """(names, scales [M, L]) of a row's distinct pictures; ``gains`` [M] of the row."""
         kinds = self.families(layers, gains)
-        return sweeps.distinct([variant for kind in kinds for variant in kind.variants])
+        return variants.distinct([variant for kind in kinds for variant in kind.variants])
 
     def tasks(
-        self, layers: Sequence[injection.Layer], gains: torch.Tensor | None, rows: Sequence[int]
+        self, layers: Sequence[injection_map.Layer], gains: torch.Tensor | None, rows: Sequence[int]
     ) -> list[Task]:
         """Every distinct picture of every row. ``gains`` [n, M] of each row; None: registered."""
         if gains is None:  # the same for every row
@@ -445,7 +442,7 @@ def write_sheets(
     out: Path,
     test: TestEEG,
     rows: Sequence[int],
-    kinds: Sequence[sweeps.Family],
+    kinds: Sequence[variants.Family],
     part: str,
 ) -> None:
     """``overview.png`` of the first stimuli, and a contact sheet for each where there is more."""
@@ -473,7 +470,7 @@ def write_sheets(
 
 def coarse_starts(
     decoder: Decoder,
-    head: lowlevel.LowLevelHead,
+    head: low_level.LowLevelHead,
     test: TestEEG,
     rows: Sequence[int],
     seed: int,
@@ -481,11 +478,11 @@ def coarse_starts(
 ) -> torch.Tensor:
     """Coarse pictures [n, 3, GRID, GRID] to start from, or what a control puts in their place."""
     if control == "true_embedding":
-        return lowlevel.coarse_pictures([test.stimuli[row] for row in rows])
+        return low_level.coarse_pictures([test.stimuli[row] for row in rows])
     if control == "mean_embedding":
         return head.mean_picture().expand(len(rows), -1, -1, -1)
     read = controls.controlled_eeg(test, control, seed)
-    return head.predict(lowlevel.test_features(decoder, read, rows), test.subject)
+    return head.predict(low_level.test_features(decoder, read, rows), test.subject)
 
 
 def encode_starts(
@@ -501,7 +498,7 @@ def encode_starts(
     note = "; ".join(args.MARKS[mark] for mark in marks) or "predicted from EEG"
     latents = []
     for row, small in zip(rows, coarse, strict=True):
-        large = lowlevel.enlarged(small[None], size_px)
+        large = low_level.enlarged(small[None], size_px)
         pixels = (large[0] * 255).round().byte().permute(1, 2, 0).numpy()
         save_picture(out / test.names[row] / marked("start", marks), pixels, note)
         latents.append(sampler.encode_pictures(pipe, large))
@@ -513,7 +510,7 @@ def encode_starts(
 
 def open_model(values: Any) -> tuple[Decoder, TestEEG]:
     """The decoder and the EEG it is to read, checked against each other and the adapter."""
-    injection.load_injection(values.injection)
+    injection_map.load_injection(values.injection)
     decoder = Decoder.load(values.model_path, values.checkpoint)
     if decoder.bank is None:
         raise UserError(
@@ -523,9 +520,9 @@ def open_model(values: Any) -> tuple[Decoder, TestEEG]:
             "train the priors with train.py --init_from that run",
         )
     if values.init == "superpixel":
-        lowlevel.load_head(values.model_path)
-    injection.check_sdxl(values.sd_model_path)
-    injection.check_ip_adapter(values.ip_adapter_path, decoder.bank.embed_dim)
+        low_level.load_head(values.model_path)
+    injection_map.check_sdxl(values.sd_model_path)
+    injection_map.check_ip_adapter(values.ip_adapter_path, decoder.bank.embed_dim)
     file, subject, data_path = locate_test_eeg(values.eeg_data, values.subject, values.data_path)
     test = open_test(
         file,
@@ -540,15 +537,15 @@ def open_model(values: Any) -> tuple[Decoder, TestEEG]:
 
 def open_renderer(values: Any, device: torch.device, prompts: Sequence[str]) -> Renderer:
     """SDXL with the adapter, the scheduler and the options of this call."""
-    pipe = injection.load_sdxl(
+    pipe = injection_map.load_sdxl(
         values.sd_model_path,
         pick_dtype(values.precision, device),
         "cpu" if values.offload else device,
         values.vae_path,
     )
     sampler.set_scheduler(pipe, values.scheduler, values.timestep_spacing)
-    injector = injection.Injector.install(
-        pipe.unet, injection.read_ip_adapter(values.ip_adapter_path)
+    injector = injection_map.Injector.install(
+        pipe.unet, injection_map.read_ip_adapter(values.ip_adapter_path)
     )
     if values.offload:
         pipe.enable_model_cpu_offload(device=device)
@@ -607,7 +604,7 @@ def draw_run(
     gains = predicted_gains(values, *given, device)
     coarse = None
     if values.init == "superpixel":
-        head = lowlevel.load_head(values.model_path)
+        head = low_level.load_head(values.model_path)
         coarse = coarse_starts(decoder, head, test, rows, values.seed, values.control)
     util.save_tensors(
         run.path / f"embeddings{part}.safetensors",

@@ -19,16 +19,30 @@ if __name__ == "__main__":
 
 import numpy as np
 
-import raw_quality
 import util
-from channels import THINGS_CHANNELS, Signal, eeg_names, prepare, refuse_missing, wanted_channels
-from eeg_files import EEG_FILE, EEG_FOLDER, SIMULATED_NOTE
-from epoching import CHUNK, Piece, Window, cut_all
-from published import OSF_SHAPE
-from recordings import Recorded, Session, Subject, Trials, own_subjects, published_subjects
-from stimuli import IMAGE_FOLDER, PARTITIONS, list_stimuli
+from datafiles.eeg_files import EEG_FILE, EEG_FOLDER, SIMULATED_NOTE
+from datafiles.published import OSF_SHAPE
+from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, list_stimuli
+from preprocessing import quality
+from preprocessing.channels import (
+    THINGS_CHANNELS,
+    Signal,
+    eeg_names,
+    prepare,
+    refuse_missing,
+    wanted_channels,
+)
+from preprocessing.epochs import CHUNK, Piece, Window, cut_all
+from preprocessing.recordings import (
+    Recorded,
+    Session,
+    Subject,
+    Trials,
+    own_subjects,
+    published_subjects,
+)
+from preprocessing.whitening import condition_weights, whitener
 from util import LOG, DataError, UserError
-from whitening import condition_weights, whitener
 
 PIECE_S = 120.0  # longest stretch of recording that is cut at once
 
@@ -237,7 +251,7 @@ def _partition(
     dropped = {"at the edge": int((~inside).sum()), "surplus": len(fitting.onsets) - len(kept)}
     if partition == next(iter(recorded.trials)):  # events that are no trials are counted once
         dropped = dict(recorded.dropped) | dropped
-    return raw_quality.record(session.name, partition, signal, len(kept), dropped, part.evoked)
+    return quality.record(session.name, partition, signal, len(kept), dropped, part.evoked)
 
 
 def part_path(folder: Path, session: Session, partition: str) -> Path:
@@ -404,7 +418,7 @@ def merge_subject(subject: Subject, settings: Settings, run: util.RunDirectory) 
             )
         else:
             LOG.warning("%s: no %s trials, so no %s", subject.name, partition, EEG_FILE[partition])
-    raw_quality.write(run.path, subject.name, settings.channels, parts, shapes, subject.simulated)
+    quality.write(run.path, subject.name, settings.channels, parts, shapes, subject.simulated)
 
 
 def merge_partition(
@@ -525,7 +539,7 @@ def process_subject(subject: Subject, settings: Settings, run: util.RunDirectory
             continue
         process_session(subject, session, settings, folder, len(subject.sessions) - number)
         for record in util.read_json(folder / f"{session.name}.json"):
-            LOG.info("%s %s", subject.name, raw_quality.line(record))
+            LOG.info("%s %s", subject.name, quality.line(record))
     merge_subject(subject, settings, run)
     run.finish({"sessions": len(subject.sessions), "channels": len(settings.channels)})
     shutil.rmtree(folder)
@@ -562,7 +576,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except util.StageError:
                 forget_if_fresh(run)
                 raise
-        print((run.path / raw_quality.TEXT).read_text(encoding="utf-8"), end="")
+        print((run.path / quality.TEXT).read_text(encoding="utf-8"), end="")
     return 0
 
 

@@ -26,11 +26,13 @@ if __name__ == "__main__":
 import numpy as np
 
 import dataset
-import figures
-import injection
-import reconstruction
 import util
-from figures import (
+from datafiles.pictures import read_picture
+from datafiles.stimuli import Stimulus
+from evaluation import picture_scores
+from modalities import NAMES, SITES, recipes
+from reporting import svg
+from reporting.svg import (
     CONTROL_LABELS,
     HEADLINE_METRICS,
     INTERVAL,
@@ -44,13 +46,11 @@ from figures import (
     recipe_labels,
     recipe_title,
 )
-from modalities import NAMES, SITES, recipes
-from pictures import read_picture
-from stimuli import Stimulus
+from sdxl import injection_map
 from util import DataError, StageError, UserError
 
 HERE = Path(__file__).resolve().parent
-TEMPLATES = HERE / "templates"
+TEMPLATES = HERE / "reporting" / "templates"
 GENERATOR = "eeg2image report.py"
 STAGES = ("train", "retrieval", "generate", "evaluate")  # whose runs are shown
 # what a page is made from; not env.json, which grows with every start of a finished run
@@ -142,7 +142,7 @@ class Drawing:
 
 def read_drawing(run: Run) -> Drawing | None:
     """What a generate.py run has drawn so far, None before the first picture. Raises DataError."""
-    records = reconstruction.read_journal(run.path)
+    records = picture_scores.read_journal(run.path)
     if not records:
         return None
     files, cure = {}, "draw it again: the same generate.py command goes on where it stopped"
@@ -303,9 +303,10 @@ def page_hash(
     runs: Sequence[Run], world: World, pictures: Mapping[Path, str], labels: Sequence[str]
 ) -> str:
     """sha256 over everything the page shows and the code that shows it."""
-    modules = ("report", "figures", "args", "modalities", "injection", "scalp")
-    code = [HERE / f"{name}.py" for name in modules]
-    code += sorted([*TEMPLATES.iterdir(), *injection.PRESETS.glob("*.yaml")])
+    beside = ("report", "args", "modalities", "sdxl/injection_map", "datafiles/electrodes")
+    code = [HERE / f"{name}.py" for name in beside]
+    code += sorted((HERE / "reporting").rglob("*.py"))
+    code += sorted([*TEMPLATES.iterdir(), *injection_map.PRESETS.glob("*.yaml")])
     records = {
         run.label: {
             str(path.relative_to(run.path)): util.file_hash(path)
@@ -316,7 +317,7 @@ def page_hash(
     }
     return util.json_hash(
         {
-            "code": {path.name: util.file_hash(path) for path in code if path.is_file()},
+            "code": {str(path.relative_to(HERE)): util.file_hash(path) for path in code},
             "runs": records,
             "labels": list(labels),
             "pictures": sorted(["/".join(path.parts[-3:]), of] for path, of in pictures.items()),
@@ -831,8 +832,8 @@ def injection_maps(drawings: Sequence[Drawing]) -> list[dict[str, Any]]:
     for (name, strength), items in used.items():
         runs = ", ".join(item.run.label for item in items)
         try:
-            preset = injection.load_injection(str(name))
-            tables = figures.site_scales(preset, strength)
+            preset = injection_map.load_injection(str(name))
+            tables = svg.site_scales(preset, strength)
         except StageError as error:  # a preset file that is not here, or not as it was
             maps.append({"name": name, "runs": runs, "missing": f"{error.where}: {error.found}"})
             continue
@@ -846,7 +847,7 @@ def injection_maps(drawings: Sequence[Drawing]) -> list[dict[str, Any]]:
                 "strength": strength,
                 "weights": ", ".join(sorted(weights)),
                 "figures": [
-                    figures.map_figure(preset.name, kind, table) for kind, table in tables.items()
+                    svg.map_figure(preset.name, kind, table) for kind, table in tables.items()
                 ],
                 "tables": {
                     kind: [
@@ -875,8 +876,8 @@ def eeg_views(world: World, window: Sequence[float] | None) -> list[dict[str, An
     for subject, path in shown_eeg(world).items():
         eeg, channels, times, trials = open_responses(path, world)
         about = f"{subject}, N = {len(eeg)} test stimuli, mean of {trials} trials each"
-        evoked = figures.erp_figure(eeg, channels, times, subject, about, window)
-        maps = figures.scalp_figures(eeg.mean(axis=0), channels, times, about)
+        evoked = svg.erp_figure(eeg, channels, times, subject, about, window)
+        maps = svg.scalp_figures(eeg.mean(axis=0), channels, times, about)
         views.append({"subject": subject, "figures": [evoked, *maps]})
     return views
 
@@ -1014,18 +1015,18 @@ def score_parts(item: Scores, world: World, thumbs: Thumbnails) -> dict[str, Any
         "retrieval": retrieval_table(item),
         "contribution": [
             [
-                figures.retrieval_bars(item.results, subject)
-                for subject in figures.asked_subjects(item.results)
+                svg.retrieval_bars(item.results, subject)
+                for subject in svg.asked_subjects(item.results)
             ],
-            figures.contribution_figures(item.results),
+            svg.contribution_figures(item.results),
         ],
-        "ranks": figures.rank_figures(item.results, item.ranks),
+        "ranks": svg.rank_figures(item.results, item.ranks),
         "confusions": found
         | {
             "pairs": [(shown(a), shown(b), count) for a, b, count in found["pairs"]],
             "hubs": [(shown(key), count) for key, count in found["hubs"]],
         },
-        "occlusion": figures.occlusion_figures(item.results),
+        "occlusion": svg.occlusion_figures(item.results),
         "occlusion_table": occlusion_table(item),
     }
 
@@ -1068,7 +1069,7 @@ def page_context(material: Material, thumbs: Thumbnails) -> dict[str, Any]:
         "literature": literature_tables(material.scores),
         "comparisons": [found for run in material.runs if (found := comparison_table(run))],
         "training": [
-            figures.training_figures(run.label, run.options, records)
+            svg.training_figures(run.label, run.options, records)
             for run in material.runs
             if run.stage in ("train", "retrieval")
             and (records := util.read_jsonl(run.path / "metrics.jsonl"))

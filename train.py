@@ -13,10 +13,6 @@ if __name__ == "__main__":
 
 import torch
 
-import aligners
-import engine
-import fusion
-import lowlevel
 import util
 from ATMS_retrieval import (
     ATMS,
@@ -28,13 +24,15 @@ from ATMS_retrieval import (
     new_encoder,
     validation_retrieval,
 )
-from banks import layer_name
+from datafiles.feature_bank import layer_name
+from datafiles.stimuli import list_stimuli
 from dataset import Batch, TrainingData, check_clip
+from decoder import aligners, fusion, low_level
+from decoder.projector import new_projector
 from loss import Contrast, prior_total
 from modalities import NAMES
-from processes import Processes
-from projector import new_projector
-from stimuli import list_stimuli
+from training import loop
+from training.processes import Processes
 from util import WHOLE, Part
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
@@ -221,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, or go on training, or do nothing when the run is finished."""
     options = args.resolve("train", argv)
     processes = Processes.join(options.values.device)
-    for fold in engine.folds(options):
+    for fold in loop.folds(options):
         train_one(fold, processes)
     return 0
 
@@ -232,7 +230,7 @@ def train_one(options: args.Options, processes: Processes) -> None:
     check_encoder(values.encoder)
     known = Decoder.load(values.adapt_from, "best") if values.adapt_from else None
     layer = known.layer if known else layer_name(values.contrast_layer)
-    data = engine.open_data(values, layer)
+    data = loop.open_data(values, layer)
     if known:
         features = values.clip_feature_path
         data, decoder = adapted(known, values.adapt_from, data, features, values.trainable)
@@ -248,13 +246,13 @@ def train_one(options: args.Options, processes: Processes) -> None:
     objective = JointObjective(
         decoder, data, contrast_from(values), values.contrast_weight, values.noise_draws
     )
-    run = engine.train(options, decoder, objective, data, processes)
+    run = loop.train(options, decoder, objective, data, processes)
     if not processes.first:
         return
-    if values.low_level and not (run.path / lowlevel.FILE).exists():
+    if values.low_level and not (run.path / low_level.FILE).exists():
         best = Decoder.load(run.path, "best").to(processes.device)
         stimuli = list_stimuli(values.data_path, "training")
-        lowlevel.fit_head(best, data, stimuli).save(run.path, data.clip)
+        low_level.fit_head(best, data, stimuli).save(run.path, data.clip)
     print(f"model: {model_file(run.path, 'best')}")
 
 

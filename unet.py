@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dropout import Dropout
 from loss import LossTerms, stacked_prior_loss
 from modalities import NAMES
-from stacked import keep_separate_state, stacked
+from subject_layers.dropout import Dropout
+from subject_layers.stacked import keep_separate_state, stacked
 from util import WHOLE, Part, generator_for
 
 if TYPE_CHECKING:

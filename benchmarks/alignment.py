@@ -25,14 +25,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import args
-import controls
 import demo
 import metrics
 import util
 from ATMS_retrieval import Decoder, model_file
-from banks import Bank, open_bank
+from datafiles.eeg_files import eeg_file, list_subjects
+from datafiles.feature_bank import Bank, open_bank
 from dataset import TestEEG, open_test
-from eeg_files import eeg_file, list_subjects
+from decoder import controls
 from modalities import NAMES
 from unet import Sampling
 

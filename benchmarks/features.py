@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import args
 import clip_feature_extractor as stage
 import util
+from datafiles.stimuli import Stimulus
 from miniworld import renders
-from stimuli import Stimulus
 
 
 @dataclass(frozen=True)

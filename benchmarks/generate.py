@@ -33,14 +33,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import args
-import injection
-import sampler
-import superpixel
-import sweeps
 import util
 from clip_feature_extractor import load_clip
+from datafiles import superpixel
+from generation import variants
 from miniworld import models, pictures, renders
 from modalities import NAMES, recipes
+from sdxl import injection_map, sampler
 
 WEIGHTS = models.Models(models.SHIPPED)
 STOCK_BATCHES = (4, 8, 16, 32)  # tried once; the fastest is timed
@@ -112,15 +111,15 @@ class Ours:
 
     work: Work
     pipe: Any
-    injector: injection.Injector
+    injector: injection_map.Injector
     prompt: sampler.PromptEmbeds
     batch: int
 
     @classmethod
     def load(cls, work: Work, batch: int) -> Ours:
-        pipe = injection.load_sdxl(WEIGHTS.sdxl, torch.float32, "cpu")
-        injector = injection.Injector.install(
-            pipe.unet, injection.read_ip_adapter(WEIGHTS.ip_adapter)
+        pipe = injection_map.load_sdxl(WEIGHTS.sdxl, torch.float32, "cpu")
+        injector = injection_map.Injector.install(
+            pipe.unet, injection_map.read_ip_adapter(WEIGHTS.ip_adapter)
         )
         prompt = sampler.encode_prompt(pipe, [work.prompt], [work.negative_prompt])
         return cls(work, pipe, injector, prompt, batch)
@@ -128,9 +127,9 @@ class Ours:
     @functools.cached_property
     def distinct(self) -> list[tuple[tuple[str, ...], torch.Tensor]]:
         """(names, scales [M, L]) of the recipes that differ, as generate.py draws them."""
-        preset = injection.load_injection("intent")
-        families = sweeps.families("all", None, preset, self.injector.layers, strength=1.0)
-        return sweeps.distinct([item for family in families for item in family.variants])
+        preset = injection_map.load_injection("intent")
+        families = variants.families("all", None, preset, self.injector.layers, strength=1.0)
+        return variants.distinct([item for family in families for item in family.variants])
 
     def units(self, stimuli: Sequence[int]) -> list[Unit]:
         tasks = [(row, names, table) for row in stimuli for names, table in self.distinct]
@@ -181,7 +180,7 @@ class Stock:
         from diffusers import StableDiffusionXLPipeline
         from diffusers.utils import logging
 
-        injection.quiet_loading()
+        injection_map.quiet_loading()
         pipe = StableDiffusionXLPipeline.from_pretrained(
             str(WEIGHTS.sdxl), dtype=torch.float32, local_files_only=True, add_watermarker=False
         )
@@ -196,8 +195,10 @@ class Stock:
             local_files_only=True,
         )
         logging.set_verbosity(verbosity)
-        layers = injection.layers_of(pipe.unet)
-        tables = {recipe.name: injection.scales(recipe, layers=layers) for recipe in recipes("all")}
+        layers = injection_map.layers_of(pipe.unet)
+        tables = {
+            recipe.name: injection_map.scales(recipe, layers=layers) for recipe in recipes("all")
+        }
         made = cls(work, pipe, tables, None, 1)
         made.check_scales()
         return made
@@ -227,7 +228,7 @@ class Stock:
                 raise SystemExit(f"{name}: diffusers' scales {found} are not the map's {table}")
 
     def set_scales(self, recipe: str) -> None:
-        layers, forms = injection.layers_of(self.pipe.unet), []
+        layers, forms = injection_map.layers_of(self.pipe.unet), []
         for row in self.tables[recipe].tolist():
             form: dict[str, Any] = {"down": {}, "up": {}, "mid": 0.0}
             for layer, scale in zip(layers, row, strict=True):
@@ -502,7 +503,7 @@ def memory_of(route: str, given: argparse.Namespace) -> dict[str, float]:
     from diffusers import StableDiffusionXLPipeline  # noqa: F401 - counted as an import
 
     imported = peak_mib()
-    dim = injection.read_ip_adapter(WEIGHTS.ip_adapter).clip_dim
+    dim = injection_map.read_ip_adapter(WEIGHTS.ip_adapter).clip_dim
     vectors = torch.randn(given.stimuli, len(NAMES), dim, generator=util.generator_for(given.seed))
     work = work_of(given, vectors)
     if route == "ours":
@@ -584,7 +585,7 @@ def ip_attention(
     key, value = torch.randn(2, width, TOKEN_WIDTH, generator=draw) * TOKEN_WIDTH**-0.5
     scale = [0.2 + 0.1 * m for m in range(len(NAMES))]
     plain, stock = AttnProcessor2_0(), five_copies(key, value, scale)
-    ours = injection.InjectedAttention(key, value, heads)
+    ours = injection_map.InjectedAttention(key, value, heads)
     attn = without_projections(query, text, heads)
     per_modality = [tokens[:, [m]] for m in range(len(NAMES))]
     split = query.unflatten(-1, (heads, -1)).transpose(1, 2)

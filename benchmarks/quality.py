@@ -23,13 +23,13 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import demo
-import injection
 import metrics
 import modalities
-import reconstruction
 import util
+from datafiles.stimuli import list_stimuli
+from evaluation import picture_scores
 from miniworld import judge, models, pictures, quality, renders
-from stimuli import list_stimuli
+from sdxl import injection_map
 
 COLOURS = ("colour", "background")
 # models trained otherwise: {name: flags of train.py}
@@ -75,7 +75,7 @@ def summary(values: np.ndarray, seed: int) -> dict[str, Any]:
 def of_miniatures(weights: models.Models, n: int, seed: int) -> dict[str, Any]:
     """The models themselves on renders of n test concepts."""
     scenes = renders.unseen_scenes("test", n, seed)
-    vae = injection.load_sdxl(weights.sdxl, torch.float32, "cpu").vae
+    vae = injection_map.load_sdxl(weights.sdxl, torch.float32, "cpu").vae
     verdicts = quality.judge_accuracy(judge.load(weights.judge), scenes)
     rows = {"vae_psnr": summary(quality.vae_psnr(vae, scenes), seed)}
     for name, hits in quality.clip_retrieval(weights, scenes).items():
@@ -206,8 +206,8 @@ def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
 
 def pixel_scores(images: Path, data: Path) -> dict[str, np.ndarray]:
     """PixCorr and SSIM of the fused pictures of a run, by stimulus."""
-    (group,) = reconstruction.pair([images], list_stimuli(data, "test"))
-    values = reconstruction.pixel_values(group, metrics.PROTOCOLS[0], 0)
+    (group,) = picture_scores.pair([images], list_stimuli(data, "test"))
+    values = picture_scores.pixel_values(group, metrics.PROTOCOLS[0], 0)
     return {name: found.own for name, found in values.items()}
 
 

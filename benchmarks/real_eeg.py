@@ -31,13 +31,13 @@ sys.path.insert(0, str(ROOT))
 
 import args
 import dataset
-import engine
 import metrics
 import util
 from ATMS_retrieval import ContrastiveObjective, Decoder, check_encoder, contrast_from, new_encoder
 from loss import Contrast
 from modalities import NAMES
-from processes import Processes
+from training import loop
+from training.processes import Processes
 
 WINDOW_S = (0.0, 1.0)  # end exclusive
 FOLDS, INNER_SHARE = 5, 0.2  # of the people; of a fold's training people, to choose by
@@ -200,10 +200,10 @@ def trained(
     flags |= {"epochs": epochs, "save_every": epochs, "seed": seed, **TRAINING}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     options = args.resolve("retrieval", words)  # whatever is not named: its default
-    data = engine.open_data(options.values)
+    data = loop.open_data(options.values)
     decoder = Decoder(new_encoder(data, seed, name), None, data.signal, data.clip)
     objective = PeopleObjective(decoder, data, contrast_from(options.values), inner)
-    run = engine.train(options, decoder, objective, data, Processes.join("cpu"))
+    run = loop.train(options, decoder, objective, data, Processes.join("cpu"))
     return Decoder.load(run.path, "best")
 
 

@@ -27,13 +27,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import args
-import superpixel
 import util
 from clip_feature_extractor import Pictures, Views
+from datafiles import superpixel
+from datafiles.pictures import read_picture
+from datafiles.stimuli import Stimulus
 from miniworld import renders
 from modalities import MODALITIES, Slic
-from pictures import read_picture
-from stimuli import Stimulus
 
 CROP_PX = 224
 PROCESSES = (2, 1)  # ours, baseline

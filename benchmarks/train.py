@@ -31,20 +31,19 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataset
-import eeg_files
-import engine
-import published
 import train
 import util
-from aligners import Alignment
 from ATMS_retrieval import Decoder
-from dropout import Dropout
-from encoders import SpatioTemporalConvolution
+from datafiles import eeg_files, published
+from decoder.aligners import Alignment
+from decoder.encoders import SpatioTemporalConvolution
 from loss import Contrast, contrastive_total, prior_loss, prior_total
 from masking import Masking
 from modalities import NAMES
-from optimisation import Schedule
-from processes import Processes
+from subject_layers.dropout import Dropout
+from training import loop
+from training.optimisation import Schedule
+from training.processes import Processes
 from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank, timestep_features
 
 DIM, CHANNELS, SAMPLES, RATE_HZ = 1024, 63, 250, 250
@@ -260,9 +259,9 @@ class OurStep:
             weight_decay=0.01, warmup_steps=0, grad_clip=1.0, ema_decay=0.0, seed=0,
             epochs_per_call=None, save_every=1, val_every=1,
         )  # fmt: skip
-        computing = engine.Computing("float32", 1, False, "auto", "none")
+        computing = loop.Computing("float32", 1, False, "auto", "none")
         objective = train.JointObjective(decoder, data, Contrast(0.01), 1.0, noise_draws=1)
-        self.training = engine._Training(
+        self.training = loop._Training(
             util.RunDirectory(out, "train"), decoder, objective, Masking(), schedule, computing,
             Processes(0, 1, torch.device("cpu")), 1,
         )  # fmt: skip

@@ -22,9 +22,9 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
-import scalp
 import util
-from eeg_files import SIMULATED_NOTE
+from datafiles import electrodes
+from datafiles.eeg_files import SIMULATED_NOTE
 from miniworld.pictures import (
     COLOURS,
     PARTITIONS,
@@ -218,7 +218,7 @@ def features_of(images: Iterable[np.ndarray], scenes: Sequence[Scene], seed: int
 @functools.lru_cache(maxsize=1)
 def channel_directions() -> np.ndarray:
     """Unit vectors [63, 3] of CHANNELS from the sphere centre: x right, y front, z up."""
-    places = scalp.positions(CHANNELS)
+    places = electrodes.positions(CHANNELS)
     points = np.array([places[name] for name in CHANNELS])
     # least-squares sphere: |p|^2 = 2 p.c + (r^2 - |c|^2) is linear in the centre c
     design = np.column_stack([2 * points, np.ones(len(points))])

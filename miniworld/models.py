@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import injection
 import util
+from sdxl import injection_map
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -139,7 +139,7 @@ def build_vae(size: Size) -> AutoencoderKL:
 
 
 def _tokenizer(size: Size, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    tokenizer = injection.clip_tokenizer(pad_token, size.merges)
+    tokenizer = injection_map.clip_tokenizer(pad_token, size.merges)
     tokenizer.model_max_length = size.prompt_tokens
     return tokenizer
 
@@ -222,7 +222,7 @@ def assemble(
     """SDXL's pipeline around these parts, with untrained text encoders."""
     from diffusers import StableDiffusionXLPipeline
 
-    injection.quiet_loading()
+    injection_map.quiet_loading()
     text_encoder, text_encoder_2 = build_text_encoders(size)
     return StableDiffusionXLPipeline(
         vae=vae,
@@ -280,7 +280,7 @@ def random_models(folder: Path, seed: int) -> Models:
             clip, unet, vae = build_clip(RANDOM), build_unet(RANDOM), build_vae(RANDOM)
             _scale_outputs(unet, vae)
             scheduler = EulerDiscreteScheduler.from_pretrained(
-                injection.SDXL_CONFIG, subfolder="scheduler"
+                injection_map.SDXL_CONFIG, subfolder="scheduler"
             )
             pipe = assemble(RANDOM, unet, vae, scheduler)
         util.write_json(new.clip_config, dict(RANDOM.clip))

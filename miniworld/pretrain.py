@@ -23,14 +23,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import engine
-import injection
 import modalities
-import optimisation
-import sampler
 import util
 from clip_feature_extractor import load_clip
 from miniworld import judge, models, pictures, renders
+from sdxl import injection_map, sampler
+from training import loop, optimisation
 
 SAVE_EVERY_S = 30
 WARMUP_STEPS = 100
@@ -406,11 +404,11 @@ class JudgePart:
 # ---------------------------------------------------------------- SDXL's U-Net and the IP-Adapter
 
 
-def set_adapter(unet: Any, clip_dim: int) -> injection.Injector:
+def set_adapter(unet: Any, clip_dim: int) -> injection_map.Injector:
     """The very modules that draw, made trainable; starts with little effect."""
     tensors = models.adapter_tensors(unet, clip_dim, seed=0, value_gain=0.5)
-    weights = injection.IPAdapterWeights.from_tensors(Path("in training"), tensors)
-    injector = injection.Injector.install(unet, weights)
+    weights = injection_map.IPAdapterWeights.from_tensors(Path("in training"), tensors)
+    injector = injection_map.Injector.install(unet, weights)
     for module in (injector.projection, *injector.processors):
         module.requires_grad_(True)
     return injector
@@ -447,7 +445,7 @@ class GeneratorPart:
         self.injector = set_adapter(self.unet, models.TRAINED.clip["embed_dim"])
         self.model = nn.ModuleDict({"unet": self.unet, "projection": self.injector.projection})
         self.scheduler = models.trained_scheduler()
-        pipe = injection.load_sdxl(weights.sdxl, torch.float32, "cpu")
+        pipe = injection_map.load_sdxl(weights.sdxl, torch.float32, "cpu")
         self.latents = kept(
             data.folder, "latents", weights.sdxl / "vae" / models.WEIGHTS_FILE,
             lambda: whitened_latents(pipe.vae, data.whole),
@@ -602,7 +600,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = util.open_run(options, values.output_path, {}, plan)
     data = renders.Renders(run.path / "cache", values.pictures, values.seed)
     weights = models.Models(run.path / "weights")
-    with engine.stop_requests() as stops:
+    with loop.stop_requests() as stops:
         for name in names:
             steps = getattr(values, f"{name}_steps")
             trained = run.path / name / "trained.json"

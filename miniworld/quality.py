@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional as F
 
 import metrics
-import superpixel
 import util
 from clip_feature_extractor import load_clip
+from datafiles import superpixel
+from datafiles.pictures import read_picture
+from evaluation.picture_scores import read_run
 from miniworld import judge, models, pictures
 from modalities import recipes
-from pictures import read_picture
-from reconstruction import read_run
 
 Verdicts = Mapping[str, Mapping[str, np.ndarray]]  # {recipe or control: {attribute: bool [n]}}
 PLACE_TOLERANCE = 0.1  # picture widths: a fifth of an object

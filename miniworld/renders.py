@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import superpixel
 import util
+from datafiles import superpixel
+from datafiles.stimuli import PICTURES, Stimulus
 from miniworld import models, pictures
-from stimuli import PICTURES, Stimulus
 
 SUPERPIXEL_SHARE = 10  # one picture in this many is also kept as superpixels
 SHAPE_SHARE = 0.75  # of near misses

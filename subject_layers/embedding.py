@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from dropout import Dropout
+from subject_layers.dropout import Dropout
 
 
 def positional_table(length: int, width: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dropout import Dropout
 from subject_layers.attention import SelfAttention
+from subject_layers.dropout import Dropout
 from subject_layers.embedding import ChannelEmbedding
 
 

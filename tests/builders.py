@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import dataset
-import stimuli
 import util
+from datafiles import stimuli
 from modalities import NAMES
 
 CHANNELS = ("Fz", "Cz", "Pz", "O1", "O2")
@@ -118,3 +118,16 @@ def write_world(root: Path, channel_orders: Sequence[Sequence[str]] = (CHANNELS,
         write_subject(root, subject, channels)
     write_bank(root / "bank", root)
     return root
+
+
+def copied_bank(source: Path, target: Path, scale: float = 1.0, **header: object) -> Path:
+    """A feature bank with other values or another header."""
+    target.mkdir()
+    (target / "DONE").write_text("{}")
+    for partition in ("training", "test"):
+        tensors, old = util.load_tensors(source / f"{partition}.safetensors")
+        rows = {
+            name: value * scale if name != "stimulus" else value for name, value in tensors.items()
+        }
+        util.save_tensors(target / f"{partition}.safetensors", rows, old | header)
+    return target

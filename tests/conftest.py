@@ -11,11 +11,10 @@ import torch
 from helpers_drawing import five_copies
 
 import clip_feature_extractor
-import injection
-import sampler
 import train
 from miniworld import models as miniature
 from miniworld.__main__ import main as build_world
+from sdxl import injection_map, sampler
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -181,13 +180,13 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def weights(models):
-    return injection.read_ip_adapter(models.ip_adapter, clip_dim=miniature.CLIP_DIM)
+    return injection_map.read_ip_adapter(models.ip_adapter, clip_dim=miniature.CLIP_DIM)
 
 
 @pytest.fixture(scope="session")
 def plain(models):
     """The miniature pipeline as loaded."""
-    return injection.load_sdxl(models.sdxl, torch.float32, "cpu")
+    return injection_map.load_sdxl(models.sdxl, torch.float32, "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -197,7 +196,7 @@ def injected(plain, weights):
         **{**plain.components, "unet": copy.deepcopy(plain.unet)}, add_watermarker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe, injection.Injector.install(pipe.unet, weights)
+    return pipe, injection_map.Injector.install(pipe.unet, weights)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-import injection
 import modalities
-import sampler
 import util
 from miniworld import models as miniature
+from sdxl import injection_map, sampler
 
 NAMES = modalities.NAMES
 FUSED = modalities.recipes("fused")[0]
@@ -43,7 +42,7 @@ def predict(injected, vectors: torch.Tensor, scale: torch.Tensor, inputs: dict) 
     return pipe.unet(**inputs).sample
 
 
-def five_copies(weights: injection.IPAdapterWeights) -> list[dict]:
+def five_copies(weights: injection_map.IPAdapterWeights) -> list[dict]:
     """An adapter in its official layout, once per modality, as diffusers' own route loads it."""
     adapter = {
         "image_proj": dict(weights.projection),
@@ -73,7 +72,7 @@ def drawn(
 ) -> np.ndarray:
     """Fused pictures of ``rows`` rows; ``how``: further fields of Denoising."""
     pipe, injector = injected
-    scale = injection.scales(FUSED, layers=injector.layers).expand(rows, -1, -1)
+    scale = injection_map.scales(FUSED, layers=injector.layers).expand(rows, -1, -1)
     vectors = embeddings(rows) if vectors is None else vectors
     denoising = sampler.Denoising(steps, guidance, SIZE, **how)
     return sampler.draw(pipe, injector, vectors, scale, seeds, prompt, denoising, start)

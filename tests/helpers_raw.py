@@ -12,8 +12,8 @@ from typing import Any
 import mne
 import numpy as np
 
-from channels import THINGS_CHANNELS
-from recordings import TARGET
+from preprocessing.channels import THINGS_CHANNELS
+from preprocessing.recordings import TARGET
 
 RATE_HZ = 500.0
 SOA_S = 1.5  # trials do not overlap

@@ -17,12 +17,11 @@ import pytest
 import torch
 
 import dataset
-import eeg_files
-import published
 import util
+from datafiles import eeg_files, published
+from datafiles.published import read_pickled_dict
 from dataset import open_recording, open_training
 from modalities import NAMES
-from published import read_pickled_dict
 from util import DataError, UserError
 
 DIM = 3

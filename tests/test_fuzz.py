@@ -36,16 +36,11 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 import args
-import banks
-import eeg_files
-import injection
-import pictures
-import published
-import recordings
-import stimuli
-import stimulus_events
 import util
-from checkpoints import Checkpoints
+from datafiles import eeg_files, feature_bank, pictures, published, stimuli
+from preprocessing import events, recordings
+from sdxl import injection_map
+from training.checkpoints import Checkpoints
 from util import StageError
 
 CANARY = "canary"
@@ -90,8 +85,8 @@ def _published(_: Path) -> list[bytes]:
 
 
 def _raw(_: Path) -> list[bytes]:
-    raw, events = helpers_raw.simulate([1, 2, 99999, 1], ("Fz", "Cz"), rate_hz=50.0)
-    content = helpers_raw.published_raw(raw, events)
+    raw, onsets = helpers_raw.simulate([1, 2, 99999, 1], ("Fz", "Cz"), rate_hz=50.0)
+    content = helpers_raw.published_raw(raw, onsets)
     return [pickled(content, 2), pickled(content, 4), _np_saved(content)]
 
 
@@ -193,13 +188,13 @@ def _copy(folder: Path, suffix: str) -> list[bytes]:
 
 
 def _presets(_: Path) -> list[bytes]:
-    paths = sorted((Path(injection.__file__).parent / "configs/injection").glob("*.yaml"))
+    paths = sorted((Path(injection_map.__file__).parent / "configs/injection").glob("*.yaml"))
     return [path.read_bytes() for path in paths]
 
 
 def _header(folder: Path) -> list[bytes]:
-    raw, events = helpers_raw.simulate([1, 2], ("Fz", "Cz", "Pz"), rate_hz=100.0)
-    return [helpers_raw.write_brainvision(folder, raw, events).read_bytes()]
+    raw, onsets = helpers_raw.simulate([1, 2], ("Fz", "Cz", "Pz"), rate_hz=100.0)
+    return [helpers_raw.write_brainvision(folder, raw, onsets).read_bytes()]
 
 
 def _adapter(_: Path) -> list[bytes]:
@@ -217,12 +212,12 @@ def _read_captions(path: Path) -> None:
 
 
 def _read_events(path: Path) -> None:
-    table = stimulus_events.read_table(path)
-    known = stimulus_events.list_pictures(path.parent)
+    table = events.read_table(path)
+    known = events.list_pictures(path.parent)
     for event in table.shown:
         known.find(event, table)
         if table.kind != "marker":
-            stimulus_events.as_number(event, table)
+            events.as_number(event, table)
 
 
 def _read_picture(path: Path) -> None:
@@ -257,7 +252,7 @@ READERS = {
     "pictures": Reader("p.png", _pictures, _read_picture),
     "safetensors": Reader("bank/training.safetensors", _bank, util.load_tensors),
     "bank": Reader(
-        "bank/training.safetensors", _bank, lambda p: banks.open_bank(p.parent, "training")
+        "bank/training.safetensors", _bank, lambda p: feature_bank.open_bank(p.parent, "training")
     ),
     "checkpoint": Reader(
         "checkpoints/step-00000003/state.pt",
@@ -265,7 +260,7 @@ READERS = {
         lambda p: Checkpoints(p.parent.parent).load(),
         programs(),
     ),
-    "adapter.bin": Reader("a.bin", _adapter, injection._read_bin, programs()),
+    "adapter.bin": Reader("a.bin", _adapter, injection_map._read_bin, programs()),
     "config": Reader("c.yaml", _config, _resolve, errors=(SystemExit,)),
     "config.json": Reader("c.json", lambda f: _config(f)[::-1], _resolve, errors=(SystemExit,)),
     "json": Reader("a.json", _run_folder, util.read_json),
@@ -273,7 +268,7 @@ READERS = {
     "journal": Reader("a.jsonl", _journal, util.read_jsonl),
     "copy": Reader("found.npy", lambda folder: _copy(folder, ".npy"), _read_copy),
     "copy.json": Reader("found.json", lambda folder: _copy(folder, ".json"), _read_copy),
-    "injection": Reader("i.yaml", _presets, lambda p: injection.load_injection(str(p))),
+    "injection": Reader("i.yaml", _presets, lambda p: injection_map.load_injection(str(p))),
     "vhdr": Reader("a.vhdr", _header, recordings.read_raw),
 }
 

@@ -18,8 +18,8 @@ from slurm_standin.cluster import Cluster, install
 
 import train
 import util
-from checkpoints import Checkpoints
 from modalities import recipes
+from training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 # one subject, to be quick; what array tasks make of several is tested further below

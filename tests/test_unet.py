@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers_golden import assert_golden, golden_input, golden_state, prior_shapes
 
-import stacked
 import unet
-from aligners import aligner_from
+from decoder.aligners import aligner_from
 from loss import LossTerms, prior_loss, prior_total
 from modalities import MODALITIES, NAMES
+from subject_layers import stacked
 from unet import QUANTITIES, TRAIN_STEPS, DiffusionPriorUNet, PriorBank, sampler_named
 
 D, C = 6, 5

@@ -1,0 +1,241 @@
+"""Preprocessed EEG: subjects, their float32 copies on disk, channels and samples by name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import util
+from datafiles.published import DAMAGED, parse_published
+from datafiles.stimuli import PARTITIONS, Stimulus
+from util import DataError, UserError
+
+RAW_FOLDER = "Raw_data"
+EEG_FOLDER = "Preprocessed_data_250Hz"
+EEG_FILE = {partition: f"preprocessed_eeg_{partition}.npy" for partition in PARTITIONS}
+SIMULATED_NOTE = "simulated.json"  # lies in a subject's folder if its EEG is simulated
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One subject, one partition.
+
+    ``eeg``: memory-mapped float32 [N, R, C, T]; ``times``: s after onset.
+    """
+
+    eeg: np.ndarray
+    channels: list[str]
+    times: list[float]
+    hash: str
+    path: Path
+
+
+def open_recording(path: Path, cache_dir: Path) -> Recording:
+    """Open a published file through its float32 copy, made on first use; later opens parse nothing.
+
+    Raises DataError / UserError.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise DataError(
+            source,
+            "no such file",
+            "a published EEG file",
+            "check --data_path and the subject's name",
+        )
+    copy = copy_of(source, cache_dir)
+    about = copy.with_suffix(".json")
+    if not about.exists():  # written last: a copy without it is unfinished
+        _convert(source, copy, about)
+    record = util.read_json(about)
+    try:
+        eeg = np.lib.format.open_memmap(copy, mode="r")
+        if [*eeg.shape] != record["shape"] or eeg.dtype != np.float32:
+            raise ValueError(f"{eeg.dtype} {eeg.shape}")
+        return Recording(eeg, record["channels"], record["times"], record["hash"], source)
+    except (OSError, *DAMAGED) as error:
+        raise DataError(
+            copy, f"unreadable ({error})", "the float32 copy of a recording", f"delete {about}"
+        ) from None
+
+
+def copy_of(source: Path, cache_dir: Path) -> Path:
+    """Where the float32 copy of a recording lies, as long as the recording is the same."""
+    stat = source.stat()
+    known = [_CACHE_VERSION, util.file_hash(source), stat.st_size, stat.st_mtime_ns]
+    return Path(cache_dir) / f"{source.parent.name}_{source.stem}_{util.json_hash(known)[:16]}.npy"
+
+
+def _convert(source: Path, copy: Path, about: Path) -> None:
+    """Write the float32 copy, and last what there is to know about it."""
+    eeg, channels, times = parse_published(source)
+    # jobs on several nodes may convert the same file, with the same process number
+    temporary = copy.with_name(f".{copy.name}.{platform.node()}.{os.getpid()}.tmp")
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        _write_float32(temporary, eeg, channels, source)
+        os.replace(temporary, copy)
+    except OSError as error:
+        raise UserError(
+            "--cache_dir",
+            f"{copy.parent}: {error.strerror}",
+            f"a folder that can be written, with room for {4 * eeg.size / 1e9:.2g} GB",
+            "name one with --cache_dir",
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    util.write_json(
+        about,
+        {
+            "source": str(source),
+            "channels": channels,
+            "times": times,
+            "shape": list(eeg.shape),
+            "hash": util.file_hash(source),
+        },
+    )
+
+
+def _write_float32(path: Path, eeg: np.ndarray, channels: Sequence[str], source: Path) -> None:
+    """An .npy of finite values, row by row. Raises DataError, and OSError for a full disk.
+
+    Written, not mapped: a page that no longer fits on the disk would kill the process.
+    """
+    from tqdm import tqdm
+
+    name = f"converting {source.parent.name}/{source.name}"
+    with open(path, "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": eeg.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for row in tqdm(range(len(eeg)), desc=name, leave=False):
+            with np.errstate(over="ignore"):
+                trials = np.ascontiguousarray(eeg[row], "<f4")
+            if not np.isfinite(trials).all():
+                bad = np.argwhere(~np.isfinite(trials))[0]
+                raise DataError(
+                    source,
+                    f"NaN or infinity at condition {row}, repetition {bad[0]}, channel "
+                    f"{channels[bad[1]]}, sample {bad[2]}",
+                    "finite values",
+                    "preprocess the recording again",
+                )
+            file.write(trials)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Which channels (by index) and which run of samples are read of a recording."""
+
+    channels: list[str]
+    times: list[float]
+    channel_rows: list[int]
+    start: int
+
+    def cut(self, eeg: np.ndarray) -> np.ndarray:
+        """[..., all channels, all samples] -> [..., C, T]; a view if all channels are in order."""
+        eeg = eeg[..., self.start : self.start + len(self.times)]
+        if self.channel_rows == list(range(eeg.shape[-2])):
+            return eeg
+        return eeg[..., self.channel_rows, :]
+
+
+def select_signal(
+    recording: Recording, channels: Sequence[str] | None, window_s: Sequence[float] | None = None
+) -> Signal:
+    """Channels by name (default: all) and samples with start <= time < end. Raises UserError."""
+    names = list(channels) if channels else list(recording.channels)
+    lost = [name for name in names if name not in recording.channels]
+    if lost:
+        raise UserError(
+            f"{recording.path}: channels",
+            f"no {', '.join(lost)}; it has {' '.join(recording.channels)}",
+            "channels of this recording",
+            "choose among them with --channels",
+        )
+    start, stop = 0, len(recording.times)
+    if window_s:
+        inside = [
+            i for i, t in enumerate(recording.times) if window_s[0] - 1e-9 <= t < window_s[1] - 1e-9
+        ]
+        if not inside:
+            raise UserError(
+                "--time_window",
+                f"{window_s[0]} to {window_s[1]} s: no samples",
+                f"a part of {recording.times[0]} to {recording.times[-1]} s",
+                "choose another window",
+            )
+        start, stop = inside[0], inside[-1] + 1
+    return Signal(
+        names,
+        recording.times[start:stop],
+        [recording.channels.index(name) for name in names],
+        start,
+    )
+
+
+def match_signal(recording: Recording, channels: Sequence[str], times: Sequence[float]) -> Signal:
+    """The channels and samples a model was trained on, found here by name and by second."""
+    signal = select_signal(recording, channels)
+    available = np.asarray(recording.times)
+    start = int(np.abs(available - times[0]).argmin())
+    found = available[start : start + len(times)]
+    if len(found) != len(times) or np.abs(found - np.asarray(times)).max() > 1e-3:
+        raise DataError(
+            recording.path,
+            f"{len(available)} samples, {available[0]:.3f} to {available[-1]:.3f} s",
+            f"the {len(times)} samples from {times[0]:.3f} to {times[-1]:.3f} s that the model was "
+            "trained on",
+            "resample the recording, or train with a --time_window that it has",
+        )
+    return Signal(signal.channels, list(times), signal.channel_rows, start)
+
+
+def eeg_file(data_path: Path, subject: str, partition: str) -> Path:
+    return Path(data_path) / EEG_FOLDER / subject / EEG_FILE[partition]
+
+
+def list_subjects(data_path: Path, wanted: Sequence[str] | None) -> list[str]:
+    """The wanted subjects, or all that have a folder. Raises DataError / UserError."""
+    root = Path(data_path) / EEG_FOLDER
+    found = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if not found:
+        raise DataError(root, "no subjects", "folders sub-01, sub-02, ...", "check --data_path")
+    lost = [name for name in wanted or [] if name not in found]
+    if lost:
+        raise UserError(
+            "--subjects", ", ".join(lost), f"some of {', '.join(found)}", "check the names"
+        )
+    return list(wanted) if wanted else found
+
+
+def cache_folder(data_path: Path, cache_dir: Path | None) -> Path:
+    return Path(cache_dir) if cache_dir else Path(data_path) / "eeg_cache"
+
+
+def check_rows(recording: Recording, stimuli: Sequence[Stimulus]) -> None:
+    """Raise DataError unless there is one EEG row per picture."""
+    if len(recording.eeg) != len(stimuli):
+        raise DataError(
+            recording.path,
+            f"{len(recording.eeg)} conditions, but {len(stimuli)} pictures in "
+            f"{stimuli[0].key.split('/')[0]}",
+            "one condition per picture, both sorted by name",
+            "complete the pictures or use the EEG that belongs to them",
+        )
+
+
+def average_trials(recording: Recording, signal: Signal) -> torch.Tensor:
+    """Mean over all repetitions: float32 [N, C, T], read row by row."""
+    rows = [signal.cut(recording.eeg[row]).mean(axis=0) for row in range(len(recording.eeg))]
+    return torch.from_numpy(np.stack(rows).astype(np.float32, copy=False))

@@ -1,0 +1,108 @@
+"""Feature banks, the output of stage 1: embeddings joined to stimuli by id."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import args
+import util
+from datafiles.stimuli import Stimulus
+from modalities import NAMES
+from util import DataError
+
+LAYER_PREFIX = "image_layer_"
+FINAL_LAYER = "image"  # CLIP's last layer, projected: the image modality itself
+
+
+def layer_name(layer: int | str | None) -> str | None:
+    """What a bank calls the features of CLIP's image layer 1, 2, ... or ``final``; None of None."""
+    if layer is None:
+        return None
+    return FINAL_LAYER if layer == args.FINAL else f"{LAYER_PREFIX}{layer}"
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Embeddings {modality: float32 [N, D]} of a partition, with the stimulus id of each row.
+
+    ``features`` also holds the other layers [N, W] that it was opened with.
+    """
+
+    features: dict[str, torch.Tensor]
+    ids: list[int]
+    clip: dict[str, Any]
+    hash: str
+    path: Path
+
+    def rows_for(self, stimuli: Sequence[Stimulus]) -> dict[str, torch.Tensor]:
+        """Features in the order of ``stimuli``, joined by id. DataError for stimuli it lacks."""
+        if [item.id for item in stimuli] == self.ids:
+            return self.features  # the usual case: no copy of what may be half of all memory
+        place = {stimulus: row for row, stimulus in enumerate(self.ids)}
+        lost = [item.key for item in stimuli if item.id not in place]
+        if lost:
+            raise DataError(
+                self.path,
+                f"no features of {len(lost)} of {len(stimuli)} pictures, e.g. {lost[0]}",
+                "features of every picture",
+                "run clip_feature_extractor.py on this DATA again",
+            )
+        rows = torch.tensor([place[item.id] for item in stimuli])
+        return {name: features[rows] for name, features in self.features.items()}
+
+
+def open_bank(folder: Path, partition: str, layers: Collection[str | None] = ()) -> Bank:
+    """A partition of the output of stage 1. DataError for an unfinished, damaged or NaN bank.
+
+    ``layers``: names of CLIP's layers that are wanted beside the five modalities, if any.
+    """
+    folder = Path(folder)
+    path = folder / f"{partition}.safetensors"
+    if not (folder / "DONE").exists():
+        raise DataError(
+            folder,
+            "no finished feature bank" if folder.exists() else "no such folder",
+            "the output of clip_feature_extractor.py",
+            "run that stage; it goes on where it stopped",
+        )
+    stored, header = util.load_tensors(path)
+    stimulus = stored.pop("stimulus", torch.empty(0, 0))
+    ids = stimulus.flatten().tolist()
+    whole = stimulus.ndim == 1 and stimulus.dtype == torch.int64 and len(set(ids)) == len(ids)
+    identity = header.get("clip")
+    modalities = {name for name in stored if not name.startswith(LAYER_PREFIX)}
+    if modalities != set(NAMES) or not whole or not isinstance(identity, dict):
+        raise DataError(
+            path,
+            f"tensors {sorted(stored)}",
+            f"{', '.join(NAMES)} and stimulus ids",
+            "run clip_feature_extractor.py again",
+        )
+    wanted = [*NAMES, *(name for name in sorted({*layers} - {None, *NAMES}))]
+    if lost := [name for name in wanted if name not in stored]:
+        raise DataError(
+            path,
+            f"features of {', '.join(sorted(stored))}",
+            f"also {', '.join(lost)}",
+            "run clip_feature_extractor.py with --image_layers into another folder",
+        )
+    features = {name: stored[name] for name in wanted}
+    _check_finite(path, features, len(ids))
+    return Bank(features, ids, identity, util.file_hash(path), path)
+
+
+def _check_finite(path: Path, features: dict[str, torch.Tensor], number: int) -> None:
+    for name, rows in features.items():
+        fits = rows.ndim == 2 and len(rows) == number and rows.dtype == torch.float32
+        if not fits or not torch.isfinite(rows).all():
+            raise DataError(
+                path,
+                f"{name}: shape {tuple(rows.shape)}, or NaN",
+                f"finite [{number}, D]",
+                "run clip_feature_extractor.py again",
+            )

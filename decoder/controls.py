@@ -1,0 +1,72 @@
+"""Controls: what is left of a score when the EEG says nothing, and what a perfect decoder gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import args
+import util
+from ATMS_retrieval import Decoder
+from datafiles.feature_bank import open_bank
+from datafiles.stimuli import Stimulus
+from dataset import TestEEG, check_clip
+from unet import Sampling
+
+
+def controlled_eeg(test: TestEEG, control: str | None, seed: int) -> TestEEG:
+    """``shuffled_eeg``: every stimulus gets the EEG of another one. ``noise_eeg``: none at all.
+
+    The noise is Gaussian with the recording's own mean and standard deviation in each channel.
+    """
+    if control == "shuffled_eeg":
+        order = torch.from_numpy(util.numpy_generator_for(seed, control).permutation(len(test.eeg)))
+        eeg = torch.empty_like(test.eeg)
+        eeg[order] = test.eeg[order.roll(1)]  # one cycle: nobody keeps their own
+        return replace(test, eeg=eeg)
+    if control == "noise_eeg":
+        noise = torch.randn(test.eeg.shape, generator=util.generator_for(seed, control))
+        mean = test.eeg.mean(dim=(0, 2), keepdim=True)
+        return replace(test, eeg=mean + noise * test.eeg.std(dim=(0, 2), keepdim=True))
+    return test
+
+
+def banked_embeddings(
+    control: str, decoder: Decoder, stimuli: Sequence[Stimulus], features: Path
+) -> dict[str, torch.Tensor]:
+    """{modality: [n, D]} without EEG, from the bank in ``features``. Raises DataError.
+
+    ``true_embedding``: the stimuli's own, what a perfect decoder would predict.
+    ``mean_embedding``: the mean over training stimuli, the best guess without any EEG.
+    """
+    bank = open_bank(features, "test" if control == "true_embedding" else "training")
+    check_clip(bank.clip, bank.path, decoder.clip, "the model")
+    if control == "true_embedding":
+        return bank.rows_for(stimuli)
+    return {name: rows.mean(dim=0).expand(len(stimuli), -1) for name, rows in bank.features.items()}
+
+
+def predict(
+    decoder: Decoder,
+    test: TestEEG,
+    rows: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    control: str | None,
+    features: Path | None,
+) -> dict[str, torch.Tensor]:
+    """``Decoder.predict``, or what a control puts in its place."""
+    if control in args.WITHOUT_EEG:
+        if test.stimuli is None:
+            raise util.UserError(
+                f"--control {control}",
+                "no stimuli beside the EEG",
+                "test_images/",
+                "give --data_path",
+            )
+        stimuli = [test.stimuli[row] for row in rows]
+        return banked_embeddings(control, decoder, stimuli, features)
+    return decoder.predict(controlled_eeg(test, control, seed), rows, sampling, seed)

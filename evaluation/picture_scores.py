@@ -1,0 +1,481 @@
+"""Scores of pictures: pairing them with what was shown, paired scores, distributions, controls.
+
+Pictures come from a run of ``generate.py``, which journals what each of them is, or from any folder
+whose files are named after the stimuli. They are joined by stimulus id or name, never by order.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+import args
+import metrics
+import util
+from datafiles.stimuli import PICTURES, Stimulus
+from evaluation import networks
+from modalities import recipes
+from util import DataError
+
+# ---------------------------------------------------------------- what is scored
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number about pictures. ``network``: {protocol: name in NETWORKS}, or none for pixels."""
+
+    label: str
+    better: str  # "higher" or "lower"
+    kind: str  # "pixels", "pair", "two_way", "distance", "frechet", "kernel", "inception"
+    network: Mapping[str, str] = field(default_factory=dict)
+    layer: str = ""
+
+    @property
+    def paired(self) -> bool:
+        """Whether every picture has its own value."""
+        return self.kind in ("pixels", "pair", "two_way", "distance")
+
+    @property
+    def chance(self) -> float | None:
+        return 0.5 if self.kind == "two_way" else None
+
+
+def _in_both(name: str) -> dict[str, str]:
+    return dict.fromkeys(metrics.PROTOCOLS, name)
+
+
+_B1 = dict(zip(metrics.PROTOCOLS, ("efficientnet_b1_v2", "efficientnet_b1_v1"), strict=True))
+_LITE0, _FID = _in_both("lite0"), _in_both("fid_inception")
+SCORES: Mapping[str, Score] = MappingProxyType(
+    {
+        "pixcorr": Score("PixCorr", "higher", "pixels"),
+        "ssim": Score("SSIM", "higher", "pixels"),
+        "lpips": Score("LPIPS (alex)", "lower", "pair", _in_both("lpips")),
+        "alexnet2": Score("AlexNet(2)", "higher", "two_way", _in_both("alexnet"), "2"),
+        "alexnet5": Score("AlexNet(5)", "higher", "two_way", _in_both("alexnet"), "5"),
+        "inception": Score("Inception", "higher", "two_way", _in_both("inception"), "avgpool"),
+        "clip": Score("CLIP ViT-L/14", "higher", "two_way", _in_both("clip"), "embedding"),
+        "effnet": Score("EffNet-B1", "lower", "distance", _B1, "avgpool"),
+        "swav": Score("SwAV", "lower", "distance", _in_both("swav"), "avgpool"),
+        "lite0": Score("EffNet-Lite0 two-way", "higher", "two_way", _LITE0, "avgpool"),
+        "lite0_distance": Score("EffNet-Lite0 distance", "lower", "distance", _LITE0, "avgpool"),
+        "fid": Score("FID", "lower", "frechet", _FID, "2048"),
+        "kid": Score("KID", "lower", "kernel", _FID, "2048"),
+        "is1": Score("IS, 1 split", "higher", "inception", _FID, "logits_unbiased"),
+        "is10": Score("IS, 10 splits", "higher", "inception", _FID, "logits_unbiased"),
+        "fid_lite0": Score("Frechet EffNet-Lite0", "lower", "frechet", _LITE0, "avgpool"),
+        "kid_lite0": Score("Kernel EffNet-Lite0", "lower", "kernel", _LITE0, "avgpool"),
+    }
+)
+SPLITS: Mapping[str, int] = MappingProxyType({"is1": 1, "is10": 10})
+PIXEL_SCORES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], np.ndarray]] = MappingProxyType(
+    {"pixcorr": metrics.pix_corr, "ssim": metrics.ssim}
+)
+
+
+# ---------------------------------------------------------------- pairing
+
+
+@dataclass(frozen=True)
+class Group:
+    """The pictures of one recipe of one run or folder, with the stimuli they belong to.
+
+    ``owner`` [M]: row in ``stimuli`` of each of the M pictures.
+    """
+
+    images: str
+    recipe: str
+    prompt_source: str
+    control: str | None
+    stimuli: tuple[Stimulus, ...]
+    pictures: tuple[Path, ...]
+    owner: tuple[int, ...]
+    simulated: bool = False
+
+    def shifted(self, seed: int) -> tuple[int, ...]:
+        """Another stimulus for every picture: ``owner`` moved by one seeded cyclic shift."""
+        n = len(self.stimuli)
+        shift = 1 + util.seed_for(seed, "picture control") % max(1, n - 1)
+        return tuple((row + shift) % n for row in self.owner)
+
+
+def read_journal(images: Path) -> list[dict[str, Any]]:
+    """The journal of a generate.py run, of all its shards, a record per picture; [] without one."""
+    records = [
+        record for path in sorted(images.glob("images*.jsonl")) for record in util.read_jsonl(path)
+    ]
+    return list({(record["stimulus"], record["recipe"]): record for record in records}.values())
+
+
+def read_run(images: Path) -> list[dict[str, Any]]:
+    """As :func:`read_journal`. Raises DataError without a picture."""
+    records = read_journal(images)
+    if not records:
+        raise DataError(
+            images,
+            "no pictures",
+            "the output of generate.py",
+            "run that stage; it goes on where it stopped",
+        )
+    return records
+
+
+def list_pictures(folder: Path) -> list[Stimulus]:
+    """Every picture below a folder, by name. Keys begin with the folder's own name.
+
+    Raises DataError if there is none.
+    """
+    found = [
+        Stimulus(f"{folder.resolve().name}/{path.relative_to(folder).as_posix()}", path)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in PICTURES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        raise DataError(
+            folder, "no pictures", f"files ending in {', '.join(PICTURES)}", "check the path"
+        )
+    return found
+
+
+def _names(key: str) -> list[str]:
+    """What a picture may be called after: its path, its file, its folders, nearest first."""
+    _, *folders, file = key.rsplit(".", 1)[0].split("/")
+    return ["/".join((*folders, file)), file, *reversed(folders)]
+
+
+def _called(stimuli: Sequence[Stimulus]) -> dict[str, int]:
+    """{name: row} of names that belong to one stimulus only."""
+    rows: dict[str, set[int]] = {}
+    for row, item in enumerate(stimuli):
+        for name in _names(item.key):
+            rows.setdefault(name, set()).add(row)
+    return {name: next(iter(owners)) for name, owners in rows.items() if len(owners) == 1}
+
+
+def pair_folder(images: Path, stimuli: Sequence[Stimulus]) -> Group:
+    """The pictures of any folder, each called after its stimulus; several of one are samples of it.
+
+    A picture may have its stimulus' path, its file name, or lie in a folder named like the
+    stimulus' file or folder. Raises DataError for names that fit none.
+    """
+    called, drawn = _called(stimuli), list_pictures(images)
+    rows = [
+        next((called[name] for name in _names(item.key) if name in called), None) for item in drawn
+    ]
+    lost = [item.key for item, row in zip(drawn, rows, strict=True) if row is None]
+    if lost:
+        raise DataError(
+            images,
+            f"{len(lost)} of {len(drawn)} pictures named after no stimulus, e.g. {lost[0]}",
+            f"names like {', '.join(_names(stimuli[0].key)[:3])}",
+            "rename the files or folders after the stimuli, or give --truth their originals",
+        )
+    return _group(images.name, "pictures", "unknown", None, drawn, rows, stimuli)
+
+
+def _group(
+    images: str,
+    recipe: str,
+    prompt_source: str,
+    control: str | None,
+    drawn: Sequence[Stimulus],
+    rows: Sequence[int],
+    stimuli: Sequence[Stimulus],
+    simulated: bool = False,
+) -> Group:
+    shown = sorted(set(rows))
+    place = {row: index for index, row in enumerate(shown)}
+    return Group(
+        images,
+        recipe,
+        prompt_source,
+        control,
+        tuple(stimuli[row] for row in shown),
+        tuple(item.path for item in drawn),
+        tuple(place[row] for row in rows),
+        simulated,
+    )
+
+
+def pair_run(images: Path, stimuli: Sequence[Stimulus], label: str) -> list[Group]:
+    """The pictures of a generate.py run, a group per recipe. Raises DataError."""
+    records = read_run(images)
+    row_of = {item.id: row for row, item in enumerate(stimuli)}
+    lost = [record["folder"] for record in records if record["stimulus"] not in row_of]
+    if lost:
+        raise DataError(
+            images,
+            f"pictures of stimuli that are not at hand, e.g. {lost[0]}",
+            "the same test_images",
+            "give --data_path the DATA that the pictures were drawn from",
+        )
+    order = [item.name for item in recipes("all")]  # those of a sweep come after, as drawn
+    drawn = dict.fromkeys(record["recipe"] for record in records)
+    groups = []
+    for recipe in sorted(
+        drawn, key=lambda name: order.index(name) if name in order else len(order)
+    ):
+        chosen = [record for record in records if record["recipe"] == recipe]
+        chosen.sort(key=lambda record: row_of[record["stimulus"]])
+        first = chosen[0]
+        groups.append(
+            _group(
+                label,
+                recipe,
+                first["prompt_source"],
+                first["control"],
+                [Stimulus(record["file"], images / record["file"]) for record in chosen],
+                [row_of[record["stimulus"]] for record in chosen],
+                stimuli,
+                first.get("simulated", False),
+            )
+        )
+    return groups
+
+
+def pair(folders: Sequence[Path], stimuli: Sequence[Stimulus]) -> list[Group]:
+    """Groups of all runs and folders. Raises DataError."""
+    names = [folder.resolve().name for folder in folders]
+    groups: list[Group] = []
+    for folder, name in zip(folders, names, strict=True):
+        label = name if names.count(name) == 1 else "/".join(folder.resolve().parts[-2:])
+        if any(folder.glob("images*.jsonl")):
+            groups += pair_run(folder, stimuli, label)
+        else:
+            groups.append(pair_folder(folder, stimuli))
+    return groups
+
+
+# ---------------------------------------------------------------- paired scores
+
+
+@dataclass(frozen=True)
+class Values:
+    """Per picture: its score, and the same against another stimulus; float64 [M] each."""
+
+    own: np.ndarray
+    other: np.ndarray
+
+
+def pixel_values(group: Group, protocol: str, seed: int) -> dict[str, Values]:
+    """PixCorr and SSIM of every picture, several at a time in threads."""
+
+    @functools.lru_cache(maxsize=256)
+    def prepared(path: Path) -> torch.Tensor:
+        pixels = networks.read_pixels(path)
+        return metrics.prepared(pixels, metrics.PIXEL_PX, protocol, for_network=False)[None]
+
+    def score(row: int, stimulus: int) -> list[float]:
+        pair = prepared(group.stimuli[stimulus].path), prepared(group.pictures[row])
+        return [float(function(*pair)[0]) for function in PIXEL_SCORES.values()]
+
+    rows = range(len(group.pictures))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        own = np.array(list(pool.map(score, rows, group.owner)))
+        other = np.array(list(pool.map(score, rows, group.shifted(seed))))
+    return {name: Values(own[:, k], other[:, k]) for k, name in enumerate(PIXEL_SCORES)}
+
+
+def _of_features(score: Score, truth: torch.Tensor, drawn: torch.Tensor, owner: Sequence[int]):
+    rows = torch.tensor(owner)
+    if score.kind == "two_way":
+        return metrics.two_way(truth, drawn, rows)
+    return metrics.correlation_distance(truth[rows], drawn)
+
+
+def network_values(
+    eye: networks.Eye, wanted: Mapping[str, Score], group: Group, cache: Path, seed: int
+) -> tuple[dict[str, Values], dict[str, dict[str, Any]]]:
+    """Everything one network says about a group: {paired score: Values}, {distribution: row}."""
+    owner, shifted = group.owner, group.shifted(seed)
+    shown = [item.path for item in group.stimuli]
+    pair = [name for name, score in wanted.items() if score.kind == "pair"]
+    if pair:
+        own, other = (
+            eye.distances([shown[row] for row in rows], group.pictures) for rows in (owner, shifted)
+        )
+        return dict.fromkeys(pair, Values(own, other)), {}
+    truth = networks.cached_features(eye, shown, cache)
+    drawn = eye.features(group.pictures)
+    values, rows = {}, {}
+    for name, score in wanted.items():
+        layers = truth[score.layer], drawn[score.layer]
+        if score.paired:
+            values[name] = Values(*(_of_features(score, *layers, of) for of in (owner, shifted)))
+        else:
+            rows[name] = distribution_row(name, *layers, np.array(owner), seed)
+    return values, rows
+
+
+def distribution_row(
+    name: str, truth: torch.Tensor, drawn: torch.Tensor, owner: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """FID, KID or IS of features or logits [N, D] and [M, D], with its interval.
+
+    None where there are too few pictures for it.
+    """
+    row: dict[str, Any] = {"value": None, "interval": None, "nan": 0, "n": len(truth),
+                           "pictures": len(drawn), "other_stimulus": None}  # fmt: skip
+    kind = SCORES[name].kind
+    if kind == "inception":
+        splits, classes = SPLITS[name], drawn.shape[1]
+        row["splits"] = splits
+        row["bound"] = metrics.inception_score_bound(len(drawn), classes, splits)
+        if len(drawn) >= splits and len(truth) >= splits:
+            row["value"] = metrics.inception_score(drawn, splits)
+            row["interval"] = metrics.inception_interval(drawn, owner, splits, seed)
+            row["stimuli"] = metrics.inception_score(truth, splits)
+    elif min(len(truth), len(drawn)) >= 2:
+        row["dimensions"] = drawn.shape[1]
+        distance, interval = {
+            "frechet": (metrics.frechet_distance, metrics.frechet_interval),
+            "kernel": (metrics.kernel_distance, metrics.kernel_interval),
+        }[kind]
+        row["value"] = distance(truth, drawn)
+        row["interval"] = interval(truth, drawn, owner, seed)
+    return row
+
+
+def per_stimulus(values: np.ndarray, owner: Sequence[int], n: int) -> np.ndarray:
+    """Mean over the samples of each stimulus: [M] -> [n]. Never the best of them."""
+    return np.bincount(owner, values, n) / np.bincount(owner, minlength=n)
+
+
+def paired_row(values: Values, group: Group, seed: int) -> dict[str, Any]:
+    """Mean over stimuli with interval and control. NaNs are counted, and make the mean NaN."""
+    n = len(group.stimuli)
+    own, other = (per_stimulus(part, group.owner, n) for part in (values.own, values.other))
+    return {
+        "value": float(own.mean()),
+        "interval": metrics.bootstrap_interval(own, seed),
+        "nan": int(np.isnan(values.own).sum()),
+        "n": n,
+        "other_stimulus": float(other.mean()) if n > 1 else None,
+    }
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def available(
+    protocol: str, weights_dir: Path | None
+) -> tuple[dict[str, Path], list[dict[str, str]]]:
+    """({network: weight file}, [{metric, file, source} that are left out]). Raises DataError."""
+    found, skipped = {}, []
+    for score in SCORES.values():
+        name = score.network.get(protocol)
+        if name is None:
+            continue
+        path = found.get(name) or networks.find_weights(name, weights_dir)
+        if path:
+            found[name] = path
+        else:
+            network = networks.NETWORKS[name]
+            skipped.append({"metric": score.label, "file": network.file, "source": network.source})
+    return found, skipped
+
+
+def _jobs(found: Mapping[str, Path], groups: Sequence[Group]) -> Iterator[tuple[str, Group]]:
+    """Network by network, so that one is in memory at a time; "" = the pixels themselves."""
+    for name in ("", *found):
+        for group in groups:
+            yield name, group
+
+
+def score_groups(
+    groups: Sequence[Group],
+    found: Mapping[str, Path],
+    protocol: str,
+    device: torch.device,
+    batch_size: int,
+    cache: Path,
+    seed: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(a row per group for results.json, a row per stimulus and group for pictures.csv)."""
+    from tqdm import tqdm
+
+    values: dict[Group, dict[str, Values]] = {group: {} for group in groups}
+    others: dict[Group, dict[str, dict[str, Any]]] = {group: {} for group in groups}
+    eye = None
+    jobs = list(_jobs(found, groups))
+    for name, group in tqdm(jobs, desc="scoring pictures", unit="recipe x network"):
+        if not name:
+            values[group] |= pixel_values(group, protocol, seed)
+            continue
+        if eye is None or eye.name != name:
+            eye = networks.Eye.load(name, found[name], protocol, device, batch_size)
+        wanted = {key: item for key, item in SCORES.items() if item.network.get(protocol) == name}
+        paired, distributions = network_values(eye, wanted, group, cache, seed)
+        values[group] |= paired
+        others[group] |= distributions
+    rows = [_result(group, values[group], others[group], seed) for group in groups]
+    return rows, [line for group in groups for line in _lines(group, values[group])]
+
+
+def _result(
+    group: Group,
+    values: Mapping[str, Values],
+    distributions: Mapping[str, dict[str, Any]],
+    seed: int,
+) -> dict[str, Any]:
+    scores = {name: paired_row(found, group, seed) for name, found in values.items()}
+    scores |= distributions
+    return {
+        "images": group.images,
+        "recipe": group.recipe,
+        "prompt_source": group.prompt_source,
+        "control": group.control,
+        "mark": args.CONTROLS.get(group.control or "", ""),
+        "n": len(group.stimuli),
+        "samples": len(group.pictures),
+        "scores": {name: scores[name] for name in SCORES if name in scores},
+    }
+
+
+def _lines(group: Group, values: Mapping[str, Values]) -> Iterator[dict[str, Any]]:
+    n = len(group.stimuli)
+    columns = {
+        name: per_stimulus(values[name].own, group.owner, n) for name in SCORES if name in values
+    }
+    for row, item in enumerate(group.stimuli):
+        yield {
+            "images": group.images,
+            "recipe": group.recipe,
+            "stimulus": item.id,
+            "picture": item.key,
+            "concept": concept_of(item),
+            **{name: float(column[row]) for name, column in columns.items()},
+        }
+
+
+def concept_of(stimulus: Stimulus) -> str:
+    """Name of a stimulus' concept: of its folder, or of its file where it lies in no folder."""
+    if stimulus.key.count("/") > 1:
+        return stimulus.concept
+    return stimulus.key.split("/")[-1].rsplit(".", 1)[0]
+
+
+def described(rows: Sequence[Mapping[str, Any]], protocol: str) -> dict[str, dict[str, Any]]:
+    """What each score in the rows is, for those who read results.json."""
+    used = {name for row in rows for name in row["scores"]}
+    return {
+        name: {
+            "label": score.label,
+            "better": score.better,
+            "chance": score.chance,
+            "network": score.network.get(protocol, ""),
+            "paired": score.paired,
+        }
+        for name, score in SCORES.items()
+        if name in used
+    }

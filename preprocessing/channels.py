@@ -1,0 +1,263 @@
+"""The channels of a recording: found by name, rebuilt where missing, re-referenced, filtered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from datafiles import electrodes
+from util import DataError, UserError, repeated
+
+if TYPE_CHECKING:
+    import mne
+
+# fmt: off
+THINGS_CHANNELS = (
+    "Fp1", "Fp2", "AF7", "AF3", "AFz", "AF4", "AF8", "F7", "F5", "F3", "F1", "F2", "F4", "F6", "F8",
+    "FT9", "FT7", "FC5", "FC3", "FC1", "FCz", "FC2", "FC4", "FC6", "FT8", "FT10", "T7", "C5", "C3",
+    "C1", "Cz", "C2", "C4", "C6", "T8", "TP9", "TP7", "CP5", "CP3", "CP1", "CPz", "CP2", "CP4",
+    "CP6", "TP8", "TP10", "P7", "P5", "P3", "P1", "Pz", "P2", "P4", "P6", "P8", "PO7", "PO3", "POz",
+    "PO4", "PO8", "O1", "Oz", "O2",
+)
+# fmt: on
+POSTERIOR = tuple(name for name in THINGS_CHANNELS if re.match("O|P", name))
+_BODY = re.compile(
+    r"[HV]?E[OCM]G", re.IGNORECASE
+)  # eyes, heart, muscles: typed as EEG by recorders
+_OLD_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
+GROUPS = {"things": THINGS_CHANNELS, "posterior": POSTERIOR}
+ALL = "all"
+SURVEY_S = 10.0  # stretches whose mean is left out of a channel's amplitude: drifts are not noise
+FLAT, NOISY = 1e-4, 5.0  # times the median amplitude of the channels
+
+
+def plain_name(name: str) -> str:
+    """A recorder's channel name without its ornaments, T3-T6 by their newer names."""
+    short = re.sub(r"^EEG[ _-]+|[-_ ](REF|LE|AVG)$|\.+$", "", name.strip(), flags=re.IGNORECASE)
+    return _OLD_NAMES.get(short.upper(), short)
+
+
+def eeg_names(raw: mne.io.BaseRaw) -> list[str]:
+    """Channels of type EEG, without those named after eyes, heart or muscles."""
+    pairs = zip(raw.ch_names, raw.get_channel_types(), strict=True)
+    return [name for name, kind in pairs if kind == "eeg" and not _BODY.match(name)]
+
+
+def check_unique(path: Path, names: Sequence[str]) -> None:
+    """Raise DataError for channels of one name, or that MNE has numbered for having one."""
+    known = set(names)
+    twice = repeated(
+        name[:-2] if {f"{name[:-2]}-0", f"{name[:-2]}-1"} <= known else name for name in names
+    )
+    if twice:
+        raise DataError(
+            path,
+            f"duplicate channel names: {', '.join(twice)}",
+            "a name of its own for each channel",
+            "rename them in the recording",
+        )
+
+
+def rename_channels(raw: mne.io.BaseRaw, path: Path) -> None:
+    """Give EEG channels their 10-05 names: ``EEG FP1-REF`` and ``Fp1.`` -> ``Fp1``."""
+    check_unique(path, raw.ch_names)
+    plain = {name: plain_name(name) for name in eeg_names(raw)}
+    standard = electrodes.standard_names(list(plain.values()))
+    new = {name: standard.get(short, short) for name, short in plain.items()}
+    check_unique(path, [*new.values(), *(name for name in raw.ch_names if name not in new)])
+    raw.rename_channels(new, verbose="error")
+
+
+def wanted_channels(choice: Sequence[str], available: Sequence[str]) -> list[str]:
+    """The names that ``--channels`` means, spelled as 10-05 does. Raises UserError."""
+    if list(choice) == [ALL]:
+        return list(available)
+    named = list(GROUPS.get(choice[0], choice)) if len(choice) == 1 else list(choice)
+    standard = electrodes.standard_names(named)
+    own = {name.upper(): name for name in available}
+    named = [standard.get(name, own.get(name.upper(), name)) for name in named]
+    twice = repeated(named)
+    if twice:
+        raise UserError("--channels", f"{', '.join(twice)} twice", "each once", "name it once")
+    return named
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The wanted channels of a recording, read stretch by stretch.
+
+    ``flat``, ``noisy``, ``bad`` (marked so in the file), ``rebuilt``: names, for people.
+    """
+
+    raw: mne.io.BaseRaw
+    names: list[str]
+    picks: list[int]
+    flat: list[str]
+    noisy: list[str]
+    bad: list[str]
+    rebuilt: list[str]
+
+    @property
+    def rate_hz(self) -> float:
+        return float(self.raw.info["sfreq"])
+
+    @property
+    def samples(self) -> int:
+        return int(self.raw.n_times)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """float64 [C, stop - start] in volts."""
+        return self.raw.get_data(picks=self.picks, start=start, stop=stop, verbose="error")
+
+
+def prepare(
+    raw: mne.io.BaseRaw,
+    path: Path,
+    wanted: Sequence[str],
+    interpolate: bool,
+    reference: Sequence[str] | None,
+    band_hz: Sequence[float] | None,
+) -> Signal:
+    """Match channels by name; rebuild, re-reference and filter as asked. Raises DataError.
+
+    Without any of the latter the recording is neither copied nor loaded.
+    """
+    eeg = eeg_names(raw)
+    actual = {name.upper(): name for name in eeg}
+    lost = [name for name in wanted if name.upper() not in actual]
+    if not interpolate:
+        refuse_missing(path, wanted, lost, eeg)
+    read = [actual[name.upper()] for name in wanted if name.upper() in actual]
+    flat, noisy = grade(survey(raw, path, read))
+    if not interpolate:
+        refuse_flat(path, flat)
+    bad = [name for name in raw.info["bads"] if name in read]
+    rebuilt = [*lost, *dict.fromkeys([*flat, *bad])] if interpolate else []
+    if rebuilt or reference or band_hz:
+        useless = [name for name in raw.info["bads"] if name not in read]
+        raw = raw.copy().pick([name for name in eeg if name not in useless], verbose="error")
+        raw.load_data(verbose="error")
+    if rebuilt:
+        raw = rebuild(raw, path, lost, rebuilt)
+    if reference:
+        rereference(raw, path, reference)
+    if band_hz:
+        band_pass(raw, path, band_hz)
+    picks = [raw.ch_names.index(actual.get(name.upper(), name)) for name in wanted]
+    return Signal(raw, list(wanted), picks, flat, noisy, bad, rebuilt)
+
+
+def refuse_missing(
+    path: Path, wanted: Sequence[str], lost: Sequence[str], eeg: Sequence[str]
+) -> None:
+    """Raise DataError if there are ``lost`` channels."""
+    if lost:
+        raise DataError(
+            path,
+            f"no channel {', '.join(lost)}; it has {', '.join(eeg) or 'no EEG'}",
+            f"the {len(wanted)} channels of --channels",
+            "choose others with --channels, or rebuild them with --interpolate_missing",
+        )
+
+
+def refuse_flat(path: Path, flat: Sequence[str]) -> None:
+    """Raise DataError if there are ``flat`` channels."""
+    if flat:
+        raise DataError(
+            path,
+            f"flat channels: {', '.join(flat)}",
+            "a signal in every channel",
+            "leave them out with --channels, or rebuild them with --interpolate_missing",
+        )
+
+
+def grade(amplitude: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """Flat and noisy channels: by their amplitude beside the median of all."""
+    middle = float(np.median(list(amplitude.values()) or [0.0]))
+    flat = [name for name, size in amplitude.items() if size <= FLAT * middle]
+    return flat, [name for name, size in amplitude.items() if size > NOISY * middle]
+
+
+def survey(raw: mne.io.BaseRaw, path: Path, names: Sequence[str]) -> dict[str, float]:
+    """{channel: standard deviation in volts, within stretches of 10 s}. DataError for NaN."""
+    step = max(1, round(SURVEY_S * raw.info["sfreq"]))
+    picks = [raw.ch_names.index(name) for name in names]
+    total = np.zeros(len(picks))
+    for start in range(0, raw.n_times if picks else 0, step):
+        stop = min(start + step, raw.n_times)
+        data = raw.get_data(picks=picks, start=start, stop=stop, verbose="error")
+        if not np.isfinite(data).all():
+            channel, sample = np.argwhere(~np.isfinite(data))[0]
+            raise DataError(
+                path,
+                f"NaN or infinity in channel {names[channel]} at sample {start + sample}",
+                "finite values",
+                "export the recording again, or leave the channel out with --channels",
+            )
+        total += data.var(axis=1) * (stop - start)
+    return dict(zip(names, np.sqrt(total / raw.n_times).tolist(), strict=True))
+
+
+def rebuild(
+    raw: mne.io.BaseRaw, path: Path, lost: Sequence[str], rebuilt: Sequence[str]
+) -> mne.io.BaseRaw:
+    """Interpolate channels by spherical splines from the others' 10-05 places. Raises DataError."""
+    import mne
+
+    known = electrodes.positions([*raw.ch_names, *lost])
+    usable = [name for name in raw.ch_names if name in known and name not in rebuilt]
+    homeless = [name for name in rebuilt if name not in known]
+    if homeless or len(usable) < len(rebuilt):
+        raise DataError(
+            path,
+            f"{', '.join(homeless or rebuilt)} to rebuild from {len(usable)} channels of known "
+            "place",
+            "names of the 10-05 system, and no more rebuilt than recorded channels",
+            "choose fewer channels with --channels",
+        )
+    whole = raw.copy().pick([name for name in raw.ch_names if name in known], verbose="error")
+    if lost:
+        info = mne.create_info(list(lost), raw.info["sfreq"], "eeg", verbose="error")
+        empty = mne.io.RawArray(np.zeros((len(lost), raw.n_times)), info, verbose="error")
+        whole.add_channels([empty], force_update_info=True)
+    whole.set_montage(mne.channels.make_dig_montage(known, coord_frame="head"), verbose="error")
+    whole.info["bads"] = list(rebuilt)
+    whole.interpolate_bads(reset_bads=True, verbose="error")
+    strange = [name for name in raw.ch_names if name not in known]
+    if strange:
+        whole.add_channels([raw.copy().pick(strange, verbose="error")], force_update_info=True)
+    return whole
+
+
+def rereference(raw: mne.io.BaseRaw, path: Path, reference: Sequence[str]) -> None:
+    """Subtract the average, or the mean of the named channels, in place. Raises DataError."""
+    actual = {name.upper(): name for name in raw.ch_names}
+    average = [name.lower() for name in reference] == ["average"]
+    lost = [] if average else [name for name in reference if name.upper() not in actual]
+    if lost:
+        raise DataError(
+            path,
+            f"no channel {', '.join(lost)}; it has {', '.join(raw.ch_names)}",
+            "average, or channels of the recording",
+            "mend --reference",
+        )
+    channels = "average" if average else [actual[name.upper()] for name in reference]
+    raw.set_eeg_reference(channels, verbose="error")
+
+
+def band_pass(raw: mne.io.BaseRaw, path: Path, band_hz: Sequence[float]) -> None:
+    """Zero-phase FIR filter of the continuous recording, in place. Raises DataError."""
+    low, high = band_hz
+    if high >= raw.info["sfreq"] / 2:
+        raise DataError(
+            path,
+            f"{raw.info['sfreq']:g} Hz, which holds nothing above {raw.info['sfreq'] / 2:g} Hz",
+            f"a rate of more than {2 * high:g} Hz for --band_pass {low:g} {high:g}",
+            "choose a lower HIGH_HZ",
+        )
+    raw.filter(low or None, high, picks="eeg", verbose="error")

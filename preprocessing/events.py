@@ -1,0 +1,179 @@
+"""Which picture was shown when: tables of events, joined to the pictures of DATA by name."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from datafiles.stimuli import (
+    IMAGE_FOLDER,
+    PARTITIONS,
+    STIMULUS_COLUMNS,
+    Stimulus,
+    check_disjoint,
+    composed,
+    keys_hash,
+    list_stimuli,
+)
+from datafiles.user_tables import first_of, read_columns
+from util import DataError
+
+TIME_COLUMNS = ("onset", "sample", "marker")  # the first that a table has counts
+NOTHING = ("", "n/a", "na", "nan", "none")  # an event without a picture, as BIDS writes it
+CURE = "see docs/own_recordings.md for the columns"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One line of a table: the picture, and when. ``when``: s, a sample, or a marker."""
+
+    line: int
+    when: str
+    stimulus: str
+
+
+@dataclass(frozen=True)
+class EventTable:
+    """``kind``: what ``when`` means, one of TIME_COLUMNS; ``skipped``: lines without a picture."""
+
+    path: Path
+    kind: str
+    shown: list[Shown]
+    skipped: int
+
+
+def read_table(path: Path) -> EventTable:
+    """A CSV or TSV with a header, in UTF-8, with any line ends. Raises DataError."""
+    rows = read_columns(path, "events", CURE)
+    _, head = next(rows, (1, {}))
+    stimulus, kind = first_of(STIMULUS_COLUMNS, head), first_of(TIME_COLUMNS, head)
+    if stimulus is None or kind is None:
+        raise DataError(
+            path,
+            f"columns {', '.join(head) or '(none)'}",
+            f"{' or '.join(STIMULUS_COLUMNS)}, beside {' or '.join(TIME_COLUMNS)}",
+            CURE,
+        )
+    shown, skipped = [], 0
+    for line, of in rows:
+        if of[stimulus].lower() in NOTHING:
+            skipped += 1
+        else:
+            shown.append(Shown(line, of[kind], of[stimulus]))
+    if not shown:
+        raise DataError(path, "no event with a picture", "a line per event", CURE)
+    return EventTable(path, kind, shown, skipped)
+
+
+def as_number(event: Shown, table: EventTable) -> float:
+    """The onset in s, or the sample. Raises DataError."""
+    try:
+        value = float(event.when)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise DataError(
+            f"{table.path}, line {event.line}",
+            f"{table.kind} {event.when!r}",
+            "seconds, or samples, since the recording began",
+            "mend the line; an event that is none has n/a as its stimulus",
+        )
+    return value
+
+
+# ---------------------------------------------------------------- the pictures
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of DATA by partition, in EEG row order."""
+
+    rows: Mapping[str, Sequence[Stimulus]]
+    data_path: Path
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {partition: len(items) for partition, items in self.rows.items()}
+
+    @property
+    def hash(self) -> str:
+        return keys_hash(self.rows)
+
+    def find(self, event: Shown, table: EventTable) -> tuple[str, int]:
+        """(partition, row) of the picture that a line names. Raises DataError.
+
+        It may be named by its file alone, or with as many of its folders as make it unique.
+        """
+        where = f"{table.path}, line {event.line}"
+        asked = _parts(event.stimulus, where)
+        found = [
+            (partition, row)
+            for partition, row, key in self._by_file.get(asked[-1], [])
+            if key[-len(asked) :] == asked or asked[-len(key) :] == key
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            keys = ", ".join(self.rows[partition][row].key for partition, row in found[:3])
+            raise DataError(
+                where, f"{event.stimulus!r}, which may be {keys}", "one picture", "name its folder"
+            )
+        known = {
+            "/".join(item.key.split("/")[-len(asked) :]): item.key
+            for items in self.rows.values()
+            for item in items
+        }
+        near = difflib.get_close_matches("/".join(asked), known, n=1)
+        raise DataError(
+            where,
+            f"unknown stimulus {event.stimulus!r}",
+            f"one of the {sum(self.counts.values())} pictures below {self.data_path}"
+            + (f", perhaps {known[near[0]]}" if near else ""),
+            "mend the name, or put the picture there",
+        )
+
+    @cached_property
+    def _by_file(self) -> dict[str, list[tuple[str, int, tuple[str, ...]]]]:
+        """{file name: [(partition, row, parts of the key)]}."""
+        index: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {}
+        for partition, items in self.rows.items():
+            for row, item in enumerate(items):
+                key = _parts(item.key, item.key)
+                index.setdefault(key[-1], []).append((partition, row, key))
+        return index
+
+
+def list_pictures(data_path: Path) -> Pictures:
+    """Those of training_images/ and test_images/, whichever exist.
+
+    Raises DataError where there are none.
+    """
+    there = [name for name in PARTITIONS if (Path(data_path) / IMAGE_FOLDER[name]).is_dir()]
+    if not there:
+        raise DataError(
+            data_path,
+            "neither training_images/ nor test_images/",
+            "your pictures as training_images/NNNNN_concept/*.jpg and test_images/...",
+            "arrange them so; docs/own_recordings.md shows how",
+        )
+    rows = {name: list_stimuli(data_path, name) for name in there}
+    if len(rows) == len(PARTITIONS):
+        check_disjoint(rows["training"], rows["test"])
+    return Pictures(rows, Path(data_path))
+
+
+def _parts(text: str, where: str) -> tuple[str, ...]:
+    """A relative path's parts, Unicode composed. Raises DataError for one that leads elsewhere."""
+    path = PurePosixPath(composed(text.replace("\\", "/")))
+    if path.is_absolute() or PureWindowsPath(text).drive or ".." in path.parts or not path.parts:
+        raise DataError(
+            where,
+            f"stimulus {text!r}",
+            "a path inside DATA, without '..' and not absolute",
+            "name the picture by its file, or by folder and file",
+        )
+    return path.parts

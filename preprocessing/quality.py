@@ -1,0 +1,155 @@
+"""What a researcher looks at after preprocessing: a line per session, and the evoked response."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import util
+from datafiles import electrodes
+from evaluation import tables
+from preprocessing.channels import Signal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TEXT, FIGURE = "quality.md", "evoked.png"
+REGION_COLOURS = {
+    "frontal": "#9467bd",
+    "temporal": "#8c8c8c",
+    "central": "#2ca02c",
+    "parietal": "#ff7f0e",
+    "occipital": "#d62728",
+    None: "#c7c7c7",
+}
+
+
+def record(
+    session: str,
+    partition: str,
+    signal: Signal,
+    kept: int,
+    dropped: Mapping[str, int],
+    evoked: np.ndarray,
+) -> dict[str, Any]:
+    """What there is to know about one partition of a session; JSON-able."""
+    return {
+        "session": session,
+        "partition": partition,
+        "recorded_s": signal.samples / signal.rate_hz,
+        "rate_hz": signal.rate_hz,
+        "kept": kept,
+        "dropped": {reason: number for reason, number in dropped.items() if number},
+        "flat": signal.flat,
+        "noisy": signal.noisy,
+        "bad": signal.bad,
+        "rebuilt": signal.rebuilt,
+        "peak_uv": float(np.abs(evoked).max() * 1e6),
+    }
+
+
+def _dropped(row: Mapping[str, Any]) -> str:
+    parts = [f"{number} {reason}" for reason, number in row["dropped"].items()]
+    return ", ".join(parts) or "none"
+
+
+def _channels(row: Mapping[str, Any]) -> str:
+    named = ((kind, row[kind]) for kind in ("flat", "noisy", "bad", "rebuilt"))
+    return "; ".join(f"{kind} {' '.join(names)}" for kind, names in named if names) or "all good"
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One line of the log."""
+    return (
+        f"{row['session']} {row['partition']}: {row['kept']} trials kept, dropped: "
+        f"{_dropped(row)}; channels: {_channels(row)}"
+    )
+
+
+def write(
+    folder: Path,
+    subject: str,
+    channels: Sequence[str],
+    parts: Mapping[str, Mapping[str, Any]],
+    shapes: Mapping[str, Sequence[int]],
+    simulated: Path | None,
+) -> None:
+    """``quality.md``, ``quality.json`` and ``evoked.png`` in a subject's folder.
+
+    ``parts``: {partition: {session: preprocess.Part}}; ``shapes``: of what was written of each.
+    """
+    files = sorted((folder / "parts").glob("ses-*.json"))
+    rows = [row for path in files for row in util.read_json(path)]
+    util.write_json(folder / "quality.json", rows)
+    mark = ", SIMULATED EEG" if simulated else ""
+    head = ["session", "partition", "minutes", "kept", "dropped", "channels", "peak of the ERP"]
+    cells = [
+        [
+            row["session"],
+            row["partition"],
+            f"{row['recorded_s'] / 60:.1f} at {row['rate_hz']:g} Hz",
+            str(row["kept"]),
+            _dropped(row),
+            _channels(row),
+            f"{row['peak_uv']:.2f} µV",
+        ]
+        for row in rows
+    ]
+    written = [written_line(name, shape, parts[name]) for name, shape in shapes.items()]
+    lines = [f"# {subject}: {len(channels)} channels{mark}", "", *written, ""]
+    lines += tables.table(head, cells)
+    with util.atomic_write(folder / TEXT) as file:
+        file.write("\n".join(lines) + "\n")
+    draw(folder / FIGURE, f"{subject}{mark}", channels, parts)
+
+
+def written_line(partition: str, shape: Sequence[int], parts: Mapping[str, Any]) -> str:
+    """What the file holds, and what was left out so that each picture has as many trials."""
+    pictures, repetitions, channels, samples = shape
+    left = sum(len(part.conditions) for part in parts.values()) - pictures * repetitions
+    more = f"; {left} trials left out, as all pictures keep as many as the rarest" if left else ""
+    return (
+        f"- {partition}: {pictures} pictures x {repetitions} repetitions x {channels} channels x "
+        f"{samples} samples{more}"
+    )
+
+
+def draw(
+    path: Path, title: str, channels: Sequence[str], parts: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The mean over all trials: every channel by region, and each session's global field power."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained", dpi=120)
+    left, right = figure.subplots(1, 2)
+    shown = {name: part for name, part in parts.items() if part}
+    first = next(iter(shown))
+    _butterfly(left, channels, list(shown[first].values()))
+    left.set_title(f"{title}: mean of all {first} trials, before whitening", fontsize=9)
+    for partition, style in zip(shown, ("-", "--"), strict=False):
+        for number, (session, part) in enumerate(shown[partition].items()):
+            power = part.evoked.std(axis=0) * 1e6
+            label = f"{session} {partition}"
+            right.plot(part.times, power, style, color=f"C{number % 10}", lw=1, label=label)
+    right.set_title("global field power (std over channels)", fontsize=9)
+    for axes in (left, right):
+        axes.axvline(0, color="black", lw=0.6)
+        axes.set_xlabel("s after stimulus onset")
+        axes.set_ylabel("µV")
+    right.legend(fontsize=7, frameon=False)
+    with util.atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png")
+
+
+def _butterfly(axes: Axes, channels: Sequence[str], parts: Sequence[Any]) -> None:
+    evoked = np.mean([part.evoked for part in parts], axis=0) * 1e6
+    seen = set()
+    for name, curve in zip(channels, evoked, strict=True):
+        region = electrodes.region(name)
+        label = None if region in seen else region or "other"
+        seen.add(region)
+        axes.plot(parts[0].times, curve, color=REGION_COLOURS[region], lw=0.6, label=label)
+    axes.legend(fontsize=7, frameon=False)

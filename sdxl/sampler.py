@@ -1,0 +1,337 @@
+"""Denoising: prompts, noise, schedulers, guidance and start pictures -> pictures.
+
+A row's picture depends on its own embeddings, scales, noise seed and start only, not on its batch.
+B rows, M modalities in registry order, L cross-attention layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import util
+from sdxl.injection_map import Injector
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+SPACINGS = ("leading", "trailing", "linspace")
+DECODED_PX = (
+    256**2
+)  # pixels that the VAE decodes at once: small pictures together, large ones alone
+
+# ---------------------------------------------------------------- prompts and schedulers
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Encoded prompts: ``text``, ``negative`` [P, 77, W]; ``pooled``, ``negative_pooled`` [P, E].
+
+    P is 1, or the batch for a prompt per row.
+    """
+
+    text: torch.Tensor
+    negative: torch.Tensor
+    pooled: torch.Tensor
+    negative_pooled: torch.Tensor
+
+    def check(self, batch: int) -> None:
+        """Raise ValueError if it holds neither 1 nor ``batch`` prompts."""
+        if len(self.text) not in (1, batch):
+            raise ValueError(f"{len(self.text)} prompts for {batch} rows: expected 1 or {batch}")
+
+    def conditions(self, guided: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(text, pooled) of the positive prompts, or of [negative; positive] ones."""
+        if not guided:
+            return self.text, self.pooled
+        return (
+            torch.cat([self.negative, self.text]),
+            torch.cat([self.negative_pooled, self.pooled]),
+        )
+
+    def chosen(self, rows: Sequence[int]) -> PromptEmbeds:
+        """The prompts of these rows, where there is one per row."""
+        parts = (self.text, self.negative, self.pooled, self.negative_pooled)
+        return PromptEmbeds(*(part[list(rows)] for part in parts))
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipe: StableDiffusionXLPipeline,
+    prompt: str | list[str],
+    negative_prompt: str | list[str] | None = None,
+) -> PromptEmbeds:
+    """Encode once what many batches use. A list: one prompt per row.
+
+    ``negative_prompt`` None: zeros, as SDXL was trained with; "" is encoded like any other text.
+    """
+    text, negative, pooled, negative_pooled = pipe.encode_prompt(
+        prompt,
+        device=pipe.device,
+        do_classifier_free_guidance=True,
+        negative_prompt=negative_prompt,
+    )
+    return PromptEmbeds(text, negative, pooled, negative_pooled)
+
+
+def set_scheduler(pipe: StableDiffusionXLPipeline, name: str | None, spacing: str | None) -> None:
+    """Give ``pipe`` a diffusers scheduler by class name; None keeps the model's own.
+
+    ``spacing``: of the timesteps; distilled models need "trailing", to start at pure noise. Raises
+    UserError for a name that is none.
+    """
+    import diffusers
+
+    kind = type(pipe.scheduler) if name is None else getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        known = sorted(item for item in dir(diffusers) if item.endswith("DiscreteScheduler"))
+        raise util.UserError(
+            "--scheduler", name, f"a scheduler of diffusers, e.g. {', '.join(known)}", "name one"
+        )
+    options = {} if spacing is None else {"timestep_spacing": spacing}
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+
+
+# ---------------------------------------------------------------- latents
+
+
+def _noise(
+    pipe: StableDiffusionXLPipeline, generators: Sequence[torch.Generator], size_px: int
+) -> torch.Tensor:
+    """Start noise [B, 4, h, w], drawn in float32 so that it is the same for every dtype."""
+    side = size_px // pipe.vae_scale_factor
+    shape = (1, pipe.unet.config.in_channels, side, side)
+    noise = [torch.randn(shape, generator=generator) for generator in generators]
+    return torch.cat(noise).to(device=pipe._execution_device, dtype=pipe.unet.dtype)
+
+
+def _latent_moments(vae: Any) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """(mean, std / scaling_factor) of a VAE's own latents, which the U-Net's are without."""
+    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is None or std is None:
+        return 0.0, 1 / vae.config.scaling_factor
+    shape = (1, -1, 1, 1)
+    return torch.tensor(mean).view(shape), torch.tensor(std).view(shape) / vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_pictures(pipe: StableDiffusionXLPipeline, pictures: torch.Tensor) -> torch.Tensor:
+    """Latents [B, 4, h, w] on the CPU of pictures [B, 3, H, W] in 0..1: the posterior's mode."""
+    vae = pipe.vae
+    mean, std = _latent_moments(vae)
+    found = []
+    with _precise(vae):
+        for picture in pictures.split(1):
+            pixels = (2 * picture - 1).to(device=pipe._execution_device, dtype=vae.dtype)
+            encoded = vae.encode(pixels)
+            tiny = not hasattr(encoded, "latent_dist")
+            latents = encoded.latents if tiny else encoded.latent_dist.mode()
+            found.append((latents.float().cpu() - mean) / std)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def decode_latents(pipe: StableDiffusionXLPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures float32 [B, 3, H, W] in 0..1 of latents [B, 4, h, w]."""
+    vae = pipe.vae
+    mean, std = (
+        part.to(latents) if isinstance(part, torch.Tensor) else part
+        for part in _latent_moments(vae)
+    )
+    side = latents.shape[-1] * pipe.vae_scale_factor
+    together = max(1, DECODED_PX // side**2)
+    with _precise(vae):
+        rows = (latents * std + mean).to(vae.dtype).split(together)
+        pixels = torch.cat([vae.decode(part).sample.float() for part in rows])
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+class _precise:  # noqa: N801 - reads as what it does: with _precise(vae)
+    """SDXL's own VAE overflows in float16: float32 while it works, as its config asks for."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+
+    def __enter__(self) -> None:
+        if self.upcast:
+            self.vae.to(torch.float32)
+
+    def __exit__(self, *_error: object) -> None:
+        if self.upcast:
+            self.vae.to(torch.float16)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How pictures are denoised.
+
+    ``guidance`` <= 1: none. ``guidance_interval``: it acts while the noise level, 0 (picture) to 1
+    (pure noise), is in it (Kynkaanniemi et al. 2024). ``strength``: with a start, the share of the
+    way that is left to go; 1 forgets it.
+    """
+
+    steps: int
+    guidance: float
+    size_px: int
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    strength: float = 1.0
+
+    def guided(self, timestep: torch.Tensor, train_steps: int) -> bool:
+        low, high = self.guidance_interval
+        return self.guidance > 1 and low <= float(timestep) / train_steps <= high
+
+
+@torch.no_grad()
+def draw(
+    pipe: StableDiffusionXLPipeline,
+    injector: Injector,
+    embeddings: torch.Tensor,
+    scales: torch.Tensor,
+    noise_seeds: Sequence[int],
+    prompt_embeds: PromptEmbeds,
+    how: Denoising,
+    start: torch.Tensor | None = None,
+) -> np.ndarray:
+    """One picture per row, uint8 [B, size_px, size_px, 3].
+
+    ``embeddings`` [B, M, D] un-normalised CLIP vectors; ``scales`` [B, M, L] of injection.scales.
+    ``noise_seeds``: a row's noise comes from a CPU generator of its own, so that a picture does not
+    depend on its batch. ``start`` [B, 4, h, w]: latents to begin from instead of pure noise.
+    Raises ValueError for shapes and for NaN.
+    """
+    if len(noise_seeds) != len(embeddings):
+        raise ValueError(f"{len(noise_seeds)} noise seeds for {len(embeddings)} rows")
+    prompt_embeds.check(len(embeddings))
+    generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
+    injector.set(embeddings, scales, how.guidance > 1, pipe._execution_device)
+    latents = _denoise(pipe, injector, prompt_embeds, generators, how, start)
+    injector.clear()
+    pictures = decode_latents(pipe, latents)
+    if not pictures.isfinite().all():
+        raise ValueError(f"pictures with NaN in {pipe.unet.dtype}: use bfloat16 or float32")
+    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _denoise(
+    pipe: StableDiffusionXLPipeline,
+    injector: Injector,
+    prompt: PromptEmbeds,
+    generators: Sequence[torch.Generator],
+    how: Denoising,
+    start: torch.Tensor | None,
+) -> torch.Tensor:
+    """Latents [B, 4, h, w] of SDXL's denoising loop."""
+    scheduler = pipe.scheduler
+    latents, timesteps = _begin(pipe, _noise(pipe, generators, how.size_px), how, start)
+    extra = pipe.prepare_extra_step_kwargs(list(generators), 0.0)
+    for timestep in timesteps:
+        guided = how.guided(timestep, scheduler.config.num_train_timesteps)
+        injector.guide(guided)
+        rows = torch.cat([latents, latents]) if guided else latents
+        rows = scheduler.scale_model_input(rows, timestep)
+        noise = _predict(pipe, rows, timestep, prompt, how, guided)
+        if guided:
+            negative, positive = noise.chunk(2)
+            noise = negative + how.guidance * (positive - negative)
+        latents = scheduler.step(noise, timestep, latents, **extra, return_dict=False)[0]
+        latents = latents.to(pipe.unet.dtype)  # some schedulers compute in float32
+    return latents
+
+
+def _begin(
+    pipe: StableDiffusionXLPipeline, noise: torch.Tensor, how: Denoising, start: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(first latents, timesteps to go): from pure noise, or from a start with noise on it."""
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(how.steps, device=noise.device)
+    timesteps = scheduler.timesteps
+    if start is None or how.strength >= 1:
+        return noise * scheduler.init_noise_sigma, timesteps
+    left = max(1, round(how.steps * how.strength))
+    first = (how.steps - left) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    begin = timesteps[first : first + 1].expand(len(noise))
+    return scheduler.add_noise(start.to(noise), noise, begin), timesteps[first:]
+
+
+def _predict(
+    pipe: StableDiffusionXLPipeline,
+    rows: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt: PromptEmbeds,
+    how: Denoising,
+    guided: bool,
+) -> torch.Tensor:
+    """The U-Net's output for [negative; positive] rows, or for the positive ones alone."""
+    text, pooled = prompt.conditions(guided)
+    # SDXL's size conditioning: original size, crop corner, target size
+    size = torch.tensor([how.size_px, how.size_px, 0, 0, how.size_px, how.size_px])
+    return pipe.unet(
+        rows,
+        timestep,
+        encoder_hidden_states=text.to(rows),
+        added_cond_kwargs={
+            "text_embeds": pooled.to(rows).repeat_interleave(len(rows) // len(pooled), dim=0),
+            "time_ids": size.to(rows).expand(len(rows), -1),
+        },
+        return_dict=False,
+    )[0]
+
+
+# ---------------------------------------------------------------- how many at once
+
+
+def largest_batch(draw_rows: Callable[[int], object], most: int, device: torch.device) -> int:
+    """How many rows fit, 1 to ``most``: judged by the memory that one row and two rows take.
+
+    ``draw_rows(n)`` draws n rows. A tenth of what is free stays free.
+    """
+    if most < 3:
+        return max(1, most)
+    peaks = []
+    for rows in (1, 2):
+        forget_peak(device)
+        try:
+            draw_rows(rows)
+        except torch.cuda.OutOfMemoryError:
+            if rows == 1:
+                raise
+            return 1
+        peaks.append(peak_memory(device))
+    per_row = max(peaks[1] - peaks[0], 1 << 20)
+    return int(max(1, min(most, 2 + 0.9 * (memory_limit(device) - peaks[1]) // per_row)))
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count the peak from here on. Where the system cannot, it stays the highest so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: resets VmHWM
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most in use: of the GPU by this process, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return util.peak_memory()
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that this process could have in use: what it has and what is free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    return peak_memory(device) + util.free_memory()

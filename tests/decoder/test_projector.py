@@ -1,0 +1,205 @@
+"""CLIP's layers as targets of the contrast: extraction, training, retrieval, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from conftest import Chain
+from PIL import Image
+
+import ATMS_retrieval
+import clip_feature_extractor as stage
+import dataset
+import evaluate
+import train
+import util
+from ATMS_retrieval import Decoder
+from decoder.projector import new_projector
+from metrics import cosine_similarity
+from miniworld.models import CLIP_NAME
+from modalities import NAMES
+
+LAYER = "image_layer_2"  # conftest.py keeps it
+
+
+@pytest.fixture(scope="module")
+def projected(features: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("layers") / "model"
+    words = ("--contrast_layer", 2, "--noise_draws", 1, "--epochs", 1)
+    assert train.main(features.train_flags(out, *words)) == 0
+    return out
+
+
+# --- extraction ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_block_of_a_transformer_is_the_mean_over_its_patches(features: Chain):
+    clip = stage.load_clip(
+        str(features.models / f"{CLIP_NAME}.json"),
+        str(features.models / f"{CLIP_NAME}.safetensors"),
+        torch.device("cpu"),
+    )
+    seen: list[torch.Tensor] = []
+    block = clip.model.visual.transformer.resblocks[1]
+    block.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    stimuli = dataset.list_stimuli(features.data, "test")
+    for stimulus in stimuli:
+        clip.encode_pictures(clip.transform(Image.open(stimulus.path).convert("RGB"))[None])
+    bank = dataset.open_bank(features.features, "test", [LAYER])
+    expected = torch.cat([tokens[:, 1:].mean(dim=1) for tokens in seen])  # class token first
+    torch.testing.assert_close(bank.rows_for(stimuli)[LAYER], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_stage_of_a_resnet_is_the_mean_over_its_map():
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(16, {**vision, "patch_size": None}, text).eval()
+    crops, seen = torch.randn(2, 3, 32, 32), {}
+    parts = ("stem", "layer1", "layer2", "layer3", "layer4")
+    for number, name in enumerate(parts, start=1):
+        part = model.visual.get_submodule(name) if name != "stem" else model.visual.avgpool
+        part.register_forward_hook(lambda _m, _i, out, n=number: seen.update({n: out}))
+    model.encode_image(crops)
+    found = stage.Clip(model, None, None, {}).encode_layers(crops, [4, 1])
+    assert list(found) == ["image_layer_1", "image_layer_4"]
+    for number in (1, 4):
+        torch.testing.assert_close(found[f"image_layer_{number}"], seen[number].mean(dim=(2, 3)))
+
+
+def test_layers_beyond_the_last_are_refused(features: Chain, tmp_path: Path, capsys):
+    words = [
+        "--data_path", features.data, "--output_path", tmp_path / "bank", "--device", "cpu",
+        "--clip_model", features.models / f"{CLIP_NAME}.json",
+        "--clip_pretrained", features.models / f"{CLIP_NAME}.safetensors", "--image_layers", 6,
+    ]  # fmt: skip
+    assert stage.main([str(word) for word in words]) == 2
+    assert "1 to 3" in capsys.readouterr().err and not (tmp_path / "bank").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "deepest"), [("ViT-H-14", 32), ("ViT-L-14", 24), ("RN50", 5), ("convnext_base", 0)]
+)
+def test_how_deep_the_official_models_are(name: str, deepest: int):
+    stage.check_layers(name, range(1, deepest + 1))
+    with pytest.raises(util.UserError, match="--image_layers"):
+        stage.check_layers(name, [deepest + 1])
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def test_the_projection_is_trained_and_the_priors_keep_the_final_layer(
+    features: Chain, projected: Path
+):
+    data = dataset.open_training(
+        features.data, features.features, None, None, None, "random", 0.2, 0, None, LAYER
+    )
+    decoder = Decoder.load(projected, "best")
+    fresh = new_projector(LAYER, data.targets, data.train_rows, 0)
+    assert decoder.layer == LAYER and torch.equal(decoder.projector.mean, fresh.mean)
+    assert not torch.equal(decoder.projector.linear.weight, fresh.linear.weight)
+    for name in NAMES:
+        mean = data.targets[name][data.train_rows].mean(0)
+        torch.testing.assert_close(getattr(decoder.bank, f"{name}_mean"), mean)
+
+
+def test_the_contrast_sees_the_layer_and_nothing_else_of_the_picture(features: Chain):
+    """Gradients of the contrast: another layer's features change it, other image targets do not."""
+    data = dataset.open_training(
+        features.data, features.features, None, None, None, "random", 0.2, 0, None, LAYER
+    )
+    encoder = ATMS_retrieval.new_encoder(data, 0)
+    projector = new_projector(LAYER, data.targets, data.train_rows, 0)
+    decoder = Decoder(encoder, None, data.signal, data.clip, projector).eval()
+    objective = ATMS_retrieval.ContrastiveObjective(
+        decoder, data, ATMS_retrieval.Contrast(text_share=0.0)
+    )
+    batch = next(data.batches(0, 8))
+
+    def contrast(**changed: torch.Tensor) -> float:
+        given = dataset.Batch(batch.eeg, batch.subject, batch.stimulus, batch.targets | changed)
+        return float(objective.losses(given, torch.Generator())["contrast"].detach())
+
+    flipped = {name: rows.flip(0) for name, rows in batch.targets.items()}
+    assert contrast(image=flipped["image"]) == contrast()
+    assert contrast(**{LAYER: flipped[LAYER]}) != contrast()
+
+
+def test_retrieval_compares_with_the_projected_layer(
+    features: Chain, projected: Path, tmp_path: Path
+):
+    flags = features.evaluate_flags(tmp_path / "scores", "--model_path", projected)
+    assert evaluate.main(flags) == 0
+    results = util.read_json(tmp_path / "scores" / "results.json")
+    assert LAYER in results["protocol"]["encoder"]
+    decoder = Decoder.load(projected, "best")
+    stimuli = dataset.list_stimuli(features.data, "test")
+    tensors, _ = util.load_tensors(features.features / "test.safetensors")
+    with torch.no_grad():
+        gallery = decoder.projector(tensors[LAYER])
+    for subject in ("sub-01", "sub-02"):
+        test = dataset.open_test(
+            dataset.eeg_file(features.data, subject, "test"), subject, features.data, None,
+            decoder.signal["channels"], decoder.signal["times"],
+        )  # fmt: skip
+        similarity = cosine_similarity(decoder.condition(test, range(len(stimuli))), gallery)
+        rank = (similarity >= similarity.diagonal()[:, None]).sum(1)
+        (row,) = (
+            row
+            for row in results["retrieval"]
+            if row["subject"] == subject and row["query"] == "encoder -> image"
+        )
+        assert row["top5"] == pytest.approx(float((rank <= 5).float().mean()))
+        assert row["top1"] == pytest.approx(float((rank <= 1).float().mean()))
+
+
+def test_pre_training_hands_its_projection_on(features: Chain, tmp_path: Path, capsys):
+    encoder = tmp_path / "encoder"
+    words = features.train_flags(encoder, "--contrast_layer", 2)
+    assert ATMS_retrieval.main(words) == 0
+    donor = Decoder.load(encoder, "best")
+    data = dataset.open_training(
+        features.data, features.features, None, None, None, "random", 0.2, 0, None, LAYER
+    )
+    decoder = train.new_decoder(
+        data, 1, train.aligners.Alignment("none", False, 0.1, "velocity", None), encoder,
+        layer=LAYER,
+    )  # fmt: skip
+    assert torch.equal(decoder.projector.linear.weight, donor.projector.linear.weight)
+    assert train.main(features.train_flags(tmp_path / "other", "--init_from", encoder)) == 2
+    assert "--contrast_layer" in capsys.readouterr().err
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_a_bank_without_the_layer_says_how_to_get_it(features: Chain, tmp_path: Path, capsys):
+    assert train.main(features.train_flags(tmp_path / "run", "--contrast_layer", 1)) == 1
+    error = capsys.readouterr().err
+    assert "image_layer_1" in error and "--image_layers" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--contrast_layer", "2", "--target_mse", "0.1"), "--target_mse"),
+        (("--contrast_layer", "middle"), "--contrast_layer"),
+        (("--adapt_from", "RUN", "--subjects", "sub-03", "--aligner", "mlp"), "--aligner"),
+        (("--adapt_from", "RUN", "--subjects", "sub-03", "--contrast_layer", "2"), "--contrast"),
+    ],
+)
+def test_flags_that_contradict_each_other(features: Chain, tmp_path: Path, capsys, words, named):
+    assert train.main(features.train_flags(tmp_path / "run", *words)) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_features_that_do_not_vary_are_refused():
+    targets = {"image": torch.randn(4, 3), LAYER: torch.ones(4, 5)}
+    with pytest.raises(ValueError, match=LAYER):
+        new_projector(LAYER, targets, torch.arange(4), 0)

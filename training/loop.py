@@ -1,0 +1,528 @@
+"""The one training loop: epochs, validation, checkpoints, metrics, resume, preemption.
+
+``train.py`` (encoder and priors) and ``ATMS_retrieval.py`` (encoder alone) differ in their
+objective only. No random state is stored: every draw is recomputed from (seed, step), so a resumed
+run is bit-exact. A batch is cut into equal parts, for processes and for accumulation; what is drawn
+for a row does not depend on how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import args
+import util
+from datafiles.eeg_files import list_subjects
+from dataset import Batch, TrainingData, open_training
+from masking import Masking, mask_eeg, mask_subject
+from training import monitor
+from training.checkpoints import Checkpoints
+from training.optimisation import Average, Schedule, copied, new_optimizer, set_learning_rate
+from training.processes import Processes
+from util import Part
+
+HELD_SHARE = 0.5  # of a GPU's free memory that EEG may take with --data_on_device auto
+WITHOUT = "without_"  # folder of a model + the subject that it never saw
+UNKNOWN_SHARE = 0.2  # of samples whose subject stays unknown, where one is left out
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How a step is computed; names as the flags of ``args.py``."""
+
+    precision: str
+    accumulate: int
+    compile: bool
+    data_on_device: str
+    report_to: str
+
+
+def settings_from(kind: type, values: argparse.Namespace) -> Any:
+    """A dataclass whose fields are named as flags, from them."""
+    return kind(**{field.name: getattr(values, field.name) for field in fields(kind)})
+
+
+class Objective(Protocol):
+    """What is learned: ``losses`` of a part of a batch, with the total under ``loss``.
+
+    ``validate``, on held-out concepts, returns scores and, under ``select``, the one that chooses
+    ``best`` (higher is better); nothing at all where no concepts are held out.
+    """
+
+    def losses(
+        self, batch: Batch, generator: torch.Generator, part: Part
+    ) -> dict[str, torch.Tensor]: ...
+
+    def validate(self) -> dict[str, float]: ...
+
+
+class Trainable(Protocol):
+    """A module that says how to rebuild it, and which of its networks compute most."""
+
+    encoder: nn.Module
+
+    def header(self) -> dict[str, Any]: ...
+
+    def networks(self) -> list[nn.Module]: ...
+
+
+def describe_parameters(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters"
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """Collects SIGTERM and SIGUSR1 (SLURM's warnings) instead of dying of them."""
+    received: list[str] = []
+
+    def note(number: int, _frame: object) -> None:
+        received.append(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- from flags to a run
+
+
+def folds(options: args.Options) -> Iterator[args.Options]:
+    """The runs of a call: one, or one without each subject in turn (``--leave_out each``).
+
+    Raises UserError for a subject that is not there, or the only one.
+    """
+    values = options.values
+    if values.leave_out is None:
+        yield options
+        return
+    names = list_subjects(values.data_path, values.subjects)
+    each = values.leave_out == args.EACH
+    if len(names) < 2 or not (each or values.leave_out in names):
+        raise util.UserError(
+            "--leave_out",
+            values.leave_out,
+            f"{args.EACH}, or one of at least two subjects, here {', '.join(names)}",
+            "check --data_path and --subjects",
+        )
+    for name in names if each else [values.leave_out]:
+        changed = vars(values) | {
+            "leave_out": name,
+            "subjects": [other for other in names if other != name],
+            "output_dir": values.output_dir / f"{WITHOUT}{name}" if each else values.output_dir,
+        }
+        yield replace(options, values=argparse.Namespace(**changed))
+
+
+def open_data(values: argparse.Namespace, layer: str | None = None) -> TrainingData:
+    """What the flags ask for, of ``subjects`` only; ``layer``: as of ``open_training``."""
+    return open_training(
+        values.data_path,
+        values.clip_feature_path,
+        values.subjects,
+        values.channels,
+        values.time_window,
+        values.trials,
+        values.val_fraction,
+        values.seed,
+        values.cache_dir,
+        layer,
+    )
+
+
+def masking_from(values: argparse.Namespace) -> Masking:
+    """A subject that is left out is unknown: its token must have been trained."""
+    unknown = values.subject_dropout
+    if unknown is None:
+        unknown = UNKNOWN_SHARE if values.leave_out else 0.0
+    return Masking(
+        values.mask_channel, values.mask_time, values.mask_patch, values.mask_span, unknown
+    )
+
+
+def train(
+    options: args.Options,
+    model: nn.Module,
+    objective: Objective,
+    data: TrainingData,
+    processes: Processes,
+) -> util.RunDirectory:
+    """:func:`fit` in the run directory of a call, as its flags say."""
+    values = options.values
+    schedule, computing = settings_from(Schedule, values), settings_from(Computing, values)
+    check_parts(data, schedule, computing, processes)
+    parameters = describe_parameters(model)
+    where = f"{processes.device} for {values.epochs} epochs"
+    plan = [*data.describe(), f"train {parameters} on {where}"]
+    if processes.first:
+        run = util.open_run(options, values.output_dir, data.hashes, plan)
+    elif values.dry_run:
+        raise SystemExit(0)
+    else:
+        run = util.RunDirectory(values.output_dir, options.stage)
+    processes.wait()
+    masking = masking_from(values)
+    fit(run, model, objective, data, masking, schedule, computing, processes)
+    return run
+
+
+# ---------------------------------------------------------------- one step
+
+
+class LossModule(nn.Module):
+    """An objective as a module, as DDP wants it: batch in, losses out."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(
+        self, batch: Batch, generator: torch.Generator, part: Part
+    ) -> dict[str, torch.Tensor]:
+        return self.objective.losses(batch, generator, part)
+
+
+def loss_module(model: nn.Module, objective: Objective, processes: Processes) -> nn.Module:
+    """With several processes as DDP; on GPUs batch statistics are then those of the whole batch."""
+    module = LossModule(model, objective)
+    if processes.count == 1:
+        return module
+    if processes.device.type == "cuda":
+        for network in model.networks():
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return nn.parallel.DistributedDataParallel(module)
+
+
+class _Training:
+    """State of one run: what the next call needs to go on as if nothing had happened."""
+
+    def __init__(
+        self,
+        run: util.RunDirectory,
+        model: nn.Module,
+        objective: Objective,
+        masking: Masking,
+        schedule: Schedule,
+        computing: Computing,
+        processes: Processes,
+        steps: int,
+    ) -> None:
+        self.model, self.objective, self.masking = model, objective, masking
+        self.schedule, self.computing, self.processes = schedule, computing, processes
+        self.steps = steps  # of the whole run
+        self.checkpoints = Checkpoints(run.path / "checkpoints")
+        self.module = loss_module(model, objective, processes)
+        if computing.compile:
+            for network in model.networks():
+                network.compile()
+        self.optimizer = new_optimizer(model, schedule)
+        half = computing.precision == "float16"
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=half)
+        self.average = Average(model, schedule.ema_decay) if schedule.ema_decay else None
+        self.step, self.best = 0, float("-inf")
+        self.ledger = monitor.Ledger(1 if processes.device.type == "cpu" else monitor.READ_EVERY)
+
+    def resume(self) -> None:
+        loaded = self.checkpoints.load()
+        if loaded is None:
+            return
+        model, state = loaded
+        self.model.load_state_dict(model)
+        if self.average:
+            self.average = Average(self.model, self.schedule.ema_decay)
+            self.model.load_state_dict(state["raw"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best, self.ledger.sums = state["step"], state["best"], state["sums"]
+        util.LOG.info("resuming at step %d", self.step)
+
+    def save(self, *, best: bool = False) -> None:
+        """By the first process, once it has seen that all losses were finite."""
+        self.ledger.read()
+        if not self.processes.first:
+            return
+        raw = copied(self.model.state_dict()) if self.average else None
+        with self._averaged():
+            self.checkpoints.save(
+                self.step,
+                self.model.state_dict(),
+                self.model.header() | {"step": self.step},
+                {
+                    "raw": raw,
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "step": self.step,
+                    "best": self.best,
+                    "sums": self.ledger.sums,
+                },
+                best=best,
+            )
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return self.average.applied_to(self.model) if self.average else contextlib.nullcontext()
+
+    def train_mode(self) -> None:
+        """If a part is frozen, as the model will be used: no dropout, no new statistics."""
+        self.model.train(all(parameter.requires_grad for parameter in self.model.parameters()))
+
+    def share(self) -> float:
+        """Of the peak learning rate, at this step."""
+        return self.schedule.share(self.step, self.steps)
+
+    @property
+    def part(self) -> Part:
+        """This process' part of a batch."""
+        return Part(self.processes.index, self.processes.count)
+
+    def update(self, batch: Batch) -> None:
+        """One optimiser step for everything that is trained, on this process' part of a batch."""
+        set_learning_rate(self.optimizer, self.share())
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._backward(self._disturbed(batch))
+        self.scaler.unscale_(self.optimizer)
+        limit = self.schedule.grad_clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        # float16's scaler skips a step whose gradient overflows, and goes on with a smaller scale
+        skipped = self.scaler.is_enabled() and not norm.isfinite()
+        self.ledger.add(self.step, losses, torch.zeros_like(norm) if skipped else norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        if self.average:
+            self.average.update(self.model, self.step)
+
+    def _generator(self, what: str) -> torch.Generator:
+        return util.generator_for(self.schedule.seed, what, self.step)
+
+    def _disturbed(self, batch: Batch) -> Batch:
+        """EEG masked, and some subjects unknown, as drawn for the whole batch."""
+        where = (self.part.index, self.part.count)
+        eeg = mask_eeg(batch.eeg, self.masking, self._generator("mask"), *where)
+        subject = mask_subject(
+            batch.subject, self.masking.subject, self._generator("subject"), *where
+        )
+        return replace(batch, eeg=eeg, subject=subject)
+
+    def _backward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Gradients of the mean loss over the accumulated parts; returns the mean losses."""
+        count, means = self.computing.accumulate, {}
+        for index in range(count):
+            part = self.part.within(index, count)
+            # dropout: another draw for another part, the same whoever computes it
+            names = ("step", self.step, part.index) if part.index else ("step", self.step)
+            torch.manual_seed(util.seed_for(self.schedule.seed, *names))
+            more = index + 1 < count and self.processes.count > 1
+            with self.module.no_sync() if more else contextlib.nullcontext():
+                losses = self.losses(batch.part(Part(index, count)), part)
+                self.scaler.scale(losses["loss"] / count).backward()
+            for name, value in losses.items():
+                means[name] = means.get(name, 0.0) + value.detach() / count
+        return means
+
+    def losses(self, batch: Batch, part: Part) -> dict[str, torch.Tensor]:
+        """Of a part of a batch, in the precision of the run. Noise is drawn where it computes."""
+        kind = self.processes.device.type
+        dtype = util.PRECISIONS[self.computing.precision]
+        generator = util.generator_for(
+            self.schedule.seed, "noise", self.step, device=self.processes.device
+        )
+        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+            return self.module(batch, generator, part)
+
+    def validate(self) -> dict[str, float]:
+        with self._averaged():
+            self.model.eval()
+            scores = self.objective.validate()
+        self.train_mode()
+        return scores
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def fit(
+    run: util.RunDirectory,
+    model: nn.Module,
+    objective: Objective,
+    data: TrainingData,
+    masking: Masking,
+    schedule: Schedule,
+    computing: Computing,
+    processes: Processes,
+) -> None:
+    """Train to ``schedule.epochs`` in a started run directory, resuming from ``latest``.
+
+    Raises util.Preempted after saving on a signal or after ``epochs_per_call``, DataError on a
+    non-finite loss.
+    """
+    from tqdm import tqdm
+
+    if run.finished:
+        util.LOG.info("already finished; delete %s to train again", run.path / "DONE")
+        return
+    data = on_device(data, computing.data_on_device, processes.device)
+    steps = data.steps_per_epoch(schedule.batch_size)
+    training = _Training(
+        run,
+        model.to(processes.device),
+        objective,
+        masking,
+        schedule,
+        computing,
+        processes,
+        schedule.epochs * steps,
+    )
+    training.resume()
+    first_epoch = training.step // steps
+    if processes.first:
+        _drop_later_records(run.path / "metrics.jsonl", training.step)
+    _tell(training, steps)
+    training.train_mode()
+    sanity = monitor.Sanity(training, data) if training.step == 0 else None
+    with (
+        monitor.reporters(run, training, computing.report_to) as report,
+        stop_requests() as stops,
+        tqdm(
+            total=training.steps,
+            initial=training.step,
+            desc="training",
+            unit="step",
+            disable=not processes.first,
+        ) as bar,
+    ):
+        for epoch in range(first_epoch, schedule.epochs):
+            started, skipped = time.monotonic(), training.step - epoch * steps
+            for batch in data.batches(epoch, schedule.batch_size, skipped, training.part):
+                training.update(batch.to(processes.device))
+                bar.update()
+                monitor.show(bar, training)
+                if sanity and training.step == min(monitor.SANITY_STEPS, training.steps):
+                    sanity.tell(training)
+                # at an epoch's end it is recorded first
+                if processes.any(bool(stops)) and training.step % steps:
+                    training.save()
+                    raise util.Preempted(
+                        f"{_reason(stops)}: saved at step {training.step}; the same command goes on"
+                    )
+            stopping = processes.any(bool(stops))
+            seconds = time.monotonic() - started
+            _end_epoch(run, training, epoch, steps, seconds, report, stopping)
+            if stopping:
+                raise util.Preempted(
+                    f"{_reason(stops)}: saved after epoch {epoch + 1}; the same command goes on"
+                )
+            called = schedule.epochs_per_call
+            if called and epoch + 1 - first_epoch >= called and epoch + 1 < schedule.epochs:
+                raise util.Preempted(
+                    f"saved after epoch {epoch + 1} of {schedule.epochs}; the same command goes on"
+                )
+    if processes.first:
+        run.finish({"step": training.step, "best": training.best})
+    processes.wait()
+
+
+def check_parts(
+    data: TrainingData, schedule: Schedule, computing: Computing, processes: Processes
+) -> None:
+    """Raise UserError unless every batch can be cut into equal parts."""
+    rows, parts = (
+        min(schedule.batch_size, len(data.samples)),
+        processes.count * computing.accumulate,
+    )
+    if rows % parts:
+        raise util.UserError(
+            "--batch_size",
+            f"{rows} samples for {processes.count} processes x --accumulate {computing.accumulate}",
+            f"a multiple of {parts}",
+            "the batch is that of all processes together: choose another",
+        )
+
+
+def on_device(data: TrainingData, wanted: str, device: torch.device) -> TrainingData:
+    """``data`` with its EEG on a GPU if ``wanted`` is yes, or auto and it fits."""
+    if device.type == "cpu" or wanted == "no":
+        return data  # a CPU reads memory-mapped files as fast as its own memory
+    free, _ = torch.cuda.mem_get_info(device)
+    if wanted == "auto" and data.held_bytes > HELD_SHARE * free:
+        util.LOG.info("%.1f GB of EEG stay in main memory", data.held_bytes / 1e9)
+        return data
+    return data.held_on(device)
+
+
+def _tell(training: _Training, steps: int) -> None:
+    processes = training.processes
+    util.LOG.info(
+        "training %s on %s%s: %d epochs of %d steps",
+        describe_parameters(training.model),
+        processes.device,
+        f" in {processes.count} processes" if processes.count > 1 else "",
+        training.schedule.epochs,
+        steps,
+    )
+
+
+def _reason(stops: list[str]) -> str:
+    return stops[0] if stops else "another process was told to stop"
+
+
+# ---------------------------------------------------------------- records
+
+
+def _end_epoch(
+    run: util.RunDirectory,
+    training: _Training,
+    epoch: int,
+    steps: int,
+    seconds: float,
+    report: Any,
+    stopping: bool,
+) -> None:
+    """Record the epoch, validate, and save what is due."""
+    schedule, last = training.schedule, epoch + 1 == training.schedule.epochs
+    training.ledger.read()
+    sums, training.ledger.sums = training.ledger.sums, {}
+    means = training.processes.mean([value / steps for value in sums.values()])
+    if training.processes.first:
+        record = {
+            "epoch": epoch + 1,
+            "step": training.step,
+            "lr": schedule.learning_rate * training.share(),
+            **dict(zip(sums, means, strict=True)),
+        }
+        better = False
+        if last or (epoch + 1) % schedule.val_every == 0:
+            record |= training.validate()
+            # without held-out concepts nothing can choose: best is the last one
+            chosen_by = record.get("select", training.best)
+            better = chosen_by > training.best or "select" not in record
+            training.best = max(training.best, chosen_by)
+        report(record, training.step)
+        util.append_jsonl(
+            run.path / "metrics.jsonl",
+            record | {"seconds": round(seconds, 1), "best_so_far": better},
+        )
+        called = schedule.epochs_per_call and (epoch + 1) % schedule.epochs_per_call == 0
+        if better or last or stopping or called or (epoch + 1) % schedule.save_every == 0:
+            training.save(best=better)
+    training.processes.wait()
+
+
+def _drop_later_records(path: Path, step: int) -> None:
+    """Forget epochs that were recorded but not saved before a kill: they are trained again."""
+    records = util.read_jsonl(path)
+    kept = [record for record in records if record["step"] <= step]
+    if len(kept) < len(records):
+        with util.atomic_write(path) as file:
+            file.writelines(util.json_line(record) for record in kept)
