@@ -8,51 +8,31 @@ torch.
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
-import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
+from typing import Any
 
 import modalities
+from cli.checks import check_combinations
+from cli.config import Options, as_yaml, config_tokens
+from cli.parser import (
+    FlagGroup,
+    Parser,
+    batch_size,
+    contrast_layer,
+    count,
+    non_negative,
+    picture_size,
+    positive,
+    positive_int,
+    proper_share,
+    seconds,
+    shard,
+    share,
+)
+from modalities import AUTO, CONTROLS, EACH, ENCODERS, FINAL, QUANTITIES, TEXT_TEMPLATE
 
-
-@dataclass(frozen=True)
-class Options:
-    """The resolved options of one call. ``values.NAME`` is parsed and range-checked."""
-
-    stage: str
-    values: argparse.Namespace
-    provenance: dict[str, str]  # option -> "default", "command line" or "config FILE"
-    fixed: tuple[str, ...]  # options that determine the result; a resumed run must keep them
-
-    def recorded(self) -> dict[str, Any]:
-        """Values for ``options.json``, without the flags that only steer this call."""
-        return {key: value for key, value in vars(self.values).items() if key not in STEERING}
-
-
-TEXT_TEMPLATE = "This picture is {concept}"
-CONTROLS = {  # of --control, with the mark that everything drawn or scored under it carries
-    "shuffled_eeg": "CONTROL: the EEG of another stimulus",
-    "noise_eeg": "CONTROL: noise instead of EEG",
-    "mean_embedding": "CONTROL: mean training embedding, no EEG",
-    "true_embedding": "CEILING: the stimulus' own embeddings, no EEG",
-}
-MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **CONTROLS}
-WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
-ENCODERS = ("ATMS", "EEGProject", "NICE")  # this project's own; other names are braindecode's
-AUTO = "auto"
-EACH = "each"
-FINAL = "final"
-OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to already
-    "encoder", "aligner", "contrast_layer", "prior_predicts", "prior_loss", "condition_dropout",
-    "loss_weights",
-)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
     "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
     # distilled models: no guidance, few steps that start at pure noise
@@ -61,162 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default
     "lightning": {"steps": 4, "guidance": 0.0, "size": 768, "timestep_spacing": "trailing",
                   "scheduler": "EulerDiscreteScheduler"},
 }  # fmt: skip
-QUANTITIES = ("velocity", "noise", "embedding")  # what priors may predict, see unet.PriorBank
 CHECKS = ("quick", "full")  # of dataset.py: how closely
-MOST_BRACKETS, MOST_ALIASES = 500, 20  # of a YAML file
-STEERING = ("config", "dry_run", "print_config")
 
 
-# ---------------------------------------------------------------- range-checked types
-
-
-def _number(
-    kind: type, low: float, high: float, what: str, *, open_low: bool = False
-) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        inside = (low < value if open_low else low <= value) and value <= high
-        if not inside or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {what}")
-        return value
-
-    return parse
-
-
-positive_int = _number(int, 1, math.inf, "a whole number >= 1")
-count = _number(int, 0, math.inf, "a whole number >= 0")
-positive = _number(float, 0, math.inf, "a number > 0", open_low=True)
-non_negative = _number(float, 0, math.inf, "a number >= 0")
-share = _number(float, 0, 1, "a number in 0..1")
-proper_share = _number(float, 0, 0.9, "a number in 0..0.9")
-seconds = _number(float, -10, 10, "a time in seconds")
-
-
-def picture_size(text: str) -> int:
-    """Pixels; SDXL's VAE halves three times."""
-    size = positive_int(text)
-    if size % 8:
-        raise argparse.ArgumentTypeError(f"{size} px is not a multiple of 8, as the VAE needs")
-    return size
-
-
-def batch_size(text: str) -> int | str:
-    """A number of rows, or ``auto``."""
-    return AUTO if text == AUTO else positive_int(text)
-
-
-def contrast_layer(text: str) -> int | str:
-    """A layer's number from 1 on, or ``final``."""
-    return text if text == FINAL else positive_int(text)
-
-
-def shard(text: str) -> str:
-    """``i/n``, 1-based."""
-    parts = text.split("/")
-    if (
-        len(parts) != 2
-        or not all(part.isdigit() for part in parts)
-        or not 1 <= int(parts[0]) <= int(parts[1])
-    ):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected i/n with 1 <= i <= n, e.g. 2/3")
-    return text
-
-
-# ---------------------------------------------------------------- the parser
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with defaults in the help and "did you mean"."""
-
-    def __init__(self, stage: str, description: str, example: str) -> None:
-        super().__init__(
-            prog=_PROGRAMS[stage],
-            description=description,
-            epilog=f"example:\n  {example}",
-            allow_abbrev=False,
-            formatter_class=_Help,
-        )
-        self.stage, self.source = stage, ""
-        self.per_call: set[str] = set(STEERING)
-
-    def flags(self, title: str) -> _Group:
-        return _Group(self, self.add_argument_group(title))
-
-    def refuse_unknown(self, unknown: Sequence[str]) -> None:
-        if unknown:
-            flags = [text for action in self._actions for text in action.option_strings]
-            wrong = [text.split("=")[0] for text in unknown if text.startswith("-")] or unknown
-            self.error("; ".join(_did_you_mean(text, flags) for text in wrong))
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {self.source}{message}\nSee {self.prog} --help\n")
-
-    def actions(self) -> dict[str, argparse.Action]:
-        return {action.dest: action for action in self._actions if action.dest != "help"}
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the example's line breaks and appends each flag's default."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        if action.default not in (None, argparse.SUPPRESS, []) and action.dest != "help":
-            text += f" (default: {action.default})".replace("%", "%%")
-        return text
-
-
-class _Group:
-    """Adds flags to a titled group. ``per_call``: may differ when a run is resumed."""
-
-    def __init__(self, parser: Parser, group: Any) -> None:
-        self._parser, self._group = parser, group
-
-    def add(
-        self,
-        flag: str,
-        *,
-        type: Callable[[str], Any] = str,
-        help: str,
-        metavar: str | None = None,
-        default: Any = None,
-        required: bool = False,
-        choices: Sequence[str] | None = None,
-        nargs: str | int | None = None,
-        const: Any = None,
-        per_call: bool = False,
-    ) -> None:
-        self._group.add_argument(
-            flag,
-            type=type,
-            help=help,
-            metavar=metavar,
-            default=default,
-            required=required,
-            choices=choices,
-            nargs=nargs,
-            const=const,
-        )
-        self._note(flag, per_call)
-
-    def switch(
-        self, flag: str, *, help: str, default: bool = False, per_call: bool = False
-    ) -> None:
-        self._group.add_argument(
-            flag, action=argparse.BooleanOptionalAction, help=help, default=default
-        )
-        self._note(flag, per_call)
-
-    def _note(self, flag: str, per_call: bool) -> None:
-        if per_call:
-            self._parser.per_call.add(flag.removeprefix("--"))
-
-
-def _did_you_mean(found: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(found, known, n=1)
-    return f"unknown option {found}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 # ---------------------------------------------------------------- flags shared by stages
@@ -236,7 +63,7 @@ def _common(parser: Parser, *, device: bool = True, writes: bool = True) -> None
             help="where to compute")
 
 
-def _eeg_selection(group: _Group) -> None:
+def _eeg_selection(group: FlagGroup) -> None:
     group.add("--channels", nargs="+", metavar="NAME",
         help="EEG channels by name; default: all in the file")
     group.add("--time_window", nargs=2, type=seconds, metavar=("START_S", "END_S"),
@@ -245,7 +72,7 @@ def _eeg_selection(group: _Group) -> None:
         help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
 
 
-def _training(group: _Group) -> None:
+def _training(group: FlagGroup) -> None:
     group.add("--epochs", type=positive_int, default=100, help="passes over the training stimuli")
     group.add("--batch_size", type=positive_int, default=16, help="samples per optimiser step")
     group.add("--learning_rate", type=positive, default=1e-4, help="AdamW peak learning rate")
@@ -275,7 +102,7 @@ def _training(group: _Group) -> None:
         help="also tell this tracker, which has to be installed; TensorBoard is always told")
 
 
-def _training_data(group: _Group) -> None:
+def _training_data(group: FlagGroup) -> None:
     group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
         help="folder with Preprocessed_data_250Hz/, training_images/, test_images/")
     group.add("--clip_feature_path", type=Path, required=True, per_call=True, metavar="DIR",
@@ -318,7 +145,7 @@ def _masks(parser: Parser) -> None:
         help="length of time spans and patches")
 
 
-def _contrast(group: _Group) -> None:
+def _contrast(group: FlagGroup) -> None:
     group.add("--text_contrast", type=share, default=0.01, metavar="SHARE",
         help="share of text in the contrastive loss; images get the rest")
     group.add("--contrast_normalise", choices=("both", "targets"), default="both",
@@ -337,12 +164,12 @@ def _contrast(group: _Group) -> None:
         "embedding, beside the contrastive loss; 0 = off")
 
 
-def _precision(group: _Group, what: str) -> None:
+def _precision(group: FlagGroup, what: str) -> None:
     group.add("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
         help=f"of {what}")
 
 
-def _superpixel_size(group: _Group) -> None:
+def _superpixel_size(group: FlagGroup) -> None:
     group.add("--superpixel_size", type=positive_int, default=500, metavar="PX",
         help="pictures are resized to this width and height before SLIC; THINGS has 500")
 
@@ -540,7 +367,7 @@ def retrieval() -> Parser:
     return parser
 
 
-def _model(group: _Group) -> None:
+def _model(group: FlagGroup) -> None:
     group.add("--model_path", type=Path, required=True, per_call=True, metavar="RUN",
         help="output of train.py")
     group.add("--checkpoint", choices=("best", "latest"), default="best",
@@ -562,7 +389,7 @@ def _prior_sampling(parser: Parser) -> None:
         "the training targets do; measured on held-out training concepts")
 
 
-def _control(group: _Group) -> None:
+def _control(group: FlagGroup) -> None:
     group.add("--control", choices=tuple(CONTROLS),
         help="instead of the EEG's own predictions: EEG of other stimuli, noise, the mean training "
         "embedding, or the stimulus' own embeddings (the ceiling); marked in every output")
@@ -828,21 +655,6 @@ STAGES: dict[str, Callable[[], Parser]] = {
     "pretrain": pretrain,
     "demo": demo,
 }
-_PROGRAMS = {
-    "check": "dataset.py",
-    "preprocess": "preprocess.py",
-    "features": "clip_feature_extractor.py",
-    "train": "train.py",
-    "retrieval": "ATMS_retrieval.py",
-    "generate": "generate.py",
-    "evaluate": "evaluate.py",
-    "report": "report.py",
-    "world": "python -m miniworld",
-    "pretrain": "python -m miniworld.pretrain",
-    "demo": "demo.py",
-}
-
-
 # ---------------------------------------------------------------- resolving
 
 
@@ -856,7 +668,7 @@ def resolve(stage: str, argv: Sequence[str] | None = None) -> Options:
     typed = _given(stage, tokens)
     config = typed.get("config")
     configured = (
-        _given(stage, _config_tokens(parser, config), f"--config {config}: ") if config else {}
+        _given(stage, config_tokens(parser, config), f"--config {config}: ") if config else {}
     )
     values, provenance, missing = {}, {}, []
     for name, action in parser.actions().items():
@@ -881,9 +693,9 @@ def resolve(stage: str, argv: Sequence[str] | None = None) -> Options:
         provenance,
         tuple(sorted(set(values) - parser.per_call)),
     )
-    _validate(parser, options.values)
+    check_combinations(parser, options.values)
     if options.values.print_config:
-        print(_as_yaml(options), end="")
+        print(as_yaml(options), end="")
         raise SystemExit(0)
     return options
 
@@ -904,164 +716,3 @@ def _given(stage: str, tokens: Sequence[str], source: str = "") -> dict[str, Any
     values, unknown = parser.parse_known_args(list(tokens))
     parser.refuse_unknown(unknown)
     return vars(values)
-
-
-def _config_tokens(parser: Parser, path: Path) -> list[str]:
-    """A config file as command-line tokens."""
-    content = _read_config(parser, path)
-    actions = parser.actions()
-    tokens = []
-    for key, value in content.items():
-        if key not in actions or key == "config":
-            known = [name for name in actions if name != "config"]
-            parser.error(f"--config {path}: {_did_you_mean(str(key), known)}")
-        if value is None:
-            continue
-        items = value if isinstance(value, list) else [value]
-        if any(isinstance(item, (list, dict)) for item in items):
-            parser.error(f"--config {path}: {key}: nested values, expected one, or a list of some")
-        if isinstance(actions[key], argparse.BooleanOptionalAction):
-            if not isinstance(value, bool):
-                parser.error(f"--config {path}: {key}: {value!r}, expected true or false")
-            tokens.append(f"--{key}" if value else f"--no-{key}")
-        elif isinstance(value, list):
-            tokens += [f"--{key}", *map(str, value)]
-        else:
-            tokens.append(f"--{key}={value}")
-    return tokens
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """With few aliases: by many, a few lines become more than any memory holds once printed."""
-
-    aliases = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.aliases += self.check_event(yaml.AliasEvent)
-        if self.aliases > MOST_ALIASES:
-            raise yaml.YAMLError(f"more than {MOST_ALIASES} aliases (*name)")
-        return super().compose_node(parent, index)
-
-
-def read_yaml(text: str) -> Any:
-    """Plain values. Raises YAMLError, or ValueError or RecursionError for odd content."""
-    if text.count("[") + text.count("{") > MOST_BRACKETS:  # nested, they take quadratic time
-        raise ValueError(f"more than {MOST_BRACKETS} brackets")
-    return yaml.load(text, _PlainLoader)
-
-
-def _read_config(parser: Parser, path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else read_yaml(text)
-    except OSError as error:
-        parser.error(f"--config {path}: {error.strerror}")
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: not YAML or JSON: {error}")
-    if isinstance(content, dict) and "options" in content:  # a run's own options.json
-        content = content["options"]
-    if not isinstance(content, dict):
-        parser.error(
-            f"--config {path}: expected option names and values, found {type(content).__name__}"
-        )
-    return content
-
-
-def _validate(parser: Parser, values: argparse.Namespace) -> None:
-    """Combinations that no single flag can see."""
-    window = getattr(values, "time_window", None)
-    if window and window[0] >= window[1]:
-        parser.error(f"--time_window {window[0]} {window[1]}: the start must come before the end")
-    if parser.stage == "features" and not _names_concept(values.text_template):
-        parser.error(
-            f"--text_template {values.text_template!r}: expected {{concept}}, without which all "
-            "texts would be equal, and no other braces"
-        )
-    interval = getattr(values, "guidance_interval", None)
-    if interval and interval[0] >= interval[1]:
-        parser.error(f"--guidance_interval {interval[0]} {interval[1]}: LOW must be below HIGH")
-    if getattr(values, "init_strength", 1.0) == 0:
-        parser.error("--init_strength 0 leaves no step to draw: give more than 0")
-    control = getattr(values, "control", None)
-    if control in WITHOUT_EEG and not values.clip_feature_path:
-        parser.error(f"--control {control} needs --clip_feature_path, where the embeddings are")
-    if parser.stage == "evaluate":
-        _validate_evaluate(parser, values)
-    if getattr(values, "contrast_layer", None) and values.target_mse:
-        parser.error("--target_mse needs the image embeddings as they are: not --contrast_layer")
-    if parser.stage == "train":
-        _validate_train(parser, values)
-    if parser.stage == "preprocess":
-        _validate_preprocess(parser, values)
-
-
-def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
-    if values.adapt_from and not values.subjects:
-        parser.error("--adapt_from needs --subjects: the people that the model does not know")
-    if values.adapt_from and (values.init_from or values.leave_out):
-        parser.error("--adapt_from goes with neither --init_from nor --leave_out")
-    if values.trainable != "all" and not values.adapt_from:
-        parser.error(f"--trainable {values.trainable} freezes parts of a model: needs --adapt_from")
-    for flag in OF_THE_MODEL:
-        if values.adapt_from and getattr(values, flag) != parser.actions()[flag].default:
-            parser.error(f"--{flag} was settled when the model of --adapt_from was trained")
-    for flag, default in (("prior_predicts", "velocity"), ("prior_loss", None)):
-        if values.aligner != "prior" and getattr(values, flag) != default:
-            parser.error(f"--{flag} is of --aligner prior, not of --aligner {values.aligner}")
-
-
-def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:
-    start, end = values.epoch
-    if not start < 0 < end:
-        parser.error(f"--epoch {start} {end}: must begin before the onset at 0, for the baseline, "
-            "and end after it")
-    if values.band_pass and values.band_pass[0] >= values.band_pass[1]:
-        low, high = values.band_pass
-        parser.error(f"--band_pass {low} {high}: LOW_HZ must be below HIGH_HZ")
-    if values.events and not values.raw:
-        parser.error("--events belongs to your own recordings: name them with --raw")
-    if values.events and len(values.events) != len(values.raw):
-        parser.error(f"--events names {len(values.events)} tables for {len(values.raw)} "
-            "recordings of --raw: one each, in the same order")
-
-
-def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
-    if values.compare:
-        if values.model_path or values.images:
-            parser.error("--compare reads two finished runs: leave out --model_path and --images")
-        return
-    if not (values.model_path or values.images):
-        parser.error(
-            "nothing to score: give --model_path (retrieval), --images (pictures), both, "
-            "or --compare"
-        )
-    if values.model_path and not values.clip_feature_path:
-        parser.error("--model_path needs --clip_feature_path, the gallery to retrieve from")
-    if values.model_path and not values.data_path:
-        parser.error("--model_path needs --data_path, where the test EEG is")
-    if values.images and not (values.data_path or values.truth):
-        parser.error("--images needs the pictures that were seen: --data_path DATA or --truth DIR")
-    if values.control_images and not values.images:
-        parser.error("--control_images are scored beside --images: name those, too")
-    if values.occlusion and (values.control or not values.model_path):
-        parser.error("--occlusion explains what a model reads from the EEG: give --model_path, "
-            "and no --control")
-
-
-def _names_concept(template: str) -> bool:
-    """Whether the template can be filled in and then holds the concept."""
-    try:
-        return "\0" in template.format(concept="\0")
-    except (LookupError, ValueError, AttributeError):
-        return False
-
-
-def _as_yaml(options: Options) -> str:
-    """One line per option with its provenance; JSON values are YAML too."""
-    lines = []
-    for key, value in options.recorded().items():
-        plain = json.loads(json.dumps(value, default=str))
-        lines.append(
-            f"{key}: {json.dumps(plain, ensure_ascii=False)}   # {options.provenance[key]}"
-        )
-    return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,6 @@ import torch
 import util
 from datafiles import check
 from datafiles.eeg_files import (
-    EEG_FILE,
-    EEG_FOLDER,
-    SIMULATED_NOTE,
     Recording,
     Signal,
     average_trials,
@@ -36,14 +33,7 @@ from datafiles.eeg_files import (
 )
 from datafiles.feature_bank import open_bank
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, check_disjoint, list_stimuli, stimulus_id
-from util import WHOLE, DataError, Part, UserError
-
-
-def is_simulated(data_path: Path | None) -> bool:
-    """Whether a subject below DATA carries the simulator's own note: nobody was recorded."""
-    return data_path is not None and any(
-        (Path(data_path) / EEG_FOLDER).glob(f"sub-*/{SIMULATED_NOTE}")
-    )
+from util import WHOLE, Part
 
 
 @dataclass(frozen=True)
@@ -77,38 +67,6 @@ class TestEEG:
         )
 
 
-def locate_test_eeg(
-    eeg_data: Path, subject: str | None, data_path: Path | None
-) -> tuple[Path, str, Path | None]:
-    """(file, subject, DATA or None) from a file, a ``sub-XX`` folder or DATA. Raises UserError."""
-    eeg_data = Path(eeg_data)
-    if not eeg_data.exists():
-        raise UserError(
-            "--eeg_data", f"{eeg_data}: no such file or folder", EEG_FILE["test"], "check the path"
-        )
-    file = eeg_data
-    if eeg_data.is_dir():
-        folder = eeg_data / EEG_FOLDER if (eeg_data / EEG_FOLDER).is_dir() else eeg_data
-        if not (folder / EEG_FILE["test"]).exists():
-            names = sorted(
-                path.name for path in folder.iterdir() if (path / EEG_FILE["test"]).exists()
-            )
-            if subject not in names and not (subject is None and len(names) == 1):
-                raise UserError(
-                    "--subject",
-                    subject,
-                    f"one of {', '.join(names) or '(none found)'} in {folder}",
-                    "name one of them",
-                )
-            folder = folder / (subject or names[0])
-        file = folder / EEG_FILE["test"]
-    subject = subject or file.resolve().parent.name
-    above = file.resolve().parents
-    if data_path is None and len(above) > 2 and (above[2] / IMAGE_FOLDER["test"]).is_dir():
-        data_path = above[2]
-    return file, subject, data_path
-
-
 def open_test(
     file: Path,
     subject: str,
@@ -124,24 +82,6 @@ def open_test(
         check_rows(recording, stimuli)
     signal = match_signal(recording, channels, times)
     return TestEEG(average_trials(recording, signal), subject, stimuli, recording.hash, file)
-
-
-def check_clip(
-    found_clip: Mapping[str, Any], bank: Path, clip: Mapping[str, Any], model: Path | str
-) -> None:
-    """Raise DataError if the bank is of another CLIP (``found_clip``) than the model's targets."""
-    differing = [key for key in {**clip, **found_clip} if found_clip.get(key) != clip.get(key)]
-    if differing:
-        found, needed = (
-            ", ".join(f"{key} {identity.get(key)}" for key in differing)
-            for identity in (found_clip, clip)
-        )
-        raise DataError(
-            bank,
-            found,
-            f"{needed}, as {model} was trained on",
-            "use the features that the model was trained on, or train it on these",
-        )
 
 
 # ---------------------------------------------------------------- training data

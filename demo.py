@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import util
 from miniworld import judge, models, quality
+from rundirs.files import atomic_write
 
 HERE = Path(__file__).resolve().parent
 SUBJECT = "sub-01"
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code := run(plan):
         return code
     table = judged(out, values.seed)
-    with util.atomic_write(out / "scores" / "judge.md") as file:
+    with atomic_write(out / "scores" / "judge.md") as file:
         file.write(table)
     elsewhere = drawing(out, values.seed, 12, "uniform", "all", injection="uniform")
     print(

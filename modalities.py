@@ -109,3 +109,24 @@ def recipes(mode: str) -> tuple[Recipe, ...]:
     if mode == "all":
         return recipes("separate") + recipes("fused") + recipes("progressive")
     raise ValueError(f"unknown mode {mode!r}; the modes are {', '.join(MODES)}")
+
+
+TEXT_TEMPLATE = "This picture is {concept}"
+CONTROLS = {  # of --control, with the mark that everything drawn or scored under it carries
+    "shuffled_eeg": "CONTROL: the EEG of another stimulus",
+    "noise_eeg": "CONTROL: noise instead of EEG",
+    "mean_embedding": "CONTROL: mean training embedding, no EEG",
+    "true_embedding": "CEILING: the stimulus' own embeddings, no EEG",
+}
+MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **CONTROLS}
+WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
+ENCODERS = ("ATMS", "EEGProject", "NICE")  # this project's own; other names are braindecode's
+AUTO = "auto"
+EACH = "each"
+FINAL = "final"
+QUANTITIES = ("velocity", "noise", "embedding")  # what priors may predict, see unet.PriorBank
+
+
+def marks_of(prompt_source: str, control: str | None) -> tuple[str, ...]:
+    """Keys of args.MARKS for pictures that do not show what was decoded from the EEG alone."""
+    return tuple(name for name in (prompt_source, control) if name in MARKS)

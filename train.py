@@ -14,25 +14,21 @@ if __name__ == "__main__":
 import torch
 
 import util
-from ATMS_retrieval import (
-    ATMS,
-    Decoder,
-    check_encoder,
-    contrast_from,
-    global_losses,
-    model_file,
-    new_encoder,
-    validation_retrieval,
-)
-from datafiles.feature_bank import layer_name
+from cli.config import Options
+from datafiles.feature_bank import check_clip, layer_name
 from datafiles.stimuli import list_stimuli
-from dataset import Batch, TrainingData, check_clip
+from dataset import Batch, TrainingData
 from decoder import aligners, fusion, low_level
+from decoder.atms import ATMS
+from decoder.decoder import Decoder, check_encoder, model_file, new_encoder
 from decoder.projector import new_projector
 from loss import Contrast, prior_total
 from modalities import NAMES
+from rundirs.files import file_hash
 from training import loop
+from training.objectives import contrast_from, global_losses, validation_retrieval
 from training.processes import Processes
+from training.settings import folds, open_data
 from util import WHOLE, Part
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
@@ -210,7 +206,7 @@ def adapted(
         data,
         signal=data.signal | {"subjects": decoder.signal["subjects"]},
         first_subject=len(known),
-        hashes=data.hashes | {"adapt_from": util.file_hash(model_file(run, "best"))},
+        hashes=data.hashes | {"adapt_from": file_hash(model_file(run, "best"))},
     ), decoder
 
 
@@ -219,18 +215,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, or go on training, or do nothing when the run is finished."""
     options = args.resolve("train", argv)
     processes = Processes.join(options.values.device)
-    for fold in loop.folds(options):
+    for fold in folds(options):
         train_one(fold, processes)
     return 0
 
 
-def train_one(options: args.Options, processes: Processes) -> None:
+def train_one(options: Options, processes: Processes) -> None:
     """One model."""
     values = options.values
     check_encoder(values.encoder)
     known = Decoder.load(values.adapt_from, "best") if values.adapt_from else None
     layer = known.layer if known else layer_name(values.contrast_layer)
-    data = loop.open_data(values, layer)
+    data = open_data(values, layer)
     if known:
         features = values.clip_feature_path
         data, decoder = adapted(known, values.adapt_from, data, features, values.trainable)

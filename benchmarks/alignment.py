@@ -27,13 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import args
 import demo
 import metrics
-import util
-from ATMS_retrieval import Decoder, model_file
 from datafiles.eeg_files import eeg_file, list_subjects
 from datafiles.feature_bank import Bank, open_bank
 from dataset import TestEEG, open_test
 from decoder import controls
-from modalities import NAMES
+from decoder.decoder import Decoder, model_file
+from modalities import FINAL, NAMES
+from rundirs.environment import environment
+from rundirs.files import file_hash, read_json, write_json
 from unet import Sampling
 
 LAYERS = (2, 3, 4, 5)  # of the miniature CLIP: the stages of its ResNet
@@ -70,7 +71,7 @@ VARIANTS: Mapping[str, Variant] = {
         {"contrast_normalise": "targets", "contrast_positives": "concept"}
     ),
     "contrast_off": Variant({"contrast_weight": 0.0}),
-    **{f"layer_{layer}": Variant({"contrast_layer": layer}) for layer in (*LAYERS, args.FINAL)},
+    **{f"layer_{layer}": Variant({"contrast_layer": layer}) for layer in (*LAYERS, FINAL)},
     **{f"target_mse_{weight}": Variant({"target_mse": weight}) for weight in (0.1, 1.0)},
 }
 TOP1 = ("top1_image", "top1_encoder")  # whose chance is 1 / gallery; cosines' is 0
@@ -106,9 +107,9 @@ def scores_of(
 
 def score_run(out: Path, run: Path, variant: Variant, file: Path, seed: int) -> dict[str, Any]:
     """{"eeg" or "shuffled_eeg": {score: [N]}}, means over subjects; read from ``file`` if there."""
-    key = {"model": util.file_hash(model_file(run, "best")), "seed": seed}
+    key = {"model": file_hash(model_file(run, "best")), "seed": seed}
     key |= asdict(variant.sampling)
-    if file.exists() and (record := util.read_json(file))["key"] == key:
+    if file.exists() and (record := read_json(file))["key"] == key:
         return record["scores"]
     decoder, data = Decoder.load(run, "best"), out / "world" / "data"
     bank = open_bank(out / "clip_features", "test", [decoder.layer])
@@ -125,7 +126,7 @@ def score_run(out: Path, run: Path, variant: Variant, file: Path, seed: int) -> 
         scores[control or "eeg"] = {
             name: np.mean([found[name] for found in of], axis=0).tolist() for name in SCORES
         }
-    util.write_json(file, {"key": key, "scores": scores})
+    write_json(file, {"key": key, "scores": scores})
     return scores
 
 
@@ -257,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(as_markdown(rows))
     if given.json:
-        util.write_json(given.json, {"simulated": True, "rows": rows, **util.environment()})
+        write_json(given.json, {"simulated": True, "rows": rows, **environment()})
     return 0
 
 

@@ -33,42 +33,48 @@ import args
 import clip_feature_extractor as stage
 import util
 from datafiles.stimuli import Stimulus
+from features.clip import Clip, adjusted, model_name
+from features.pieces import Piece, encode, next_crops
+from features.views import VISUAL, Pictures, Views
 from miniworld import renders
+from rundirs.environment import environment
+from rundirs.files import write_json
+from rundirs.tensors import load_tensors
 
 
 @dataclass(frozen=True)
 class Work:
     """What both sides encode."""
 
-    clip: stage.Clip
+    clip: Clip
     stimuli: Sequence[Stimulus]
-    views: stage.Views
+    views: Views
     batch_size: int
     num_workers: int
 
 
-def random_clip(name: str, precision: str, device: torch.device) -> stage.Clip:
+def random_clip(name: str, precision: str, device: torch.device) -> Clip:
     """An open_clip model without weights to load."""
     import open_clip
 
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns that the weights are random
-    name = stage.model_name(name)
+    name = model_name(name)
     model, _, transform = open_clip.create_model_and_transforms(name, device=device)
-    clip = stage.Clip(
+    clip = Clip(
         model.eval(), transform, open_clip.get_tokenizer(name), {"model": name, "weights": "random"}
     )
-    return stage.adjusted(clip, blur_px=0.0, precision=precision)
+    return adjusted(clip, blur_px=0.0, precision=precision)
 
 
 def prepared(work: Work) -> tuple[torch.Tensor, float]:
     """(crops [N, visual, 3, S, S], median seconds of CPU per picture), made in this process."""
     made, seconds = [], []
-    pictures = stage.Pictures(work.stimuli, work.clip.transform, work.views)
+    pictures = Pictures(work.stimuli, work.clip.transform, work.views)
     for row in range(len(pictures)):
         started = time.process_time()
         made.append(pictures[row])
         seconds.append(time.process_time() - started)
-    return torch.stack(stage.next_crops(iter(made), len(made))), statistics.median(seconds)
+    return torch.stack(next_crops(iter(made), len(made))), statistics.median(seconds)
 
 
 def wait(device: torch.device) -> float:
@@ -106,12 +112,12 @@ def whole(work: Work, folder: Path) -> Timed:
     hook = work.clip.model.visual.register_forward_pre_hook(
         lambda *_: first.append((time.perf_counter(), time.process_time()))
     )
-    piece = stage.Piece(folder / "pictures.safetensors", stimuli=work.stimuli)
-    stage.encode(work.clip, [piece], work.views, work.batch_size, work.num_workers)
+    piece = Piece(folder / "pictures.safetensors", stimuli=work.stimuli)
+    encode(work.clip, [piece], work.views, work.batch_size, work.num_workers)
     ended, cpu = time.perf_counter(), time.process_time()
     hook.remove()
-    features = util.load_tensors(piece.path)[0]
-    visual = torch.stack([features[name] for name in stage.VISUAL], dim=1)
+    features = load_tensors(piece.path)[0]
+    visual = torch.stack([features[name] for name in VISUAL], dim=1)
     clock, cpu_before = first[0]
     return Timed(ended - clock, cpu - cpu_before, visual, clock - started)
 
@@ -197,11 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         stimuli = renders.picture_files(
             given.pictures, given.n, given.size, Path(folder), given.seed
         )
-        work = Work(clip, stimuli, stage.Views(given.size), given.batch_size, given.num_workers)
+        work = Work(clip, stimuli, Views(given.size), given.batch_size, given.num_workers)
         row = features_vs_forward(work, Path(folder), given.repeats)
     print(told(row))
     if given.json:
-        util.write_json(given.json, {"rows": {"features_vs_forward": row}, **util.environment()})
+        write_json(given.json, {"rows": {"features_vs_forward": row}, **environment()})
     return 0
 
 

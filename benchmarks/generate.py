@@ -34,12 +34,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import args
 import util
-from clip_feature_extractor import load_clip
 from datafiles import superpixel
+from features.clip import load_clip
 from generation import variants
 from miniworld import models, pictures, renders
 from modalities import NAMES, recipes
+from rundirs.environment import environment
+from rundirs.files import write_json
 from sdxl import injection_map, sampler
+from sdxl.adapter_file import read_ip_adapter
+from sdxl.attention import InjectedAttention, Injector, layers_of
+from sdxl.loading import load_sdxl, quiet_loading
 
 WEIGHTS = models.Models(models.SHIPPED)
 STOCK_BATCHES = (4, 8, 16, 32)  # tried once; the fastest is timed
@@ -111,16 +116,14 @@ class Ours:
 
     work: Work
     pipe: Any
-    injector: injection_map.Injector
+    injector: Injector
     prompt: sampler.PromptEmbeds
     batch: int
 
     @classmethod
     def load(cls, work: Work, batch: int) -> Ours:
-        pipe = injection_map.load_sdxl(WEIGHTS.sdxl, torch.float32, "cpu")
-        injector = injection_map.Injector.install(
-            pipe.unet, injection_map.read_ip_adapter(WEIGHTS.ip_adapter)
-        )
+        pipe = load_sdxl(WEIGHTS.sdxl, torch.float32, "cpu")
+        injector = Injector.install(pipe.unet, read_ip_adapter(WEIGHTS.ip_adapter))
         prompt = sampler.encode_prompt(pipe, [work.prompt], [work.negative_prompt])
         return cls(work, pipe, injector, prompt, batch)
 
@@ -180,7 +183,7 @@ class Stock:
         from diffusers import StableDiffusionXLPipeline
         from diffusers.utils import logging
 
-        injection_map.quiet_loading()
+        quiet_loading()
         pipe = StableDiffusionXLPipeline.from_pretrained(
             str(WEIGHTS.sdxl), dtype=torch.float32, local_files_only=True, add_watermarker=False
         )
@@ -195,7 +198,7 @@ class Stock:
             local_files_only=True,
         )
         logging.set_verbosity(verbosity)
-        layers = injection_map.layers_of(pipe.unet)
+        layers = layers_of(pipe.unet)
         tables = {
             recipe.name: injection_map.scales(recipe, layers=layers) for recipe in recipes("all")
         }
@@ -228,7 +231,7 @@ class Stock:
                 raise SystemExit(f"{name}: diffusers' scales {found} are not the map's {table}")
 
     def set_scales(self, recipe: str) -> None:
-        layers, forms = injection_map.layers_of(self.pipe.unet), []
+        layers, forms = layers_of(self.pipe.unet), []
         for row in self.tables[recipe].tolist():
             form: dict[str, Any] = {"down": {}, "up": {}, "mid": 0.0}
             for layer, scale in zip(layers, row, strict=True):
@@ -503,7 +506,7 @@ def memory_of(route: str, given: argparse.Namespace) -> dict[str, float]:
     from diffusers import StableDiffusionXLPipeline  # noqa: F401 - counted as an import
 
     imported = peak_mib()
-    dim = injection_map.read_ip_adapter(WEIGHTS.ip_adapter).clip_dim
+    dim = read_ip_adapter(WEIGHTS.ip_adapter).clip_dim
     vectors = torch.randn(given.stimuli, len(NAMES), dim, generator=util.generator_for(given.seed))
     work = work_of(given, vectors)
     if route == "ours":
@@ -585,7 +588,7 @@ def ip_attention(
     key, value = torch.randn(2, width, TOKEN_WIDTH, generator=draw) * TOKEN_WIDTH**-0.5
     scale = [0.2 + 0.1 * m for m in range(len(NAMES))]
     plain, stock = AttnProcessor2_0(), five_copies(key, value, scale)
-    ours = injection_map.InjectedAttention(key, value, heads)
+    ours = InjectedAttention(key, value, heads)
     attn = without_projections(query, text, heads)
     per_modality = [tokens[:, [m]] for m in range(len(NAMES))]
     split = query.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -726,7 +729,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     print(notes(rows))
     if given.json:
-        util.write_json(given.json, {"rows": rows, **util.environment()})
+        write_json(given.json, {"rows": rows, **environment()})
     return 0
 
 

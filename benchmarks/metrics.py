@@ -18,7 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import metrics
-import util
+from rundirs.environment import environment
+from rundirs.files import write_json
 
 PICTURES, DIMENSIONS = 200, 2048  # of the test set, and of FID's Inception
 
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     row = rows["fid_200"]
     print(f"\nFID {row['fid']:.6f}, relative difference {row['relative_difference']:.1e}")
     if given.json:
-        util.write_json(given.json, {"rows": rows, **util.environment()})
+        write_json(given.json, {"rows": rows, **environment()})
     return 0
 
 

@@ -25,11 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import demo
 import metrics
 import modalities
-import util
 from datafiles.stimuli import list_stimuli
 from evaluation import picture_scores
+from evaluation.pairing import pair
 from miniworld import judge, models, pictures, quality, renders
-from sdxl import injection_map
+from rundirs.environment import environment
+from rundirs.files import read_json, write_json
+from sdxl.loading import load_sdxl
 
 COLOURS = ("colour", "background")
 # models trained otherwise: {name: flags of train.py}
@@ -75,7 +77,7 @@ def summary(values: np.ndarray, seed: int) -> dict[str, Any]:
 def of_miniatures(weights: models.Models, n: int, seed: int) -> dict[str, Any]:
     """The models themselves on renders of n test concepts."""
     scenes = renders.unseen_scenes("test", n, seed)
-    vae = injection_map.load_sdxl(weights.sdxl, torch.float32, "cpu").vae
+    vae = load_sdxl(weights.sdxl, torch.float32, "cpu").vae
     verdicts = quality.judge_accuracy(judge.load(weights.judge), scenes)
     rows = {"vae_psnr": summary(quality.vae_psnr(vae, scenes), seed)}
     for name, hits in quality.clip_retrieval(weights, scenes).items():
@@ -100,7 +102,7 @@ def of_pictures(
 
 def of_retrieval(out: Path) -> dict[str, Any]:
     """Encoder -> image of the demo's first subject, from evaluate.py."""
-    results = util.read_json(out / "quality" / "scores" / "results.json")
+    results = read_json(out / "quality" / "scores" / "results.json")
     row = next(row for row in results["retrieval"] if row["subject"] == demo.SUBJECT)
     return {
         "eeg_retrieval_top1": {"value": row["top1"], "interval": row["top1_interval"],
@@ -206,7 +208,7 @@ def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
 
 def pixel_scores(images: Path, data: Path) -> dict[str, np.ndarray]:
     """PixCorr and SSIM of the fused pictures of a run, by stimulus."""
-    (group,) = picture_scores.pair([images], list_stimuli(data, "test"))
+    (group,) = pair([images], list_stimuli(data, "test"))
     values = picture_scores.pixel_values(group, metrics.PROTOCOLS[0], 0)
     return {name: found.own for name, found in values.items()}
 
@@ -264,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nEEG above shuffled_eeg, paired by stimulus\n\n{above}")
     print(f"\nprogressive: what each modality adds\n\n{quality.progress_table(found[None], seed)}")
     if given.json:
-        util.write_json(given.json, {"simulated": True, "rows": rows, **util.environment()})
+        write_json(given.json, {"simulated": True, "rows": rows, **environment()})
     return 0
 
 

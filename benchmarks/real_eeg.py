@@ -26,6 +26,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from datafiles.eeg_files import eeg_file
+from datafiles.feature_bank import open_bank
+from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
+from modalities import ENCODERS
+from rundirs.environment import environment
+from rundirs.files import write_json
+from rundirs.tensors import save_tensors
+from training.settings import open_data
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -33,10 +42,12 @@ import args
 import dataset
 import metrics
 import util
-from ATMS_retrieval import ContrastiveObjective, Decoder, check_encoder, contrast_from, new_encoder
+from ATMS_retrieval import ContrastiveObjective
+from decoder.decoder import Decoder, check_encoder, new_encoder
 from loss import Contrast
 from modalities import NAMES
 from training import loop
+from training.objectives import contrast_from
 from training.processes import Processes
 
 WINDOW_S = (0.0, 1.0)  # end exclusive
@@ -143,11 +154,11 @@ def choose_ridge(eeg: np.ndarray, seed: int) -> tuple[str, float]:
 def write_world(root: Path, erps: ERPs, eeg: np.ndarray, prototypes: torch.Tensor) -> None:
     """``eeg`` in the files that training reads: a subject per person, a picture per category."""
     for number, category in enumerate(erps.categories, start=1):
-        folder = root / dataset.IMAGE_FOLDER["training"] / f"{number:05d}_{category}"
+        folder = root / IMAGE_FOLDER["training"] / f"{number:05d}_{category}"
         folder.mkdir(parents=True)
         Image.new("RGB", (2, 2)).save(folder / f"{category}.png")
     for person, rows in enumerate(eeg, start=1):
-        path = dataset.eeg_file(root, f"sub-{person:02d}", "training")
+        path = eeg_file(root, f"sub-{person:02d}", "training")
         path.parent.mkdir(parents=True)
         content = {
             "preprocessed_eeg_data": rows[:, None],  # one repetition
@@ -155,10 +166,10 @@ def write_world(root: Path, erps: ERPs, eeg: np.ndarray, prototypes: torch.Tenso
             "times": np.array(erps.times),
         }
         path.write_bytes(pickle.dumps(content))
-    ids = [item.id for item in dataset.list_stimuli(root, "training")]
+    ids = [item.id for item in list_stimuli(root, "training")]
     tensors = {name: prototypes.clone() for name in NAMES} | {"stimulus": torch.tensor(ids)}
     clip = {"model": "a random orthogonal prototype per category"}
-    util.save_tensors(root / "bank" / "training.safetensors", tensors, {"clip": clip})
+    save_tensors(root / "bank" / "training.safetensors", tensors, {"clip": clip})
     (root / "bank" / "DONE").write_text("{}")
 
 
@@ -200,7 +211,7 @@ def trained(
     flags |= {"epochs": epochs, "save_every": epochs, "seed": seed, **TRAINING}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     options = args.resolve("retrieval", words)  # whatever is not named: its default
-    data = loop.open_data(options.values)
+    data = open_data(options.values)
     decoder = Decoder(new_encoder(data, seed, name), None, data.signal, data.clip)
     objective = PeopleObjective(decoder, data, contrast_from(options.values), inner)
     run = loop.train(options, decoder, objective, data, Processes.join("cpu"))
@@ -221,7 +232,7 @@ def by_encoder(
     quiet = contextlib.redirect_stderr(io.StringIO())  # a progress bar for every person and fold
     with tempfile.TemporaryDirectory() as folder, quiet:
         decoder = trained(name, Path(folder), erps, fitted, inner, epochs, seed)
-        prototypes = dataset.open_bank(Path(folder) / "bank", "training").features["image"]
+        prototypes = open_bank(Path(folder) / "bank", "training").features["image"]
     return similarities(decoder, new, prototypes).argmax(1).reshape(eeg.shape[:2]).numpy()
 
 
@@ -301,7 +312,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="eeg [people, categories, channels, samples], category, ch_names, times",
     )
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--encoders", nargs="+", default=list(args.ENCODERS), metavar="NAME",
+    parser.add_argument("--encoders", nargs="+", default=list(ENCODERS), metavar="NAME",
         help="as --encoder of train.py (default: all of this project)")  # fmt: skip
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N",
         help="at most; inner people choose one of them (default: %(default)s)")  # fmt: skip
@@ -325,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(as_markdown(rows))
     if given.json:
-        util.write_json(given.json, {"rows": rows, **util.environment()})
+        write_json(given.json, {"rows": rows, **environment()})
     return 0
 
 

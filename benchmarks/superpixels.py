@@ -27,13 +27,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import args
-import util
-from clip_feature_extractor import Pictures, Views
 from datafiles import superpixel
 from datafiles.pictures import read_picture
 from datafiles.stimuli import Stimulus
+from features.views import Pictures, Views
 from miniworld import renders
 from modalities import MODALITIES, Slic
+from rundirs.environment import environment
+from rundirs.files import write_json
 
 CROP_PX = 224
 PROCESSES = (2, 1)  # ours, baseline
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     print(notes(rows))
     if given.json:
-        util.write_json(given.json, {"rows": rows, **util.environment()})
+        write_json(given.json, {"rows": rows, **environment()})
     return 0
 
 

@@ -32,18 +32,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataset
 import train
-import util
-from ATMS_retrieval import Decoder
 from datafiles import eeg_files, published
+from datafiles.eeg_files import eeg_file
+from datafiles.stimuli import list_stimuli
 from decoder.aligners import Alignment
+from decoder.decoder import Decoder
 from decoder.encoders import SpatioTemporalConvolution
 from loss import Contrast, contrastive_total, prior_loss, prior_total
 from masking import Masking
 from modalities import NAMES
+from rundirs.directory import RunDirectory
+from rundirs.environment import environment
+from rundirs.files import write_json
+from rundirs.tensors import save_tensors
+from sdxl.memory import main_memory_peak
 from subject_layers.dropout import Dropout
 from training import loop
 from training.optimisation import Schedule
 from training.processes import Processes
+from training.settings import Computing
 from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank, timestep_features
 
 DIM, CHANNELS, SAMPLES, RATE_HZ = 1024, 63, 250, 250
@@ -259,10 +266,10 @@ class OurStep:
             weight_decay=0.01, warmup_steps=0, grad_clip=1.0, ema_decay=0.0, seed=0,
             epochs_per_call=None, save_every=1, val_every=1,
         )  # fmt: skip
-        computing = loop.Computing("float32", 1, False, "auto", "none")
+        computing = Computing("float32", 1, False, "auto", "none")
         objective = train.JointObjective(decoder, data, Contrast(0.01), 1.0, noise_draws=1)
         self.training = loop._Training(
-            util.RunDirectory(out, "train"), decoder, objective, Masking(), schedule, computing,
+            RunDirectory(out, "train"), decoder, objective, Masking(), schedule, computing,
             Processes(0, 1, torch.device("cpu")), 1,
         )  # fmt: skip
         self.batches = (b for epoch in range(10**6) for b in data.batches(epoch, batch))
@@ -312,7 +319,7 @@ def write_subjects(
     shape = (concepts * IMAGES, repetitions, CHANNELS, SAMPLES)
     names, times = [f"C{i}" for i in range(CHANNELS)], [i / RATE_HZ for i in range(SAMPLES)]
     for subject in range(1, subjects + 1):
-        source = dataset.eeg_file(root, f"sub-{subject:02d}", "training")
+        source = eeg_file(root, f"sub-{subject:02d}", "training")
         source.parent.mkdir(parents=True)
         source.write_text(f"stands for the published file of subject {subject}")
         copy = eeg_files.copy_of(source, eeg_files.cache_folder(root, None))
@@ -321,10 +328,10 @@ def write_subjects(
         if dense:
             eeg[:] = np.random.default_rng(subject).standard_normal(shape, dtype=np.float32)
         about = {"shape": shape, "channels": names, "times": times, "hash": f"subject {subject}"}
-        util.write_json(copy.with_suffix(".json"), about)
-    stimuli = dataset.list_stimuli(root, "training")
+        write_json(copy.with_suffix(".json"), about)
+    stimuli = list_stimuli(root, "training")
     ids = torch.tensor([item.id for item in stimuli])
-    util.save_tensors(
+    save_tensors(
         root / "bank" / "training.safetensors",
         random_targets(len(ids)) | {"stimulus": ids},
         {"clip": {"model": "noise"}},
@@ -347,9 +354,9 @@ def opened(root: Path) -> dict[str, float]:
     """What a child measures."""
     from tqdm import tqdm  # noqa: F401 - counted as an import
 
-    imported, started = util.peak_memory(), time.perf_counter()
+    imported, started = main_memory_peak(), time.perf_counter()
     next(iter(open_subjects(root, "random").batches(0, 64)))
-    seconds, peak = time.perf_counter() - started, util.peak_memory()
+    seconds, peak = time.perf_counter() - started, main_memory_peak()
     return {"seconds": seconds, "mib": (peak - imported) / 2**20, "with_imports": peak / 2**20}
 
 
@@ -471,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     print(notes(rows, speed))
     if given.json:
-        util.write_json(given.json, {"rows": rows, "machine": speed, **util.environment()})
+        write_json(given.json, {"rows": rows, "machine": speed, **environment()})
     return 0
 
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-import util
 from datafiles import electrodes
+from datafiles.captions import read_captions
 from datafiles.eeg_files import (
     EEG_FOLDER,
     RAW_FOLDER,
@@ -25,7 +23,9 @@ from datafiles.eeg_files import (
     eeg_file,
     list_subjects,
 )
+from datafiles.electrodes import grade
 from datafiles.feature_bank import open_bank
+from datafiles.findings import NAMED, Findings, some, spread
 from datafiles.pictures import PictureError, picture_size, read_picture
 from datafiles.published import parse_published
 from datafiles.stimuli import (
@@ -35,59 +35,18 @@ from datafiles.stimuli import (
     check_disjoint,
     keys_hash,
     list_stimuli,
-    read_captions,
 )
-from preprocessing.channels import grade
-from util import DataError, StageError
+from rundirs.files import file_hash, read_json
+from util import DataError
 
 SAMPLED_TRIALS = 512  # of a file, whose every value is looked at
 COMPARED_TRIALS = 4000  # of a file, of which three channels' first samples are
 SAMPLED_PICTURES = 500  # of a partition, whose headers are read
-NAMED = 3  # examples in a message
 SCALE = (1e-9, 1e5)  # standard deviations from nanovolts in volts to millivolts in microvolts
 OTHER_SCALE = 100.0  # between two files: another unit
 OTHER_PICTURES = (".gif", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
-
 Stimuli = dict[str, list[Stimulus]]
 Recordings = dict[str, dict[str, Recording]]  # subject -> partition
-
-
-@dataclass
-class Findings:
-    """What a check has found so far."""
-
-    facts: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problems: list[StageError] = field(default_factory=list)
-    next: str = ""  # command
-
-    def attempt(self, check: Callable[..., Any], *given: Any) -> Any:
-        """What ``check`` returns; None if it raises a problem, which is noted."""
-        try:
-            return check(*given)
-        except StageError as error:
-            self.problems.append(error)
-            return None
-
-    def problem(self, where: object, found: str, expected: str, cure: str) -> None:
-        self.problems.append(DataError(where, found, expected, cure))
-
-    def lines(self) -> Iterable[str]:
-        yield from (f"  {fact}" for fact in self.facts)
-        yield from (f"note: {note}" for note in self.notes)
-        for number, problem in enumerate(self.problems, start=1):
-            yield f"problem {number} of {len(self.problems)}: {problem}"
-        yield f"next: {self.next}"
-
-
-def _some(names: Sequence[object]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(map(str, names[:NAMED])) + more
-
-
-def _spread(number: int, most: int) -> list[int]:
-    """At most ``most`` of ``number`` places, evenly, with the first and the last."""
-    return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(int)).tolist()
 
 
 # ---------------------------------------------------------------- pictures
@@ -122,7 +81,7 @@ def _count(data_path: Path, partition: str, items: Sequence[Stimulus], findings:
         usual = max(each, key=list(sizes.values()).count)
         odd = [f"{name} ({count})" for name, count in sizes.items() if count != usual]
         findings.notes.append(
-            f"{root.name}: other than {usual} pictures in {_some(odd)}: is one lost?"
+            f"{root.name}: other than {usual} pictures in {some(odd)}: is one lost?"
         )
     ignored = [
         f"{folder.name}/{name}"
@@ -131,7 +90,7 @@ def _count(data_path: Path, partition: str, items: Sequence[Stimulus], findings:
         if Path(name).suffix.lower() in OTHER_PICTURES
     ]
     if ignored:
-        findings.notes.append(f"{root.name}: neither PNG nor JPEG, so ignored: {_some(ignored)}")
+        findings.notes.append(f"{root.name}: neither PNG nor JPEG, so ignored: {some(ignored)}")
 
 
 def _check_readable(
@@ -140,7 +99,7 @@ def _check_readable(
     """Headers of a sample, or all pictures whole."""
     from tqdm import tqdm
 
-    places = range(len(items)) if full else _spread(len(items), SAMPLED_PICTURES)
+    places = range(len(items)) if full else spread(len(items), SAMPLED_PICTURES)
     bad: list[PictureError] = []
     for place in tqdm(places, desc=f"{partition} pictures", unit="picture", leave=False):
         try:
@@ -160,16 +119,16 @@ def _check_copies(stimuli: Stimuli, findings: Findings) -> None:
     """Test pictures that are training pictures, byte for byte."""
     sizes = {item.path.stat().st_size for item in stimuli["test"]}
     known = {
-        util.file_hash(item.path): item.key
+        file_hash(item.path): item.key
         for item in stimuli["training"]
         if item.path.stat().st_size in sizes
     }
-    same = ((item.key, known.get(util.file_hash(item.path))) for item in stimuli["test"])
+    same = ((item.key, known.get(file_hash(item.path))) for item in stimuli["test"])
     leaked = [f"{key} = {other}" for key, other in same if other]
     if leaked:
         findings.problem(
             IMAGE_FOLDER["test"],
-            f"pictures that are training pictures, too: {_some(leaked)}",
+            f"pictures that are training pictures, too: {some(leaked)}",
             "test pictures that training never sees",
             "take them out of one of the two, with their EEG rows",
         )
@@ -248,7 +207,7 @@ def _describe(name: str, own: dict[str, Recording], simulated: bool, findings: F
     )
     strange = [channel for channel in one.channels if electrodes.region(channel) is None]
     if strange:
-        findings.notes.append(f"{name}: channels without a known region: {_some(strange)}")
+        findings.notes.append(f"{name}: channels without a known region: {some(strange)}")
     if len(own) == len(PARTITIONS) and own["test"].eeg.shape[1] < own["training"].eeg.shape[1]:
         findings.notes.append(
             f"{name}: fewer trials of a test picture than of a training picture: exchanged files?"
@@ -282,7 +241,7 @@ def _check_row_counts(
 def _check_pictures_of(folder: Path, stimuli: Stimuli, findings: Findings) -> None:
     """What preprocess.py noted of the pictures that were shown, beside those that are there."""
     noted = folder / "inputs.json"
-    inputs = findings.attempt(util.read_json, noted) if noted.exists() else None
+    inputs = findings.attempt(read_json, noted) if noted.exists() else None
     shown = inputs.get("pictures") if isinstance(inputs, dict) else None
     if shown and shown != keys_hash(stimuli):
         findings.problem(
@@ -307,12 +266,12 @@ def _check_times(recording: Recording, findings: Findings) -> None:
 def _check_values(recording: Recording, full: bool, findings: Findings) -> None:
     """NaN, flat channels and absurd amplitudes in a sample of the rows, or in all."""
     eeg = recording.eeg
-    rows = range(len(eeg)) if full else _spread(len(eeg), max(4, SAMPLED_TRIALS // eeg.shape[1]))
-    bad, spread = [], []
+    rows = range(len(eeg)) if full else spread(len(eeg), max(4, SAMPLED_TRIALS // eeg.shape[1]))
+    bad, deviations = [], []
     for row in rows:
         trials = np.asarray(eeg[row], np.float64)
         if np.isfinite(trials).all():
-            spread.append(trials.std(axis=2).mean(axis=0))
+            deviations.append(trials.std(axis=2).mean(axis=0))
         else:
             repetition, channel, _ = np.argwhere(~np.isfinite(trials))[0]
             name = recording.channels[channel]
@@ -326,20 +285,20 @@ def _check_values(recording: Recording, full: bool, findings: Findings) -> None:
             "finite values",
             "preprocess the recording again",
         )
-    if spread:
-        _judge_amplitude(recording, np.mean(spread, axis=0), findings)
+    if deviations:
+        _judge_amplitude(recording, np.mean(deviations, axis=0), findings)
 
 
-def _judge_amplitude(recording: Recording, spread: np.ndarray, findings: Findings) -> None:
-    """``spread`` [C]: mean standard deviation over time within a trial."""
-    middle = float(np.median(spread))
-    flat, noisy = grade(dict(zip(recording.channels, spread.tolist(), strict=True)))
+def _judge_amplitude(recording: Recording, deviations: np.ndarray, findings: Findings) -> None:
+    """``deviations`` [C]: mean standard deviation over time within a trial."""
+    middle = float(np.median(deviations))
+    flat, noisy = grade(dict(zip(recording.channels, deviations.tolist(), strict=True)))
     if noisy:
-        findings.notes.append(f"{recording.path}: noisy channels: {_some(noisy)}")
+        findings.notes.append(f"{recording.path}: noisy channels: {some(noisy)}")
     if flat:
         findings.problem(
             recording.path,
-            f"flat channels: {_some(flat)}",
+            f"flat channels: {some(flat)}",
             "a signal in every channel",
             "leave them out of --channels, or rebuild them (preprocess.py --interpolate_missing)",
         )
@@ -358,7 +317,7 @@ def _check_twice(own: dict[str, Recording], full: bool, findings: Findings) -> N
     twice = []
     for partition, item in own.items():
         rows, repetitions, channels, _ = item.eeg.shape
-        chosen = range(rows) if full else _spread(rows, max(4, COMPARED_TRIALS // repetitions))
+        chosen = range(rows) if full else spread(rows, max(4, COMPARED_TRIALS // repetitions))
         few = item.eeg[:, :, :: max(1, channels // 2), :16]  # three channels: three pages of a file
         for row in chosen:
             for repetition in range(repetitions):
@@ -369,7 +328,7 @@ def _check_twice(own: dict[str, Recording], full: bool, findings: Findings) -> N
     if twice:
         findings.problem(
             next(iter(own.values())).path.parent,
-            f"trials that are there twice: {_some(twice)}",
+            f"trials that are there twice: {some(twice)}",
             "each trial once; in training and test they give the answer away",
             "preprocess the recording again",
         )
@@ -398,7 +357,7 @@ def compare_recordings(recordings: Recordings, findings: Findings) -> None:
     }
     if orders:
         findings.notes.append(
-            f"channels in another order in {_some(sorted(orders))}: they are found by name"
+            f"channels in another order in {some(sorted(orders))}: they are found by name"
         )
     for partition in PARTITIONS:
         counts = {own[partition].eeg.shape[1] for own in recordings.values() if partition in own}
@@ -412,7 +371,7 @@ def _compare_channels(item: Recording, first: Recording, findings: Findings) -> 
         findings.problem(
             item.path,
             f"{len(item.channels)} channels, {len(first.channels)} in {first.path}; not in both: "
-            f"{_some(differ)}",
+            f"{some(differ)}",
             "the same channels in every file",
             "give --channels with those that all have, or preprocess them alike",
         )

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import util
 from datafiles.published import DAMAGED, parse_published
-from datafiles.stimuli import PARTITIONS, Stimulus
+from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, Stimulus
+from rundirs.files import file_hash, json_hash, read_json, write_json
 from util import DataError, UserError
 
 RAW_FOLDER = "Raw_data"
@@ -55,7 +55,7 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
     about = copy.with_suffix(".json")
     if not about.exists():  # written last: a copy without it is unfinished
         _convert(source, copy, about)
-    record = util.read_json(about)
+    record = read_json(about)
     try:
         eeg = np.lib.format.open_memmap(copy, mode="r")
         if [*eeg.shape] != record["shape"] or eeg.dtype != np.float32:
@@ -70,8 +70,8 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
 def copy_of(source: Path, cache_dir: Path) -> Path:
     """Where the float32 copy of a recording lies, as long as the recording is the same."""
     stat = source.stat()
-    known = [_CACHE_VERSION, util.file_hash(source), stat.st_size, stat.st_mtime_ns]
-    return Path(cache_dir) / f"{source.parent.name}_{source.stem}_{util.json_hash(known)[:16]}.npy"
+    known = [_CACHE_VERSION, file_hash(source), stat.st_size, stat.st_mtime_ns]
+    return Path(cache_dir) / f"{source.parent.name}_{source.stem}_{json_hash(known)[:16]}.npy"
 
 
 def _convert(source: Path, copy: Path, about: Path) -> None:
@@ -93,14 +93,14 @@ def _convert(source: Path, copy: Path, about: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    util.write_json(
+    write_json(
         about,
         {
             "source": str(source),
             "channels": channels,
             "times": times,
             "shape": list(eeg.shape),
-            "hash": util.file_hash(source),
+            "hash": file_hash(source),
         },
     )
 
@@ -239,3 +239,42 @@ def average_trials(recording: Recording, signal: Signal) -> torch.Tensor:
     """Mean over all repetitions: float32 [N, C, T], read row by row."""
     rows = [signal.cut(recording.eeg[row]).mean(axis=0) for row in range(len(recording.eeg))]
     return torch.from_numpy(np.stack(rows).astype(np.float32, copy=False))
+
+
+def is_simulated(data_path: Path | None) -> bool:
+    """Whether a subject below DATA carries the simulator's own note: nobody was recorded."""
+    return data_path is not None and any(
+        (Path(data_path) / EEG_FOLDER).glob(f"sub-*/{SIMULATED_NOTE}")
+    )
+
+
+def locate_test_eeg(
+    eeg_data: Path, subject: str | None, data_path: Path | None
+) -> tuple[Path, str, Path | None]:
+    """(file, subject, DATA or None) from a file, a ``sub-XX`` folder or DATA. Raises UserError."""
+    eeg_data = Path(eeg_data)
+    if not eeg_data.exists():
+        raise UserError(
+            "--eeg_data", f"{eeg_data}: no such file or folder", EEG_FILE["test"], "check the path"
+        )
+    file = eeg_data
+    if eeg_data.is_dir():
+        folder = eeg_data / EEG_FOLDER if (eeg_data / EEG_FOLDER).is_dir() else eeg_data
+        if not (folder / EEG_FILE["test"]).exists():
+            names = sorted(
+                path.name for path in folder.iterdir() if (path / EEG_FILE["test"]).exists()
+            )
+            if subject not in names and not (subject is None and len(names) == 1):
+                raise UserError(
+                    "--subject",
+                    subject,
+                    f"one of {', '.join(names) or '(none found)'} in {folder}",
+                    "name one of them",
+                )
+            folder = folder / (subject or names[0])
+        file = folder / EEG_FILE["test"]
+    subject = subject or file.resolve().parent.name
+    above = file.resolve().parents
+    if data_path is None and len(above) > 2 and (above[2] / IMAGE_FOLDER["test"]).is_dir():
+        data_path = above[2]
+    return file, subject, data_path

@@ -56,3 +56,13 @@ def standard_names(channels: Sequence[str]) -> dict[str, str]:
     """{channel: its 10-05 spelling} of the channels that 10-05 knows (``FP1`` -> ``Fp1``)."""
     spelling = {name.upper(): name for name in _montage_positions()}
     return {name: spelling[name.upper()] for name in channels if name.upper() in spelling}
+
+
+FLAT, NOISY = 1e-4, 5.0  # times the median amplitude of the channels
+
+
+def grade(amplitude: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """Flat and noisy channels: by their amplitude beside the median of all."""
+    middle = float(np.median(list(amplitude.values()) or [0.0]))
+    flat = [name for name, size in amplitude.items() if size <= FLAT * middle]
+    return flat, [name for name, size in amplitude.items() if size > NOISY * middle]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import args
-import util
 from datafiles.stimuli import Stimulus
-from modalities import NAMES
+from modalities import FINAL, NAMES
+from rundirs.files import file_hash
+from rundirs.tensors import load_tensors
 from util import DataError
 
 LAYER_PREFIX = "image_layer_"
@@ -23,7 +23,7 @@ def layer_name(layer: int | str | None) -> str | None:
     """What a bank calls the features of CLIP's image layer 1, 2, ... or ``final``; None of None."""
     if layer is None:
         return None
-    return FINAL_LAYER if layer == args.FINAL else f"{LAYER_PREFIX}{layer}"
+    return FINAL_LAYER if layer == FINAL else f"{LAYER_PREFIX}{layer}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def open_bank(folder: Path, partition: str, layers: Collection[str | None] = ())
             "the output of clip_feature_extractor.py",
             "run that stage; it goes on where it stopped",
         )
-    stored, header = util.load_tensors(path)
+    stored, header = load_tensors(path)
     stimulus = stored.pop("stimulus", torch.empty(0, 0))
     ids = stimulus.flatten().tolist()
     whole = stimulus.ndim == 1 and stimulus.dtype == torch.int64 and len(set(ids)) == len(ids)
@@ -93,7 +93,7 @@ def open_bank(folder: Path, partition: str, layers: Collection[str | None] = ())
         )
     features = {name: stored[name] for name in wanted}
     _check_finite(path, features, len(ids))
-    return Bank(features, ids, identity, util.file_hash(path), path)
+    return Bank(features, ids, identity, file_hash(path), path)
 
 
 def _check_finite(path: Path, features: dict[str, torch.Tensor], number: int) -> None:
@@ -106,3 +106,21 @@ def _check_finite(path: Path, features: dict[str, torch.Tensor], number: int) ->
                 f"finite [{number}, D]",
                 "run clip_feature_extractor.py again",
             )
+
+
+def check_clip(
+    found_clip: Mapping[str, Any], bank: Path, clip: Mapping[str, Any], model: Path | str
+) -> None:
+    """Raise DataError if the bank is of another CLIP (``found_clip``) than the model's targets."""
+    differing = [key for key in {**clip, **found_clip} if found_clip.get(key) != clip.get(key)]
+    if differing:
+        found, needed = (
+            ", ".join(f"{key} {identity.get(key)}" for key in differing)
+            for identity in (found_clip, clip)
+        )
+        raise DataError(
+            bank,
+            found,
+            f"{needed}, as {model} was trained on",
+            "use the features that the model was trained on, or train it on these",
+        )

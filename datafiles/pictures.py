@@ -159,3 +159,8 @@ def _over_white(image: Image.Image) -> Image.Image:
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=image)
     return page
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """A picture file as uint8 [H, W, 3]. Raises PictureError."""
+    return np.asarray(read_picture(path))

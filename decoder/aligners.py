@@ -180,9 +180,6 @@ def new_aligner(embed_dim: int, cond_dim: int, how: Alignment, seed: int) -> Tar
         return aligner_from(config)
 
 
-# ---------------------------------------------------------------- variance restoration
-
-
 def held_out_rows(embeddings: torch.Tensor) -> list[list[float]]:
     """At most HELD_OUT_ROWS of EEG embeddings [N, C], evenly spaced, as a header holds them."""
     rows = torch.linspace(0, len(embeddings) - 1, min(len(embeddings), HELD_OUT_ROWS)).long()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-import args
 import util
-from ATMS_retrieval import Decoder
-from datafiles.feature_bank import open_bank
+from datafiles.feature_bank import check_clip, open_bank
 from datafiles.stimuli import Stimulus
-from dataset import TestEEG, check_clip
+from dataset import TestEEG
+from decoder.decoder import Decoder
+from modalities import WITHOUT_EEG
 from unet import Sampling
 
 
@@ -59,7 +59,7 @@ def predict(
     features: Path | None,
 ) -> dict[str, torch.Tensor]:
     """``Decoder.predict``, or what a control puts in its place."""
-    if control in args.WITHOUT_EEG:
+    if control in WITHOUT_EEG:
         if test.stimuli is None:
             raise util.UserError(
                 f"--control {control}",

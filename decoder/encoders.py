@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from args import ENCODERS
+from modalities import ENCODERS
 from subject_layers.dropout import Dropout
 from subject_layers.subject import SubjectLinear
 

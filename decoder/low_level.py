@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 
 import util
-from ATMS_retrieval import Decoder
+from datafiles.pictures import read_pixels
 from datafiles.stimuli import Stimulus
 from dataset import TestEEG, TrainingData
-from evaluation import networks
+from decoder.decoder import Decoder
+from rundirs.tensors import load_tensors, save_tensors
 from util import DataError, UserError
 
 GRID = 16  # regular superpixels per side
@@ -34,7 +35,7 @@ def coarse_picture(path: Path) -> torch.Tensor:
 
     Raises DataError.
     """
-    tensor = torch.tensor(networks.read_pixels(path)).permute(2, 0, 1)[None].float() / 255
+    tensor = torch.tensor(read_pixels(path)).permute(2, 0, 1)[None].float() / 255
     return F.interpolate(tensor, (GRID, GRID), mode="area")[0]
 
 
@@ -93,7 +94,7 @@ class LowLevelHead:
 
     def save(self, run: Path, clip: Mapping[str, object]) -> None:
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        util.save_tensors(run / FILE, tensors, {"subjects": self.subjects, "clip": clip})
+        save_tensors(run / FILE, tensors, {"subjects": self.subjects, "clip": clip})
 
 
 _TENSORS = ("weight", "mean", "std", "offset", "skill", "ridge")
@@ -108,7 +109,7 @@ def load_head(run: Path) -> LowLevelHead:
             FILE,
             "run the same train.py command again with --low_level: only the head is fitted",
         )
-    tensors, header = util.load_tensors(run / FILE)
+    tensors, header = load_tensors(run / FILE)
     if sorted(tensors) != sorted(_TENSORS) or "subjects" not in header:
         found = f"tensors {sorted(tensors)}"
         raise DataError(run / FILE, found, "a low-level head", "delete it and fit it again")

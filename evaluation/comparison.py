@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 import metrics
-import util
+from rundirs.environment import environment
+from rundirs.files import read_csv, read_json
 from util import DataError, UserError
 
 HITS = {  # from ranks.csv
@@ -45,15 +46,15 @@ def read_scores(run: Path) -> dict[tuple[str, str], Series]:
             "its results.json, ranks.csv and pictures.csv",
             "run evaluate.py with --output_dir " + str(run),
         )
-    results = util.read_json(run / "results.json")
+    results = read_json(run / "results.json")
     found: dict[tuple[str, str], Series] = {}
     if results["retrieval"]:
-        found |= dict(_of_ranks(util.read_csv(run / "ranks.csv")))
+        found |= dict(_of_ranks(read_csv(run / "ranks.csv")))
     if results["pictures"]:
         own = {(row["images"], row["recipe"]) for row in results["pictures"] if not row["control"]}
         lines = [
             line
-            for line in util.read_csv(run / "pictures.csv")
+            for line in read_csv(run / "pictures.csv")
             if (line["images"], line["recipe"]) in own
         ]
         found |= dict(_of_pictures(lines, results["metrics"]))
@@ -137,5 +138,5 @@ def comparison(run_a: Path, run_b: Path, seed: int) -> dict[str, Any]:
         "b": str(run_b),
         "rows": [{"p_holm": float("nan"), **row} for row in rows],
         "protocol": {**PROTOCOL, "seed": seed},
-        **util.environment(),
+        **environment(),
     }

@@ -22,7 +22,10 @@ from torch import nn
 
 import metrics
 import util
-from datafiles.pictures import read_picture
+from datafiles.pictures import read_pixels
+from rundirs import files
+from rundirs.files import file_hash, json_hash
+from rundirs.tensors import load_tensors, load_torch, save_tensors
 from util import DataError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -30,7 +33,6 @@ CLIP_NORM = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275
 LITE_NORM = ((127 / 255,) * 3, (128 / 255,) * 3)  # EfficientNet-Lite: (x - 127) / 128
 ON_8_BITS = ((0.0,) * 3, (1 / 255,) * 3)  # for networks that take 0..255
 TORCHVISION = "https://download.pytorch.org/models/"
-
 State = Mapping[str, torch.Tensor]
 Layers = dict[str, torch.Tensor]
 
@@ -58,7 +60,7 @@ class Network:
 
 def read_state(path: Path) -> State:
     """Tensors of a ``.pth`` file, nothing in it run. Raises DataError."""
-    return util.load_torch(path, "the official weight file", "download it again")
+    return load_torch(path, "the official weight file", "download it again")
 
 
 def load_into(module: nn.Module, state: State, path: Path) -> nn.Module:
@@ -258,15 +260,10 @@ def weights_hash(path: Path) -> str:
 
 @functools.cache
 def _hash_of(path: Path, _size: int, _modified_ns: int) -> str:
-    return util.sha256(path)
+    return files.sha256(path)
 
 
 # ---------------------------------------------------------------- pictures -> features
-
-
-def read_pixels(path: Path) -> np.ndarray:
-    """A picture file as uint8 [H, W, 3]. Raises PictureError."""
-    return np.asarray(read_picture(path))
 
 
 @dataclass(frozen=True)
@@ -336,14 +333,14 @@ def cached_features(eye: Eye, paths: Sequence[Path], cache: Path) -> Layers:
         "protocol": eye.protocol,
         "px": network.px[eye.protocol],
         "norm": network.norm,
-        "pictures": [util.file_hash(path) for path in paths],
+        "pictures": [file_hash(path) for path in paths],
     }
-    path = cache / f"{eye.name}-{util.json_hash(content)[:24]}.safetensors"
+    path = cache / f"{eye.name}-{json_hash(content)[:24]}.safetensors"
     if path.exists():
         try:
-            return util.load_tensors(path)[0]
+            return load_tensors(path)[0]
         except DataError as error:
             util.LOG.warning("%s; made again", error)
     features = eye.features(paths)
-    util.save_tensors(path, features, content)
+    save_tensors(path, features, content)
     return features

@@ -16,9 +16,9 @@ import torch
 
 import metrics
 import util
-from ATMS_retrieval import Decoder
 from datafiles import electrodes
 from dataset import TestEEG
+from decoder.decoder import Decoder
 
 WINDOW_S = 0.05
 HOW = (

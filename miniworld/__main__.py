@@ -13,6 +13,7 @@ import numpy as np
 
 import util
 from miniworld import eeg, models, pictures
+from rundirs.directory import open_run
 
 
 def rendered(scenes: Sequence[pictures.Scene]) -> Iterator[np.ndarray]:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"simulate the EEG of {values.subjects} people at SNR {snr}",
         f"put {values.weights} miniature CLIP, SDXL and IP-Adapter into {root / 'models'}",
     )
-    run = util.open_run(options, root, {}, plan)
+    run = open_run(options, root, {}, plan)
     if run.finished:
         return 0
     scenes = pictures.write_stimuli(root / "data", planned, values.seed)

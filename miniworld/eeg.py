@@ -22,7 +22,6 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
-import util
 from datafiles import electrodes
 from datafiles.eeg_files import SIMULATED_NOTE
 from miniworld.pictures import (
@@ -36,6 +35,7 @@ from miniworld.pictures import (
     sample_concepts,
     sample_scene,
 )
+from rundirs.files import atomic_write, write_json
 
 # fmt: off
 CHANNELS = (
@@ -484,7 +484,7 @@ def _write_recording(path: Path, eeg: np.ndarray) -> None:
         "ch_names": list(CHANNELS),
         "times": times(),
     }
-    with util.atomic_write(path, "wb") as stream:
+    with atomic_write(path, "wb") as stream:
         pickle.dump(content, stream, protocol=4)
 
 
@@ -507,7 +507,7 @@ def write_subject(
     note = "SIMULATED by miniworld.eeg, not recorded from a person"
     settings = {"snr": snr, "seed": seed, "repetitions": dict(repetitions)}
     sources = [asdict(source) for source in SOURCES]
-    util.write_json(folder / SIMULATED_NOTE, {"note": note, **settings, "sources": sources})
+    write_json(folder / SIMULATED_NOTE, {"note": note, **settings, "sources": sources})
     for partition in PARTITIONS:
         eeg = simulate(
             features_by_partition[partition],

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-import util
 from miniworld import pictures
+from rundirs.tensors import load_tensors
 
 INPUT_PX = 64
 
@@ -58,7 +58,7 @@ def labels(concepts: Sequence[pictures.Concept]) -> dict[str, torch.Tensor]:
 
 def load(path: Path) -> Judge:
     model = Judge()
-    tensors, _ = util.load_tensors(path)
+    tensors, _ = load_tensors(path)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return model.eval()
 

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import util
-from sdxl import injection_map
+from rundirs.files import file_hash, write_json
+from rundirs.tensors import save_tensors
+from sdxl.loading import clip_tokenizer, quiet_loading
+from sdxl.weight_files import SDXL_CONFIG
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -96,7 +98,7 @@ def build_clip(size: Size) -> CLIP:
 
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / f"{CLIP_NAME}.json"
-        util.write_json(config, dict(size.clip))
+        write_json(config, dict(size.clip))
         open_clip.add_model_config(config)
     return open_clip.create_model(CLIP_NAME)
 
@@ -139,7 +141,7 @@ def build_vae(size: Size) -> AutoencoderKL:
 
 
 def _tokenizer(size: Size, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    tokenizer = injection_map.clip_tokenizer(pad_token, size.merges)
+    tokenizer = clip_tokenizer(pad_token, size.merges)
     tokenizer.model_max_length = size.prompt_tokens
     return tokenizer
 
@@ -222,7 +224,7 @@ def assemble(
     """SDXL's pipeline around these parts, with untrained text encoders."""
     from diffusers import StableDiffusionXLPipeline
 
-    injection_map.quiet_loading()
+    quiet_loading()
     text_encoder, text_encoder_2 = build_text_encoders(size)
     return StableDiffusionXLPipeline(
         vae=vae,
@@ -279,22 +281,20 @@ def random_models(folder: Path, seed: int) -> Models:
             torch.manual_seed(seed)
             clip, unet, vae = build_clip(RANDOM), build_unet(RANDOM), build_vae(RANDOM)
             _scale_outputs(unet, vae)
-            scheduler = EulerDiscreteScheduler.from_pretrained(
-                injection_map.SDXL_CONFIG, subfolder="scheduler"
-            )
+            scheduler = EulerDiscreteScheduler.from_pretrained(SDXL_CONFIG, subfolder="scheduler")
             pipe = assemble(RANDOM, unet, vae, scheduler)
-        util.write_json(new.clip_config, dict(RANDOM.clip))
-        util.save_tensors(new.clip_checkpoint, clip.state_dict(), made)
+        write_json(new.clip_config, dict(RANDOM.clip))
+        save_tensors(new.clip_checkpoint, clip.state_dict(), made)
         pipe.save_pretrained(new.sdxl, safe_serialization=True)
         # 4: seen beside the residual stream
-        util.save_tensors(new.ip_adapter, adapter_tensors(unet, CLIP_DIM, seed, 4.0), made)
+        save_tensors(new.ip_adapter, adapter_tensors(unet, CLIP_DIM, seed, 4.0), made)
 
     return _filled(Models(Path(folder)), made, write)
 
 
 def trained_models(folder: Path) -> Models:
     """Copy the shipped TRAINED miniatures into ``folder``, or find them there; never in part."""
-    made = {"shipped": util.file_hash(SHIPPED / "sdxl" / "unet" / WEIGHTS_FILE)}
+    made = {"shipped": file_hash(SHIPPED / "sdxl" / "unet" / WEIGHTS_FILE)}
 
     def write(new: Models) -> None:
         shutil.copytree(SHIPPED, new.folder)
@@ -312,7 +312,7 @@ def _filled(models: Models, made: Mapping[str, Any], write: Callable[[Models], N
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{models.folder.name}.") as name:
         new = Models(Path(name) / "models")
         write(new)
-        util.write_json(new.folder / "manifest.json", dict(made))
+        write_json(new.folder / "manifest.json", dict(made))
         if models.folder.exists():
             shutil.rmtree(models.folder)
         new.folder.replace(models.folder)

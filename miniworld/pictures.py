@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import util
+from rundirs.files import write_json
 
 PARTITIONS = ("training", "test")
 
@@ -380,10 +381,8 @@ def write_stimuli(
     for path, scene in scenes.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(scene)).save(root / path)
-    util.write_json(
-        root / "captions.json", {path: caption(scene) for path, scene in scenes.items()}
-    )
+    write_json(root / "captions.json", {path: caption(scene) for path, scene in scenes.items()})
     note = "SIMULATED: procedural pictures drawn by miniworld.pictures, no photographs"
     truth = {path: asdict(scene) for path, scene in scenes.items()}
-    util.write_json(root / "scenes.json", {"note": note, "seed": seed, "scenes": truth})
+    write_json(root / "scenes.json", {"note": note, "seed": seed, "scenes": truth})
     return {partition: list(part.values()) for partition, part in plan.items()}

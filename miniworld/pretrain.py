@@ -25,9 +25,16 @@ from torch.nn import functional as F
 
 import modalities
 import util
-from clip_feature_extractor import load_clip
+from features.clip import load_clip
 from miniworld import judge, models, pictures, renders
-from sdxl import injection_map, sampler
+from rundirs.directory import open_run
+from rundirs.environment import commit
+from rundirs.files import append_jsonl, file_hash, read_json, write_json
+from rundirs.tensors import load_tensors, save_tensors, save_torch
+from sdxl import sampler
+from sdxl.adapter_file import IPAdapterWeights
+from sdxl.attention import Injector
+from sdxl.loading import load_sdxl
 from training import loop, optimisation
 
 SAVE_EVERY_S = 30
@@ -96,7 +103,7 @@ class Training:
             "average": self.average.values,
             "step": self.step,
         }
-        util.save_torch(self.path, state)
+        save_torch(self.path, state)
 
     def update(self, steps: int, seed: int) -> dict[str, torch.Tensor]:
         """One optimiser step; returns its losses."""
@@ -141,7 +148,7 @@ def fit(part: Part, steps: int, folder: Path, seed: int, stops: Sequence[str]) -
                 training.save()
                 means = {name: value / (training.step - first) for name, value in sums.items()}
                 record = {"part": part.name, "step": training.step, **means}
-                util.append_jsonl(folder / "metrics.jsonl", record)
+                append_jsonl(folder / "metrics.jsonl", record)
                 bar.set_postfix(loss=f"{means['loss']:.4f}")
                 saved, sums, first = time.monotonic(), {}, training.step
             if stops and training.step < steps:
@@ -365,8 +372,8 @@ class ClipPart:
         return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}
 
     def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
-        util.write_json(weights.clip_config, dict(models.TRAINED.clip))
-        util.save_tensors(weights.clip_checkpoint, halved(self.model.state_dict()), about)
+        write_json(weights.clip_config, dict(models.TRAINED.clip))
+        save_tensors(weights.clip_checkpoint, halved(self.model.state_dict()), about)
 
 
 # ---------------------------------------------------------------- judge
@@ -398,17 +405,17 @@ class JudgePart:
         return {"loss": sum(parts.values()), **parts}
 
     def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
-        util.save_tensors(weights.judge, halved(self.model.state_dict()), about)
+        save_tensors(weights.judge, halved(self.model.state_dict()), about)
 
 
 # ---------------------------------------------------------------- SDXL's U-Net and the IP-Adapter
 
 
-def set_adapter(unet: Any, clip_dim: int) -> injection_map.Injector:
+def set_adapter(unet: Any, clip_dim: int) -> Injector:
     """The very modules that draw, made trainable; starts with little effect."""
     tensors = models.adapter_tensors(unet, clip_dim, seed=0, value_gain=0.5)
-    weights = injection_map.IPAdapterWeights.from_tensors(Path("in training"), tensors)
-    injector = injection_map.Injector.install(unet, weights)
+    weights = IPAdapterWeights.from_tensors(Path("in training"), tensors)
+    injector = Injector.install(unet, weights)
     for module in (injector.projection, *injector.processors):
         module.requires_grad_(True)
     return injector
@@ -445,7 +452,7 @@ class GeneratorPart:
         self.injector = set_adapter(self.unet, models.TRAINED.clip["embed_dim"])
         self.model = nn.ModuleDict({"unet": self.unet, "projection": self.injector.projection})
         self.scheduler = models.trained_scheduler()
-        pipe = injection_map.load_sdxl(weights.sdxl, torch.float32, "cpu")
+        pipe = load_sdxl(weights.sdxl, torch.float32, "cpu")
         self.latents = kept(
             data.folder, "latents", weights.sdxl / "vae" / models.WEIGHTS_FILE,
             lambda: whitened_latents(pipe.vae, data.whole),
@@ -519,7 +526,7 @@ class GeneratorPart:
     def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
         from diffusers.models.attention_processor import AttnProcessor2_0
 
-        util.save_tensors(weights.ip_adapter, halved(self.injector.state()), about)
+        save_tensors(weights.ip_adapter, halved(self.injector.state()), about)
         self.unet.set_attn_processor(AttnProcessor2_0())  # the adapter has a file of its own
         plain = self.unet.half().to(memory_format=torch.contiguous_format)
         plain.save_pretrained(weights.sdxl / "unet", safe_serialization=True)
@@ -536,10 +543,10 @@ def importance(scenes: Sequence[pictures.Scene], object_weight: float) -> torch.
 
 def kept(folder: Path, what: str, encoder: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
     """``make()``, or what it gave before with the same weights in ``encoder``."""
-    path = folder / f"{what}-{util.file_hash(encoder)[:12]}.safetensors"
+    path = folder / f"{what}-{file_hash(encoder)[:12]}.safetensors"
     if not path.exists():
-        util.save_tensors(path, {what: make()}, {})
-    return util.load_tensors(path)[0][what]
+        save_tensors(path, {what: make()}, {})
+    return load_tensors(path)[0][what]
 
 
 @torch.no_grad()
@@ -597,22 +604,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = options.values
     names = args.PRETRAIN_STEPS if values.part == "all" else (values.part,)
     plan = [f"train {name} to step {getattr(values, f'{name}_steps')}" for name in names]
-    run = util.open_run(options, values.output_path, {}, plan)
+    run = open_run(options, values.output_path, {}, plan)
     data = renders.Renders(run.path / "cache", values.pictures, values.seed)
     weights = models.Models(run.path / "weights")
     with loop.stop_requests() as stops:
         for name in names:
             steps = getattr(values, f"{name}_steps")
             trained = run.path / name / "trained.json"
-            if trained.exists() and util.read_json(trained)["steps"] == steps:
+            if trained.exists() and read_json(trained)["steps"] == steps:
                 util.LOG.info("%s: already trained to step %d", name, steps)
                 continue
             torch.manual_seed(util.seed_for(values.seed, name, "weights"))
             part = make_part(name, data, weights, values)
             fit(part, steps, run.path, values.seed, stops)
             about = {"steps": steps, "seed": values.seed, "pictures": len(data)}
-            part.export(weights, about | {"commit": util.commit()})
-            util.write_json(trained, about)
+            part.export(weights, about | {"commit": commit()})
+            write_json(trained, about)
     print(f"weights: {weights.folder}")
     return 0
 

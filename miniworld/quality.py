@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional as F
 
 import metrics
-import util
-from clip_feature_extractor import load_clip
 from datafiles import superpixel
 from datafiles.pictures import read_picture
-from evaluation.picture_scores import read_run
+from features.clip import load_clip
 from miniworld import judge, models, pictures
 from modalities import recipes
+from rundirs.files import read_json
+from rundirs.journal import read_run
 
 Verdicts = Mapping[str, Mapping[str, np.ndarray]]  # {recipe or control: {attribute: bool [n]}}
 PLACE_TOLERANCE = 0.1  # picture widths: a fifth of an object
@@ -69,7 +69,7 @@ def judged_run(
 ) -> dict[str, dict[str, np.ndarray]]:
     """What the pictures of a generate.py run show: {recipe: {attribute or place: bool [n]}}."""
     records = read_run(images)
-    truth = util.read_json(data_path / "scenes.json")["scenes"]
+    truth = read_json(data_path / "scenes.json")["scenes"]
     of_folder = {Path(key).parent.name: pictures.Scene(**scene) for key, scene in truth.items()}
     found = {}
     drawn_recipes = {record["recipe"] for record in records}

@@ -16,6 +16,7 @@ import util
 from datafiles import superpixel
 from datafiles.stimuli import PICTURES, Stimulus
 from miniworld import models, pictures
+from rundirs.files import atomic_write, json_hash
 
 SUPERPIXEL_SHARE = 10  # one picture in this many is also kept as superpixels
 SHAPE_SHARE = 0.75  # of near misses
@@ -132,7 +133,7 @@ def cached(path: Path, what: str, make: Callable, items: Sequence) -> np.ndarray
         with ProcessPoolExecutor() as workers:
             made = workers.map(make, items, chunksize=16)
             rows = np.stack(list(tqdm(made, desc=what, total=len(items), unit="picture")))
-        with util.atomic_write(path, "wb") as file:
+        with atomic_write(path, "wb") as file:
             np.save(file, rows)
     return np.load(path, mmap_mode="r")
 
@@ -142,7 +143,7 @@ class Renders:
 
     def __init__(self, folder: Path, n: int, seed: int) -> None:
         self.scenes = training_scenes(n, seed)
-        key = util.json_hash([asdict(scene) for scene in self.scenes])
+        key = json_hash([asdict(scene) for scene in self.scenes])
         self.folder = folder / key[:12]
 
     def __len__(self) -> int:
@@ -174,7 +175,7 @@ class Renders:
     @functools.cached_property
     def rivals(self) -> np.ndarray:
         """A rival of each picture as CLIP sees it: uint8 [n, 64, 64, 3]."""
-        key = util.json_hash([asdict(scene) for scene in self.rival_scenes])
+        key = json_hash([asdict(scene) for scene in self.rival_scenes])
         path = self.folder / f"rivals-{key[:12]}.npy"  # their own hash: the rule may change
         return cached(path, "rivals", shrunk_render, self.rival_scenes)
 

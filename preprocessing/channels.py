@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datafiles import electrodes
+from datafiles.electrodes import grade
 from util import DataError, UserError, repeated
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _OLD_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
 GROUPS = {"things": THINGS_CHANNELS, "posterior": POSTERIOR}
 ALL = "all"
 SURVEY_S = 10.0  # stretches whose mean is left out of a channel's amplitude: drifts are not noise
-FLAT, NOISY = 1e-4, 5.0  # times the median amplitude of the channels
 
 
 def plain_name(name: str) -> str:
@@ -174,13 +174,6 @@ def refuse_flat(path: Path, flat: Sequence[str]) -> None:
             "a signal in every channel",
             "leave them out with --channels, or rebuild them with --interpolate_missing",
         )
-
-
-def grade(amplitude: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Flat and noisy channels: by their amplitude beside the median of all."""
-    middle = float(np.median(list(amplitude.values()) or [0.0]))
-    flat = [name for name, size in amplitude.items() if size <= FLAT * middle]
-    return flat, [name for name, size in amplitude.items() if size > NOISY * middle]
 
 
 def survey(raw: mne.io.BaseRaw, path: Path, names: Sequence[str]) -> dict[str, float]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from datafiles.captions import composed
 from datafiles.stimuli import (
     IMAGE_FOLDER,
     PARTITIONS,
     STIMULUS_COLUMNS,
     Stimulus,
     check_disjoint,
-    composed,
     keys_hash,
     list_stimuli,
 )
@@ -83,9 +83,6 @@ def as_number(event: Shown, table: EventTable) -> float:
             "mend the line; an event that is none has n/a as its stimulus",
         )
     return value
-
-
-# ---------------------------------------------------------------- the pictures
 
 
 @dataclass(frozen=True)

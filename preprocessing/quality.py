@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import util
 from datafiles import electrodes
-from evaluation import tables
 from preprocessing.channels import Signal
+from rundirs.files import atomic_write, read_json, write_json
+from rundirs.markdown import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,8 +82,8 @@ def write(
     ``parts``: {partition: {session: preprocess.Part}}; ``shapes``: of what was written of each.
     """
     files = sorted((folder / "parts").glob("ses-*.json"))
-    rows = [row for path in files for row in util.read_json(path)]
-    util.write_json(folder / "quality.json", rows)
+    rows = [row for path in files for row in read_json(path)]
+    write_json(folder / "quality.json", rows)
     mark = ", SIMULATED EEG" if simulated else ""
     head = ["session", "partition", "minutes", "kept", "dropped", "channels", "peak of the ERP"]
     cells = [
@@ -100,8 +100,8 @@ def write(
     ]
     written = [written_line(name, shape, parts[name]) for name, shape in shapes.items()]
     lines = [f"# {subject}: {len(channels)} channels{mark}", "", *written, ""]
-    lines += tables.table(head, cells)
-    with util.atomic_write(folder / TEXT) as file:
+    lines += table(head, cells)
+    with atomic_write(folder / TEXT) as file:
         file.write("\n".join(lines) + "\n")
     draw(folder / FIGURE, f"{subject}{mark}", channels, parts)
 
@@ -140,7 +140,7 @@ def draw(
         axes.set_xlabel("s after stimulus onset")
         axes.set_ylabel("µV")
     right.legend(fontsize=7, frameon=False)
-    with util.atomic_write(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png")
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-import util
 from datafiles.eeg_files import RAW_FOLDER, SIMULATED_NOTE
 from datafiles.published import array_in, list_in, read_pickled_dict, refuse_missing_keys
 from datafiles.stimuli import PARTITIONS
 from preprocessing.channels import ALL, check_unique, rename_channels
 from preprocessing.events import EventTable, Pictures, as_number, list_pictures, read_table
+from rundirs.files import file_hash
 from util import DataError, UserError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Subject:
     def inputs(self) -> dict[str, str]:
         """Hashes of everything that is read."""
         files = {
-            f"{session.name}/{path.name}": util.file_hash(path)
+            f"{session.name}/{path.name}": file_hash(path)
             for session in self.sessions
             for take in session.takes
             for path in take.files()

@@ -6,17 +6,15 @@ B rows, M modalities in registry order, L cross-attention layers.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 import util
-from sdxl.injection_map import Injector
+from sdxl.attention import Injector
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -287,51 +285,3 @@ def _predict(
         },
         return_dict=False,
     )[0]
-
-
-# ---------------------------------------------------------------- how many at once
-
-
-def largest_batch(draw_rows: Callable[[int], object], most: int, device: torch.device) -> int:
-    """How many rows fit, 1 to ``most``: judged by the memory that one row and two rows take.
-
-    ``draw_rows(n)`` draws n rows. A tenth of what is free stays free.
-    """
-    if most < 3:
-        return max(1, most)
-    peaks = []
-    for rows in (1, 2):
-        forget_peak(device)
-        try:
-            draw_rows(rows)
-        except torch.cuda.OutOfMemoryError:
-            if rows == 1:
-                raise
-            return 1
-        peaks.append(peak_memory(device))
-    per_row = max(peaks[1] - peaks[0], 1 << 20)
-    return int(max(1, min(most, 2 + 0.9 * (memory_limit(device) - peaks[1]) // per_row)))
-
-
-def forget_peak(device: torch.device) -> None:
-    """Count the peak from here on. Where the system cannot, it stays the highest so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: resets VmHWM
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at most in use: of the GPU by this process, or of main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return util.peak_memory()
-
-
-def memory_limit(device: torch.device) -> int:
-    """Bytes that this process could have in use: what it has and what is free."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    return peak_memory(device) + util.free_memory()

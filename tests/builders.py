@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import dataset
-import util
 from datafiles import stimuli
+from datafiles.eeg_files import eeg_file
+from datafiles.stimuli import Stimulus, list_stimuli
 from modalities import NAMES
+from rundirs.tensors import load_tensors, save_tensors
 
 CHANNELS = ("Fz", "Cz", "Pz", "O1", "O2")
 CLIP = {"model": "tiny", "weights": "0" * 8}
@@ -80,8 +81,8 @@ def write_subject(root: Path, subject: int = 0, channels: Sequence[str] = CHANNE
     """Training and test EEG of ``sub-0{subject + 1}`` for the pictures below ``root``."""
     name = f"sub-{subject + 1:02d}"
     for partition in stimuli.PARTITIONS:
-        content = published(subject, len(dataset.list_stimuli(root, partition)), 4, channels)
-        write_published(dataset.eeg_file(root, name, partition), content)
+        content = published(subject, len(list_stimuli(root, partition)), 4, channels)
+        write_published(eeg_file(root, name, partition), content)
     return name
 
 
@@ -90,7 +91,7 @@ def target(row: int, modality: str) -> float:
 
 
 def bank_tensors(
-    stimuli: Sequence[dataset.Stimulus], order: Sequence[int] | None = None, dim: int = 3
+    stimuli: Sequence[Stimulus], order: Sequence[int] | None = None, dim: int = 3
 ) -> dict[str, torch.Tensor]:
     """What clip_feature_extractor.write_partition writes, its rows in another ``order`` if any."""
     order = range(len(stimuli)) if order is None else order
@@ -105,8 +106,8 @@ def write_bank(folder: Path, root: Path, order: Sequence[int] | None = None) -> 
     """A finished bank of the pictures below ``root``; ``order`` permutes the training rows."""
     for partition in stimuli.PARTITIONS:
         permuted = order if partition == "training" else None
-        tensors = bank_tensors(dataset.list_stimuli(root, partition), permuted)
-        util.save_tensors(folder / f"{partition}.safetensors", tensors, {"clip": CLIP})
+        tensors = bank_tensors(list_stimuli(root, partition), permuted)
+        save_tensors(folder / f"{partition}.safetensors", tensors, {"clip": CLIP})
     (folder / "DONE").write_text("{}")
     return folder
 
@@ -125,9 +126,9 @@ def copied_bank(source: Path, target: Path, scale: float = 1.0, **header: object
     target.mkdir()
     (target / "DONE").write_text("{}")
     for partition in ("training", "test"):
-        tensors, old = util.load_tensors(source / f"{partition}.safetensors")
+        tensors, old = load_tensors(source / f"{partition}.safetensors")
         rows = {
             name: value * scale if name != "stimulus" else value for name, value in tensors.items()
         }
-        util.save_tensors(target / f"{partition}.safetensors", rows, old | header)
+        save_tensors(target / f"{partition}.safetensors", rows, old | header)
     return target

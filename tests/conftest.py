@@ -14,7 +14,10 @@ import clip_feature_extractor
 import train
 from miniworld import models as miniature
 from miniworld.__main__ import main as build_world
-from sdxl import injection_map, sampler
+from sdxl import sampler
+from sdxl.adapter_file import read_ip_adapter
+from sdxl.attention import Injector
+from sdxl.loading import load_sdxl
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -180,13 +183,13 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def weights(models):
-    return injection_map.read_ip_adapter(models.ip_adapter, clip_dim=miniature.CLIP_DIM)
+    return read_ip_adapter(models.ip_adapter, clip_dim=miniature.CLIP_DIM)
 
 
 @pytest.fixture(scope="session")
 def plain(models):
     """The miniature pipeline as loaded."""
-    return injection_map.load_sdxl(models.sdxl, torch.float32, "cpu")
+    return load_sdxl(models.sdxl, torch.float32, "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -196,7 +199,7 @@ def injected(plain, weights):
         **{**plain.components, "unet": copy.deepcopy(plain.unet)}, add_watermarker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe, injection_map.Injector.install(pipe.unet, weights)
+    return pipe, Injector.install(pipe.unet, weights)
 
 
 @pytest.fixture(scope="session")

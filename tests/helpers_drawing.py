@@ -9,6 +9,7 @@ import modalities
 import util
 from miniworld import models as miniature
 from sdxl import injection_map, sampler
+from sdxl.adapter_file import IPAdapterWeights
 
 NAMES = modalities.NAMES
 FUSED = modalities.recipes("fused")[0]
@@ -42,7 +43,7 @@ def predict(injected, vectors: torch.Tensor, scale: torch.Tensor, inputs: dict) 
     return pipe.unet(**inputs).sample
 
 
-def five_copies(weights: injection_map.IPAdapterWeights) -> list[dict]:
+def five_copies(weights: IPAdapterWeights) -> list[dict]:
     """An adapter in its official layout, once per modality, as diffusers' own route loads it."""
     adapter = {
         "image_proj": dict(weights.projection),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-import util
+from sdxl.memory import main_memory_peak
 
 SLOWEST_S, MOST_BYTES = 2.0, 1 << 30
 _NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**62)
@@ -227,4 +227,4 @@ def watched(folder: Path, watch: Watch) -> Iterator[None]:
 
 
 def peak_bytes() -> int:
-    return util.peak_memory()
+    return main_memory_peak()

@@ -17,11 +17,22 @@ import pytest
 import torch
 
 import dataset
-import util
 from datafiles import eeg_files, published
+from datafiles.eeg_files import (
+    EEG_FOLDER,
+    eeg_file,
+    locate_test_eeg,
+    match_signal,
+    open_recording,
+    select_signal,
+)
+from datafiles.feature_bank import check_clip, open_bank
 from datafiles.published import read_pickled_dict
-from dataset import open_recording, open_training
+from datafiles.stimuli import list_stimuli, stimulus_id
+from dataset import open_training
 from modalities import NAMES
+from rundirs.files import file_hash
+from rundirs.tensors import load_tensors, save_tensors
 from util import DataError, UserError
 
 DIM = 3
@@ -40,7 +51,7 @@ def test_pictures_are_listed_by_folder_then_by_file(tmp_path):
     wanted = ["00001_b/B.JPG", "00001_b/a.png", "00002_a_a/x.jpeg", "00010_c/a_10.Png"]
     noise = ["00001_b/.a.png", "00001_b/notes.txt", ".cache/a.png", "readme.png", "00003_e/x.gif"]
     _touch(tmp_path / "training_images", *reversed(wanted), *noise)
-    stimuli = dataset.list_stimuli(tmp_path, "training")
+    stimuli = list_stimuli(tmp_path, "training")
     assert [item.key for item in stimuli] == [f"training_images/{name}" for name in wanted]
     assert [item.concept for item in stimuli] == ["b", "b", "a_a", "c"]
     assert all(item.path.is_file() for item in stimuli)
@@ -50,20 +61,20 @@ def test_ids_are_of_the_picture_alone(tmp_path):
     names = ["00001_a/1.png", "00002_b/1.png"]
     _touch(tmp_path / "one" / "training_images", *names)
     _touch(tmp_path / "two" / "training_images", "00000_z/0.png", "00001_a/0.png", *names)
-    one = {item.key: item.id for item in dataset.list_stimuli(tmp_path / "one", "training")}
-    two = {item.key: item.id for item in dataset.list_stimuli(tmp_path / "two", "training")}
+    one = {item.key: item.id for item in list_stimuli(tmp_path / "one", "training")}
+    two = {item.key: item.id for item in list_stimuli(tmp_path / "two", "training")}
     assert one.items() <= two.items()
     assert len(set(two.values())) == 4
     assert all(0 <= number < 2**63 for number in two.values())
-    assert dataset.stimulus_id("test_images/00001_a/1.png") not in two.values()
+    assert stimulus_id("test_images/00001_a/1.png") not in two.values()
 
 
 def test_absent_and_empty_stimuli_are_named(tmp_path):
     with pytest.raises(DataError, match="test_images"):
-        dataset.list_stimuli(tmp_path, "test")
+        list_stimuli(tmp_path, "test")
     _touch(tmp_path, "test_images/00001_a/a.txt")
     with pytest.raises(DataError, match="no pictures"):
-        dataset.list_stimuli(tmp_path, "test")
+        list_stimuli(tmp_path, "test")
 
 
 def test_a_test_concept_among_the_training_concepts_is_refused(tmp_path):
@@ -390,7 +401,7 @@ def test_the_copy_is_a_float32_memory_map_of_the_source(tmp_path):
     np.testing.assert_array_equal(recording.eeg, content["preprocessed_eeg_data"])
     assert recording.channels == list(builders.CHANNELS)
     np.testing.assert_allclose(recording.times, np.arange(20) / 100, atol=1e-12)
-    assert recording.hash == util.file_hash(path)
+    assert recording.hash == file_hash(path)
     assert recording.path == path
 
 
@@ -498,17 +509,17 @@ def _channel_order(eeg):
 
 def test_channels_by_name_in_the_given_order(tmp_path):
     recording = _recording(tmp_path, SHUFFLED)
-    everything = dataset.select_signal(recording, None)
+    everything = select_signal(recording, None)
     assert everything.channels == list(SHUFFLED)
     assert np.shares_memory(everything.cut(recording.eeg), recording.eeg)
-    chosen = dataset.select_signal(recording, ["Pz", "O2", "Fz"])
+    chosen = select_signal(recording, ["Pz", "O2", "Fz"])
     assert _channel_order(chosen.cut(recording.eeg)) == ["Pz", "O2", "Fz"]
     assert chosen.cut(recording.eeg[3, 1]).shape == (3, 20)
 
 
 def test_an_unknown_channel_lists_the_known(tmp_path):
     with pytest.raises(UserError, match="no Oz, POz; it has Fz Cz Pz O1 O2"):
-        dataset.select_signal(_recording(tmp_path), ["O1", "Oz", "POz"])
+        select_signal(_recording(tmp_path), ["O1", "Oz", "POz"])
 
 
 @pytest.mark.parametrize(
@@ -517,7 +528,7 @@ def test_an_unknown_channel_lists_the_known(tmp_path):
 )
 def test_a_window_by_second_holds_its_start_and_not_its_end(tmp_path, window, first, last):
     recording = _recording(tmp_path)
-    signal = dataset.select_signal(recording, None, window)
+    signal = select_signal(recording, None, window)
     samples = signal.cut(recording.eeg)[0, 0, 0] * 1024
     assert (samples[0], samples[-1]) == (first, last)
     assert len(samples) == last - first + 1 == len(signal.times)
@@ -526,13 +537,13 @@ def test_a_window_by_second_holds_its_start_and_not_its_end(tmp_path, window, fi
 
 def test_an_empty_window_is_refused(tmp_path):
     with pytest.raises(UserError, match="--time_window"):
-        dataset.select_signal(_recording(tmp_path), None, (0.5, 0.6))
+        select_signal(_recording(tmp_path), None, (0.5, 0.6))
 
 
 def test_a_signal_is_found_in_another_channel_order(tmp_path):
     recording = _recording(tmp_path, SHUFFLED)
     times = [0.05, 0.06, 0.07]
-    signal = dataset.match_signal(recording, ["Cz", "O1"], times)
+    signal = match_signal(recording, ["Cz", "O1"], times)
     found = signal.cut(recording.eeg)
     assert _channel_order(found) == ["Cz", "O1"]
     assert (found[0, 0, 0] % (1 / 16) * 1024).tolist() == [5, 6, 7]
@@ -544,7 +555,7 @@ def test_a_signal_is_found_in_another_channel_order(tmp_path):
 def test_another_rate_or_span_is_refused(tmp_path, times):
     recording = _recording(tmp_path, times=times)
     with pytest.raises(DataError, match="that the model was trained on"):
-        dataset.match_signal(recording, ["Cz"], [second / 100 for second in range(20)])
+        match_signal(recording, ["Cz"], [second / 100 for second in range(20)])
 
 
 # --- feature banks ------------------------------------------------------------------------------
@@ -557,9 +568,9 @@ def world(tmp_path):
 
 
 def test_a_bank_is_joined_by_id_whatever_its_row_order(world):
-    stimuli = dataset.list_stimuli(world, "training")
+    stimuli = list_stimuli(world, "training")
     order = np.random.default_rng(0).permutation(len(stimuli)).tolist()
-    bank = dataset.open_bank(builders.write_bank(world / "other", world, order), "training")
+    bank = open_bank(builders.write_bank(world / "other", world, order), "training")
     assert bank.ids == [stimuli[row].id for row in order]
     assert bank.clip == builders.CLIP
     wanted = [stimuli[row] for row in (7, 0, 11)]
@@ -569,9 +580,9 @@ def test_a_bank_is_joined_by_id_whatever_its_row_order(world):
 
 
 def test_a_bank_of_other_pictures_is_refused(world):
-    bank = dataset.open_bank(world / "bank", "test")
+    bank = open_bank(world / "bank", "test")
     with pytest.raises(DataError, match=r"12 of 12 pictures, e\.g\. training_images/00001_train1"):
-        bank.rows_for(dataset.list_stimuli(world, "training"))
+        bank.rows_for(list_stimuli(world, "training"))
     builders.write_picture(world / "training_images" / "00001_train1" / "new.png")
     with pytest.raises(DataError, match=r"1 of 13 pictures.*new\.png"):
         _training(world)
@@ -580,9 +591,9 @@ def test_a_bank_of_other_pictures_is_refused(world):
 def test_an_unfinished_or_absent_bank_is_refused(world):
     (world / "bank" / "DONE").unlink()
     with pytest.raises(DataError, match="no finished feature bank"):
-        dataset.open_bank(world / "bank", "training")
+        open_bank(world / "bank", "training")
     with pytest.raises(DataError, match="no such folder"):
-        dataset.open_bank(world / "none", "training")
+        open_bank(world / "none", "training")
 
 
 def _drop(name):
@@ -609,12 +620,12 @@ def _add(tensors):
     "spoil", [_drop("image"), _drop("stimulus"), _poison, _repeat_id, _three_axes, _add]
 )
 def test_a_spoilt_bank_is_refused(world, spoil):
-    tensors = builders.bank_tensors(dataset.list_stimuli(world, "training"))
+    tensors = builders.bank_tensors(list_stimuli(world, "training"))
     spoil(tensors)
     path = world / "bank" / "training.safetensors"
-    util.save_tensors(path, tensors, {"clip": builders.CLIP})
+    save_tensors(path, tensors, {"clip": builders.CLIP})
     with pytest.raises(DataError, match=r"training\.safetensors"):
-        dataset.open_bank(world / "bank", "training")
+        open_bank(world / "bank", "training")
 
 
 def test_a_bank_without_its_origin_or_cut_short_is_refused(world):
@@ -622,26 +633,24 @@ def test_a_bank_without_its_origin_or_cut_short_is_refused(world):
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
     with pytest.raises(DataError, match=r"training\.safetensors"):
-        dataset.open_bank(world / "bank", "training")
-    util.save_tensors(path, util.load_tensors(world / "bank" / "test.safetensors")[0], {})
+        open_bank(world / "bank", "training")
+    save_tensors(path, load_tensors(world / "bank" / "test.safetensors")[0], {})
     with pytest.raises(DataError, match=r"training\.safetensors"):
-        dataset.open_bank(world / "bank", "training")
+        open_bank(world / "bank", "training")
 
 
 def test_a_bank_of_another_clip_is_refused(world):
-    bank = dataset.open_bank(world / "bank", "test")
-    dataset.check_clip(bank.clip, bank.path, builders.CLIP, world / "model")
+    bank = open_bank(world / "bank", "test")
+    check_clip(bank.clip, bank.path, builders.CLIP, world / "model")
     for key in builders.CLIP:
         with pytest.raises(DataError, match=f"{key} other, as .*model was trained on"):
-            dataset.check_clip(
-                bank.clip, bank.path, builders.CLIP | {key: "other"}, world / "model"
-            )
+            check_clip(bank.clip, bank.path, builders.CLIP | {key: "other"}, world / "model")
 
 
 def test_bank_hash_follows_its_content(world):
-    before = dataset.open_bank(world / "bank", "training").hash
+    before = open_bank(world / "bank", "training").hash
     builders.write_bank(world / "bank", world, list(reversed(range(12))))
-    assert dataset.open_bank(world / "bank", "training").hash != before
+    assert open_bank(world / "bank", "training").hash != before
 
 
 # --- training data ------------------------------------------------------------------------------
@@ -668,7 +677,7 @@ def two_subjects(tmp_path):
 
 
 def _concepts(root, rows):
-    stimuli = dataset.list_stimuli(root, "training")
+    stimuli = list_stimuli(root, "training")
     return {stimuli[row].concept for row in rows.tolist()}
 
 
@@ -712,7 +721,7 @@ def _origin(batch):
 @pytest.mark.parametrize("trials", ["average", "single", "random"])
 def test_eeg_subject_target_and_id_belong_together(two_subjects, trials):
     data = _training(two_subjects, trials=trials, channels=["O2", "Cz", "Fz"])
-    ids = [item.id for item in dataset.list_stimuli(two_subjects, "training")]
+    ids = [item.id for item in list_stimuli(two_subjects, "training")]
     seen = Counter()
     for batch in _epoch(data):
         assert batch.eeg.dtype == torch.float32
@@ -864,13 +873,13 @@ def test_the_signal_is_recorded(two_subjects):
 
 def test_a_recording_with_other_rows_is_refused(world):
     content = builders.published(rows=11)
-    builders.write_published(dataset.eeg_file(world, "sub-01", "training"), content)
+    builders.write_published(eeg_file(world, "sub-01", "training"), content)
     with pytest.raises(DataError, match="11 conditions, but 12 pictures"):
         _training(world)
 
 
 def test_data_without_subjects_is_refused(world):
-    shutil.rmtree(world / dataset.EEG_FOLDER)
+    shutil.rmtree(world / EEG_FOLDER)
     with pytest.raises(DataError, match="no subjects"):
         _training(world)
 
@@ -885,49 +894,49 @@ def test_batches_move_as_a_whole(world):
 
 
 def test_test_eeg_is_found_from_file_folder_and_data(world):
-    file = dataset.eeg_file(world, "sub-01", "test")
-    for given in (file, file.parent, world / dataset.EEG_FOLDER, world):
-        assert dataset.locate_test_eeg(given, None, None) == (file, "sub-01", world)
+    file = eeg_file(world, "sub-01", "test")
+    for given in (file, file.parent, world / EEG_FOLDER, world):
+        assert locate_test_eeg(given, None, None) == (file, "sub-01", world)
 
 
 def test_one_of_several_subjects_must_be_named(two_subjects):
-    file = dataset.eeg_file(two_subjects, "sub-02", "test")
-    located = dataset.locate_test_eeg(two_subjects, "sub-02", None)
+    file = eeg_file(two_subjects, "sub-02", "test")
+    located = locate_test_eeg(two_subjects, "sub-02", None)
     assert located == (file, "sub-02", two_subjects)
     for subject in (None, "sub-07"):
         with pytest.raises(UserError, match=r"--subject\n(.*\n)*.*sub-01, sub-02"):
-            dataset.locate_test_eeg(two_subjects, subject, None)
+            locate_test_eeg(two_subjects, subject, None)
 
 
 def test_test_eeg_errors(tmp_path):
     with pytest.raises(UserError, match="--eeg_data"):
-        dataset.locate_test_eeg(tmp_path / "none", None, None)
+        locate_test_eeg(tmp_path / "none", None, None)
     with pytest.raises(UserError, match="none found"):
-        dataset.locate_test_eeg(tmp_path, None, None)
+        locate_test_eeg(tmp_path, None, None)
 
 
 def test_a_file_elsewhere_has_no_pictures_unless_told(world, tmp_path):
     path = tmp_path / "mine" / "sub-33" / "eeg.npy"
     path.parent.mkdir(parents=True)
-    shutil.copy(dataset.eeg_file(world, "sub-01", "test"), path)
-    assert dataset.locate_test_eeg(path, None, None) == (path, "sub-33", None)
-    assert dataset.locate_test_eeg(path, "sub-01", world) == (path, "sub-01", world)
+    shutil.copy(eeg_file(world, "sub-01", "test"), path)
+    assert locate_test_eeg(path, None, None) == (path, "sub-33", None)
+    assert locate_test_eeg(path, "sub-01", world) == (path, "sub-01", world)
 
 
 def test_opened_test_eeg_is_averaged_cut_and_named(two_subjects):
-    file, subject, data_path = dataset.locate_test_eeg(two_subjects, "sub-02", None)
+    file, subject, data_path = locate_test_eeg(two_subjects, "sub-02", None)
     times = [0.05, 0.06]
     opened = dataset.open_test(file, subject, data_path, None, ["Cz", "O2"], times)
     expected = builders.eeg_values(1, 3, 4, ["Cz", "O2"], 20).mean(axis=1)[..., 5:7]
     np.testing.assert_allclose(opened.eeg, expected, rtol=1e-6)
-    stimuli = dataset.list_stimuli(two_subjects, "test")
+    stimuli = list_stimuli(two_subjects, "test")
     assert opened.ids == [item.id for item in stimuli]
     assert opened.names == ["00001_test1", "00002_test2", "00003_test3"]
     assert (two_subjects / "eeg_cache").is_dir()
 
 
 def test_test_eeg_without_pictures_has_ids_of_its_rows(two_subjects, tmp_path):
-    file = dataset.eeg_file(two_subjects, "sub-01", "test")
+    file = eeg_file(two_subjects, "sub-01", "test")
     opened = dataset.open_test(file, "sub-01", None, tmp_path / "cache", ["Cz"], [0.0])
     assert opened.names[2] == "00003_unknown"
     assert len(set(opened.ids)) == 3
@@ -937,6 +946,6 @@ def test_test_eeg_without_pictures_has_ids_of_its_rows(two_subjects, tmp_path):
 
 def test_test_eeg_with_other_rows_than_pictures_is_refused(world):
     builders.write_picture(world / "test_images" / "00009_new" / "a.png")
-    file = dataset.eeg_file(world, "sub-01", "test")
+    file = eeg_file(world, "sub-01", "test")
     with pytest.raises(DataError, match="3 conditions, but 4 pictures"):
         dataset.open_test(file, "sub-01", world, None, ["Cz"], [0.0])

@@ -11,9 +11,10 @@ import pytest
 
 import args
 import demo
-import util
+from cli.parser import _PROGRAMS
+from rundirs.files import read_json
 
-PROGRAM_STAGE = {program.split()[-1]: stage for stage, program in args._PROGRAMS.items()}
+PROGRAM_STAGE = {program.split()[-1]: stage for stage, program in _PROGRAMS.items()}
 
 
 SCALES = {False: demo.FULL, True: demo.QUICK}
@@ -69,7 +70,7 @@ def quick_demo(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_the_quick_demo_decodes_simulated_eeg(quick_demo) -> None:
-    results = util.read_json(quick_demo[0] / "scores" / "results.json")
+    results = read_json(quick_demo[0] / "scores" / "results.json")
     row = next(row for row in results["retrieval"] if row["query"] == "encoder -> image")
     assert row["n"] == demo.QUICK.test_concepts
     assert row["top1_interval"][0] > row["top1_shuffled_range"][1]
@@ -89,7 +90,7 @@ def test_the_quick_demo_ends_with_pictures_tables_and_the_next_command(quick_dem
 
 
 def test_the_quick_demo_scores_its_controls_and_explains_its_encoder(quick_demo) -> None:
-    results = util.read_json(quick_demo[0] / "scores" / "results.json")
+    results = read_json(quick_demo[0] / "scores" / "results.json")
     fused = {
         row["control"]: row["scores"] for row in results["pictures"] if row["recipe"] == "fused"
     }

@@ -36,10 +36,14 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 import args
-import util
 from datafiles import eeg_files, feature_bank, pictures, published, stimuli
+from datafiles.captions import read_captions
 from preprocessing import events, recordings
+from rundirs.directory import RunDirectory
+from rundirs.files import json_line, read_json, read_jsonl, write_json
+from rundirs.tensors import load_tensors
 from sdxl import injection_map
+from sdxl.adapter_file import _read_bin
 from training.checkpoints import Checkpoints
 from util import StageError
 
@@ -170,12 +174,12 @@ def _config(_: Path) -> list[bytes]:
 
 
 def _run_folder(folder: Path) -> list[bytes]:
-    util.write_json(folder / "inputs.json", {"a": "b"})
+    write_json(folder / "inputs.json", {"a": "b"})
     return [json.dumps({"stage": "train", "options": {"epochs": 3}, "provenance": {}}).encode()]
 
 
 def _journal(_: Path) -> list[bytes]:
-    return [b"".join(util.json_line({"epoch": n, "loss": 0.5}).encode() for n in range(3))]
+    return [b"".join(json_line({"epoch": n, "loss": 0.5}).encode() for n in range(3))]
 
 
 def _copy(folder: Path, suffix: str) -> list[bytes]:
@@ -188,7 +192,7 @@ def _copy(folder: Path, suffix: str) -> list[bytes]:
 
 
 def _presets(_: Path) -> list[bytes]:
-    paths = sorted((Path(injection_map.__file__).parent / "configs/injection").glob("*.yaml"))
+    paths = sorted((Path(injection_map.__file__).parents[1] / "configs/injection").glob("*.yaml"))
     return [path.read_bytes() for path in paths]
 
 
@@ -208,7 +212,7 @@ def _adapter(_: Path) -> list[bytes]:
 
 def _read_captions(path: Path) -> None:
     known = [*stimuli.list_stimuli(path.parent, "training")]
-    stimuli.read_captions(path, known)
+    read_captions(path, known)
 
 
 def _read_events(path: Path) -> None:
@@ -240,7 +244,7 @@ def _read_copy(path: Path) -> None:
 
 
 def _check_run(path: Path) -> None:
-    util.RunDirectory(path.parent, "train").check({"epochs": 3}, {"a": "b"}, ["epochs"])
+    RunDirectory(path.parent, "train").check({"epochs": 3}, {"a": "b"}, ["epochs"])
 
 
 READERS = {
@@ -250,7 +254,7 @@ READERS = {
     "captions.csv": Reader("c.csv", _captions_csv, _read_captions),
     "events": Reader("e.tsv", _events, _read_events),
     "pictures": Reader("p.png", _pictures, _read_picture),
-    "safetensors": Reader("bank/training.safetensors", _bank, util.load_tensors),
+    "safetensors": Reader("bank/training.safetensors", _bank, load_tensors),
     "bank": Reader(
         "bank/training.safetensors", _bank, lambda p: feature_bank.open_bank(p.parent, "training")
     ),
@@ -260,12 +264,12 @@ READERS = {
         lambda p: Checkpoints(p.parent.parent).load(),
         programs(),
     ),
-    "adapter.bin": Reader("a.bin", _adapter, injection_map._read_bin, programs()),
+    "adapter.bin": Reader("a.bin", _adapter, _read_bin, programs()),
     "config": Reader("c.yaml", _config, _resolve, errors=(SystemExit,)),
     "config.json": Reader("c.json", lambda f: _config(f)[::-1], _resolve, errors=(SystemExit,)),
-    "json": Reader("a.json", _run_folder, util.read_json),
+    "json": Reader("a.json", _run_folder, read_json),
     "run": Reader("options.json", _run_folder, _check_run),
-    "journal": Reader("a.jsonl", _journal, util.read_jsonl),
+    "journal": Reader("a.jsonl", _journal, read_jsonl),
     "copy": Reader("found.npy", lambda folder: _copy(folder, ".npy"), _read_copy),
     "copy.json": Reader("found.json", lambda folder: _copy(folder, ".json"), _read_copy),
     "injection": Reader("i.yaml", _presets, lambda p: injection_map.load_injection(str(p))),

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import metrics
+from datafiles.pictures import read_pixels
 from evaluation import networks
-from sdxl import injection_map
+from sdxl.vae import load_vae
 
 DATA = Path(os.environ.get("EEG2IMAGE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 EMBEDDINGS = DATA / "things_eeg2" / "sub08_atms_embeddings.npz"
@@ -53,12 +54,12 @@ def test_retrieval_of_real_conditions_equals_five_lines_of_numpy():
 @pytest.fixture(scope="module")
 def decoded(tmp_path_factory) -> tuple[list[Path], list[Path]]:
     """20 photographs at 256 px, and what the tiny autoencoder of SDXL's latents makes of them."""
-    vae = injection_map.load_vae(WEIGHTS, torch.float32)
+    vae = load_vae(WEIGHTS, torch.float32)
     vae = vae.to(memory_format=torch.channels_last)  # several times faster on CPUs
     photos, folder = sorted(PHOTOS.glob("*.jpg"))[::40], tmp_path_factory.mktemp("taesdxl")
     made = []
     for path in photos:
-        pixels = torch.from_numpy(networks.read_pixels(path).copy()).permute(2, 0, 1)[None] / 255
+        pixels = torch.from_numpy(read_pixels(path).copy()).permute(2, 0, 1)[None] / 255
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             back = vae.decode(vae.encode(pixels * 2 - 1).latents).sample.clamp(-1, 1) / 2 + 0.5
@@ -70,7 +71,7 @@ def decoded(tmp_path_factory) -> tuple[list[Path], list[Path]]:
 @needs_photos
 def test_photographs_through_sdxl_s_tiny_autoencoder_have_the_known_psnr(decoded):
     pairs = [
-        [torch.from_numpy(networks.read_pixels(p).copy()).permute(2, 0, 1) / 255 for p in paths]
+        [torch.from_numpy(read_pixels(p).copy()).permute(2, 0, 1) / 255 for p in paths]
         for paths in decoded
     ]
     found = metrics.psnr(*(torch.stack(part) for part in pairs))
@@ -87,7 +88,7 @@ def test_two_way_of_photographs_falls_with_noise(decoded, tmp_path):
     for sigma in (0.0, 0.3, 0.6, 1.2):
         drawn = []
         for source in made:
-            pixels = networks.read_pixels(source) / 255
+            pixels = read_pixels(source) / 255
             noisy = np.clip(pixels + sigma * rng.standard_normal(pixels.shape), 0, 1)
             drawn.append(tmp_path / f"{sigma}_{source.name}")
             Image.fromarray((noisy * 255).round().astype(np.uint8)).save(drawn[-1])

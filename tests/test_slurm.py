@@ -19,6 +19,8 @@ from slurm_standin.cluster import Cluster, install
 import train
 import util
 from modalities import recipes
+from rundirs.files import read_json, read_jsonl
+from rundirs.tensors import load_tensors
 from training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +129,7 @@ def arrays(cluster: Cluster) -> dict[str, str]:
 
 
 def tensors(model: Path) -> dict[str, torch.Tensor]:
-    return util.load_tensors(model / "checkpoints" / "latest" / "model.safetensors")[0]
+    return load_tensors(model / "checkpoints" / "latest" / "model.safetensors")[0]
 
 
 @pytest.fixture
@@ -171,11 +173,7 @@ def test_interrupted_jobs_go_on_and_lose_nothing(
         if preempted in cluster.running and trained.exists() and "preempted" not in done:
             done.add("preempted")
             cluster.warn(preempted)
-        if (
-            killed in cluster.running
-            and len(util.read_jsonl(journal)) >= 2
-            and "killed" not in done
-        ):
+        if killed in cluster.running and len(read_jsonl(journal)) >= 2 and "killed" not in done:
             done.add("killed")
             cluster.kill(killed)
 
@@ -199,7 +197,7 @@ def test_interrupted_jobs_go_on_and_lose_nothing(
     assert cluster.states("generate") == ["FAILED", "COMPLETED"]
     assert cluster.states("evaluate") == ["CANCELLED"]
     assert cluster.states("report") == ["CANCELLED"]
-    first = {record["file"]: record for record in util.read_jsonl(journal)}
+    first = {record["file"]: record for record in read_jsonl(journal)}
     drawn = {name: (out / "images" / SUBJECT / name).stat().st_mtime_ns for name in first}
     assert 2 <= len(drawn) < len(recipes("all"))
 
@@ -212,13 +210,13 @@ def test_interrupted_jobs_go_on_and_lose_nothing(
     images = out / "images" / SUBJECT
     assert {name: (images / name).stat().st_mtime_ns for name in first} == drawn
     records = [
-        record for part in sorted(images.glob("images*.jsonl")) for record in util.read_jsonl(part)
+        record for part in sorted(images.glob("images*.jsonl")) for record in read_jsonl(part)
     ]
     assert sorted((record["row"], record["recipe"]) for record in records) == sorted(
         (row, recipe.name) for row in range(STIMULI) for recipe in recipes("all")
     )
     assert all((images / record["file"]).exists() for record in records)
-    results = util.read_json(out / "scores" / SUBJECT / "results.json")
+    results = read_json(out / "scores" / SUBJECT / "results.json")
     assert {row["subject"] for row in results["retrieval"]} == {SUBJECT}
     assert {row["n"] for row in results["pictures"]} == {STIMULI}
     page = (out / "report.html").read_text(encoding="utf-8")

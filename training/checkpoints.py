@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-import util
+from rundirs.tensors import load_tensors, load_torch, save_tensors, save_torch
 
 
 class Checkpoints:
@@ -38,8 +38,8 @@ class Checkpoints:
         target = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{target.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        util.save_tensors(temporary / "model.safetensors", model, header)
-        util.save_torch(temporary / "state.pt", state)
+        save_tensors(temporary / "model.safetensors", model, header)
+        save_torch(temporary / "state.pt", state)
         shutil.rmtree(target, ignore_errors=True)  # left there by a kill before its pointer moved
         os.replace(temporary, target)
         for name in ("best", "latest") if best else ("latest",):
@@ -67,7 +67,7 @@ class Checkpoints:
         latest = self.folder / "latest"
         if not latest.is_symlink():
             return None
-        model, _ = util.load_tensors(latest / "model.safetensors")
-        return model, util.load_torch(
+        model, _ = load_tensors(latest / "model.safetensors")
+        return model, load_torch(
             latest / "state.pt", "a whole checkpoint", "delete the run directory and train again"
         )

@@ -8,72 +8,31 @@ for a row does not depend on how.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-import args
 import util
-from datafiles.eeg_files import list_subjects
-from dataset import Batch, TrainingData, open_training
+from cli.config import Options
+from dataset import Batch, TrainingData
 from masking import Masking, mask_eeg, mask_subject
+from rundirs.directory import RunDirectory, open_run
+from rundirs.files import append_jsonl, atomic_write, json_line, read_jsonl
 from training import monitor
 from training.checkpoints import Checkpoints
 from training.optimisation import Average, Schedule, copied, new_optimizer, set_learning_rate
 from training.processes import Processes
+from training.settings import Computing, Objective, masking_from, settings_from
 from util import Part
 
 HELD_SHARE = 0.5  # of a GPU's free memory that EEG may take with --data_on_device auto
-WITHOUT = "without_"  # folder of a model + the subject that it never saw
-UNKNOWN_SHARE = 0.2  # of samples whose subject stays unknown, where one is left out
-
-
-@dataclass(frozen=True)
-class Computing:
-    """How a step is computed; names as the flags of ``args.py``."""
-
-    precision: str
-    accumulate: int
-    compile: bool
-    data_on_device: str
-    report_to: str
-
-
-def settings_from(kind: type, values: argparse.Namespace) -> Any:
-    """A dataclass whose fields are named as flags, from them."""
-    return kind(**{field.name: getattr(values, field.name) for field in fields(kind)})
-
-
-class Objective(Protocol):
-    """What is learned: ``losses`` of a part of a batch, with the total under ``loss``.
-
-    ``validate``, on held-out concepts, returns scores and, under ``select``, the one that chooses
-    ``best`` (higher is better); nothing at all where no concepts are held out.
-    """
-
-    def losses(
-        self, batch: Batch, generator: torch.Generator, part: Part
-    ) -> dict[str, torch.Tensor]: ...
-
-    def validate(self) -> dict[str, float]: ...
-
-
-class Trainable(Protocol):
-    """A module that says how to rebuild it, and which of its networks compute most."""
-
-    encoder: nn.Module
-
-    def header(self) -> dict[str, Any]: ...
-
-    def networks(self) -> list[nn.Module]: ...
 
 
 def describe_parameters(model: nn.Module) -> str:
@@ -99,66 +58,13 @@ def stop_requests() -> Iterator[list[str]]:
 # ---------------------------------------------------------------- from flags to a run
 
 
-def folds(options: args.Options) -> Iterator[args.Options]:
-    """The runs of a call: one, or one without each subject in turn (``--leave_out each``).
-
-    Raises UserError for a subject that is not there, or the only one.
-    """
-    values = options.values
-    if values.leave_out is None:
-        yield options
-        return
-    names = list_subjects(values.data_path, values.subjects)
-    each = values.leave_out == args.EACH
-    if len(names) < 2 or not (each or values.leave_out in names):
-        raise util.UserError(
-            "--leave_out",
-            values.leave_out,
-            f"{args.EACH}, or one of at least two subjects, here {', '.join(names)}",
-            "check --data_path and --subjects",
-        )
-    for name in names if each else [values.leave_out]:
-        changed = vars(values) | {
-            "leave_out": name,
-            "subjects": [other for other in names if other != name],
-            "output_dir": values.output_dir / f"{WITHOUT}{name}" if each else values.output_dir,
-        }
-        yield replace(options, values=argparse.Namespace(**changed))
-
-
-def open_data(values: argparse.Namespace, layer: str | None = None) -> TrainingData:
-    """What the flags ask for, of ``subjects`` only; ``layer``: as of ``open_training``."""
-    return open_training(
-        values.data_path,
-        values.clip_feature_path,
-        values.subjects,
-        values.channels,
-        values.time_window,
-        values.trials,
-        values.val_fraction,
-        values.seed,
-        values.cache_dir,
-        layer,
-    )
-
-
-def masking_from(values: argparse.Namespace) -> Masking:
-    """A subject that is left out is unknown: its token must have been trained."""
-    unknown = values.subject_dropout
-    if unknown is None:
-        unknown = UNKNOWN_SHARE if values.leave_out else 0.0
-    return Masking(
-        values.mask_channel, values.mask_time, values.mask_patch, values.mask_span, unknown
-    )
-
-
 def train(
-    options: args.Options,
+    options: Options,
     model: nn.Module,
     objective: Objective,
     data: TrainingData,
     processes: Processes,
-) -> util.RunDirectory:
+) -> RunDirectory:
     """:func:`fit` in the run directory of a call, as its flags say."""
     values = options.values
     schedule, computing = settings_from(Schedule, values), settings_from(Computing, values)
@@ -167,11 +73,11 @@ def train(
     where = f"{processes.device} for {values.epochs} epochs"
     plan = [*data.describe(), f"train {parameters} on {where}"]
     if processes.first:
-        run = util.open_run(options, values.output_dir, data.hashes, plan)
+        run = open_run(options, values.output_dir, data.hashes, plan)
     elif values.dry_run:
         raise SystemExit(0)
     else:
-        run = util.RunDirectory(values.output_dir, options.stage)
+        run = RunDirectory(values.output_dir, options.stage)
     processes.wait()
     masking = masking_from(values)
     fit(run, model, objective, data, masking, schedule, computing, processes)
@@ -210,7 +116,7 @@ class _Training:
 
     def __init__(
         self,
-        run: util.RunDirectory,
+        run: RunDirectory,
         model: nn.Module,
         objective: Objective,
         masking: Masking,
@@ -353,7 +259,7 @@ class _Training:
 
 
 def fit(
-    run: util.RunDirectory,
+    run: RunDirectory,
     model: nn.Module,
     objective: Objective,
     data: TrainingData,
@@ -481,7 +387,7 @@ def _reason(stops: list[str]) -> str:
 
 
 def _end_epoch(
-    run: util.RunDirectory,
+    run: RunDirectory,
     training: _Training,
     epoch: int,
     steps: int,
@@ -509,7 +415,7 @@ def _end_epoch(
             better = chosen_by > training.best or "select" not in record
             training.best = max(training.best, chosen_by)
         report(record, training.step)
-        util.append_jsonl(
+        append_jsonl(
             run.path / "metrics.jsonl",
             record | {"seconds": round(seconds, 1), "best_so_far": better},
         )
@@ -521,8 +427,8 @@ def _end_epoch(
 
 def _drop_later_records(path: Path, step: int) -> None:
     """Forget epochs that were recorded but not saved before a kill: they are trained again."""
-    records = util.read_jsonl(path)
+    records = read_jsonl(path)
     kept = [record for record in records if record["step"] <= step]
     if len(kept) < len(records):
-        with util.atomic_write(path) as file:
-            file.writelines(util.json_line(record) for record in kept)
+        with atomic_write(path) as file:
+            file.writelines(json_line(record) for record in kept)

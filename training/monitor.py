@@ -14,6 +14,7 @@ import torch
 import util
 from dataset import TrainingData
 from loss import first_non_finite
+from rundirs.directory import RunDirectory
 
 READ_EVERY = 16  # steps between reading losses off a GPU: each read waits for it
 SANITY_STEPS = 30  # after which the first batch is looked at again
@@ -112,7 +113,7 @@ class Sanity:
 
 
 @contextlib.contextmanager
-def reporters(run: util.RunDirectory, training: Any, report_to: str) -> Iterator[Any]:
+def reporters(run: RunDirectory, training: Any, report_to: str) -> Iterator[Any]:
     """A function of (record, step) that tells TensorBoard, and wandb or trackio if asked to."""
     if not training.processes.first:
         yield lambda _record, _step: None

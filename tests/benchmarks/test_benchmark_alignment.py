@@ -11,8 +11,8 @@ from conftest import Chain
 from helpers_benchmarks import loaded
 
 import args
-from ATMS_retrieval import Decoder
-from dataset import open_bank
+from datafiles.feature_bank import open_bank
+from decoder.decoder import Decoder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "alignment.py"
 

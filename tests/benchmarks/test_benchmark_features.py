@@ -14,6 +14,7 @@ from skimage.data import astronaut
 
 import util
 from miniworld import models
+from rundirs.files import read_json
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--n", "2", "--size", "60", "--repeats", "1"]
@@ -43,7 +44,7 @@ def photos(tmp_path):
 
 def _rows(module, path, *flags) -> dict:
     assert module.main([*SMALL, *map(str, flags), "--json", str(path)]) == 0
-    written = util.read_json(path)
+    written = read_json(path)
     assert {"versions", "commit", "command"} <= written.keys()
     for row in written["rows"].values():
         assert {"ours", "baseline", "ratio", "unit", "n"} <= row.keys()

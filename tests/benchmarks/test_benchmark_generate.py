@@ -17,8 +17,8 @@ import pytest
 import torch
 from helpers_benchmarks import loaded
 
-import util
 from modalities import recipes
+from rundirs.files import read_json
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "generate.py"
 ROWS = (
@@ -58,7 +58,7 @@ def written(benchmark, tmp_path_factory):
         torch.set_num_threads(1)  # for tensors this small, others only wait for one another
         assert benchmark.main([*SMALL, "--json", str(path)]) == 0
         torch.set_num_threads(threads)
-    return util.read_json(path)
+    return read_json(path)
 
 
 def test_every_row_of_the_contract_is_written(written):

@@ -12,8 +12,8 @@ import torch
 from helpers_benchmarks import loaded
 from torch import nn
 
-import util
 from modalities import NAMES
+from rundirs.files import read_json
 from subject_layers.dropout import Dropout
 from unet import PriorBank
 
@@ -59,7 +59,7 @@ def test_all_rows_are_written(benchmark, tmp_path, capsys):
     path = tmp_path / "train.json"
     words = ["--batch_size", "4", "--rounds", "2", "--subjects", "2", "--json", str(path)]
     assert benchmark.main(words) == 0
-    found = util.read_json(path)
+    found = read_json(path)
     assert tuple(found["rows"]) == ROWS and found["machine"]
     for name, row in found["rows"].items():
         assert {"ours", "baseline", "ratio", "unit", "n"} <= row.keys(), name
@@ -74,4 +74,4 @@ def test_only_the_rows_asked_for_are_made(benchmark, tmp_path):
     path = tmp_path / "train.json"
     words = ["--batch_size", "4", "--rounds", "2", "--rows", ROWS[0], "--json", str(path)]
     assert benchmark.main(words) == 0
-    assert tuple(util.read_json(path)["rows"]) == ROWS[:1]
+    assert tuple(read_json(path)["rows"]) == ROWS[:1]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import args
-import util
+from rundirs.directory import RunDirectory
 
 TRAIN = ["--data_path", "D", "--clip_feature_path", "F", "--output_dir", "O"]
 FEATURES = ["--data_path", "D", "--output_path", "O"]
@@ -341,7 +341,7 @@ CHANGED = ["--epochs", "3", "--channels", "O1", "Pz", "--time_window", "-0.1", "
 
 def test_a_runs_options_json_is_a_config(tmp_path):
     first = args.resolve("train", [*TRAIN, *CHANGED, "--learning_rate", "1e-5", "--dry_run"])
-    run = util.RunDirectory(tmp_path / "run", "train")
+    run = RunDirectory(tmp_path / "run", "train")
     run.start(first.recorded(), first.provenance, {}, first.fixed)
     second = args.resolve("train", ["--config", str(run.path / "options.json")])
     assert second.recorded() == first.recorded()

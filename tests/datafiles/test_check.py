@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import dataset
-import util
 from datafiles import check, published, stimuli
 from datafiles.eeg_files import eeg_file
+from rundirs.files import write_json
 
 CHANNELS = ("Fz", "Cz", "Pz", "O1")
 SHIFTED = ("O1", "Pz", "Cz", "Fz")
@@ -113,7 +113,7 @@ def test_what_is_no_problem_is_noted(data, capsys):
 
     change(data, reorder, "sub-02")
     change(data, edited("preprocessed_eeg_data", lambda eeg: eeg[:, :3]), "sub-02")
-    util.write_json(data / "Preprocessed_data_250Hz/sub-01/simulated.json", {})
+    write_json(data / "Preprocessed_data_250Hz/sub-01/simulated.json", {})
     (data / "training_images/00001_train1/x.gif").write_bytes(b"GIF89a")
     change(data, lambda c: c[EEG].__setitem__((slice(None), slice(None), 1), c[EEG][:, :, 1] * 9))
     one = eeg_file(data, "sub-01", "test")
@@ -168,7 +168,7 @@ def _shown(root: Path) -> None:
     """As preprocess.py notes it, before a concept gets another name."""
     known = {name: stimuli.list_stimuli(root, name) for name in stimuli.PARTITIONS}
     noted = {"pictures": stimuli.keys_hash(known)}
-    util.write_json(root / "Preprocessed_data_250Hz/sub-01/inputs.json", noted)
+    write_json(root / "Preprocessed_data_250Hz/sub-01/inputs.json", noted)
     assert not check.examine(root, None, None, None, False).problems
     _rename(root)
 

@@ -10,7 +10,8 @@ import builders
 import pytest
 
 from datafiles import stimuli
-from datafiles.stimuli import caption, list_stimuli, read_captions
+from datafiles.captions import CAPTION_KEYS, caption, read_captions
+from datafiles.stimuli import list_stimuli
 from util import DataError
 
 FIRST, SECOND = (f"training_images/00001_train1/train1_{n}.png" for n in (1, 2))
@@ -46,7 +47,7 @@ EXPECTED = {
 ROWS = [(FIRST, '"a dog, wet and ""new"""'), ("train1", " any dog "), ("test1", '"zwei\nZeilen"')]
 
 
-@pytest.mark.parametrize("column", stimuli.CAPTION_KEYS)
+@pytest.mark.parametrize("column", CAPTION_KEYS)
 @pytest.mark.parametrize("separator", [",", "\t", ";"])
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

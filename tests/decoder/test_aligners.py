@@ -14,11 +14,14 @@ import evaluate
 import generate
 import train
 import util
-from ATMS_retrieval import ATMS, Decoder
 from decoder import aligners, fusion
 from decoder.aligners import ALIGNERS, Alignment, aligner_from, new_aligner
+from decoder.atms import ATMS
+from decoder.decoder import Decoder
 from loss import prior_loss, prior_total
 from modalities import MODALITIES, NAMES
+from rundirs.files import read_jsonl
+from rundirs.tensors import load_tensors, save_tensors
 from unet import QUANTITIES, PriorBank, Sampling, TargetSpace
 
 KINDS = tuple(ALIGNERS)
@@ -173,7 +176,7 @@ def saved(run: Path, aligner: TargetSpace, **header: object) -> Decoder:
     decoder = Decoder(ATMS(5, 80, 1, D, width=80), aligner, SIGNAL, {"model": "M"}).eval()
     decoder.held_out = aligners.held_out_rows(normal(100, D, seed=7))
     path = run / "checkpoints" / "best" / "model.safetensors"
-    util.save_tensors(path, decoder.state_dict(), decoder.header() | header)
+    save_tensors(path, decoder.state_dict(), decoder.header() | header)
     return decoder
 
 
@@ -281,7 +284,7 @@ def test_train_and_generate_with_each_aligner(features: Chain, tmp_path: Path, k
     more = ("--aligner", kind, "--epochs", 1, "--target_mse", 0.1,
             "--contrast_positives", "concept", "--contrast_normalise", "targets")  # fmt: skip
     assert train.main(features.train_flags(model, *more)) == 0
-    record = util.read_jsonl(model / "metrics.jsonl")[-1]
+    record = read_jsonl(model / "metrics.jsonl")[-1]
     assert record["target_mse"] > 0 and record["val_target_mse"] > 0
     scores = tmp_path / "scores"
     flags = features.evaluate_flags(scores, "--restore_variance", "--model_path", model)
@@ -291,7 +294,7 @@ def test_train_and_generate_with_each_aligner(features: Chain, tmp_path: Path, k
                                     "--fusion_weights", "confidence")  # fmt: skip
     assert generate.main([*flags, "--model_path", str(model)]) == 0
     assert len(list(images.glob("*/fused.png"))) == 2
-    found, _ = util.load_tensors(images / "embeddings.safetensors")
+    found, _ = load_tensors(images / "embeddings.safetensors")
     aligner = Decoder.load(model, "best").bank
     units = torch.stack([aligner.standardise(name, found[name]) for name in NAMES])
     assert (units[:, 0] - units[:, 1]).norm(dim=1).min() > 1e-3, "rows differ"

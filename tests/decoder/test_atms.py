@@ -9,9 +9,11 @@ import torch
 from helpers_golden import assert_golden, atms_shapes, golden_input, golden_state
 
 import util
-from ATMS_retrieval import ATMS, Decoder
+from decoder.atms import ATMS
+from decoder.decoder import Decoder
 from loss import Contrast, contrastive_total
 from modalities import NAMES
+from rundirs.tensors import save_tensors
 from subject_layers.embedding import positional_table
 from subject_layers.subject import SubjectLinear
 from unet import PriorBank
@@ -309,7 +311,7 @@ def _write_decoder(run, bank: PriorBank | None) -> Decoder:
     decoder = Decoder(_encoder(n_subjects=2), bank, SIGNAL, {"model": "M", "weights": "w"}).eval()
     _train_subject_layer(decoder.encoder)
     path = run / "checkpoints" / "best" / "model.safetensors"
-    util.save_tensors(path, decoder.state_dict(), decoder.header())
+    save_tensors(path, decoder.state_dict(), decoder.header())
     return decoder
 
 
@@ -361,12 +363,12 @@ def test_checkpoints_that_are_none_are_refused(tmp_path):
         Decoder.load(tmp_path, "best")
     decoder = _write_decoder(tmp_path, None)
     path = tmp_path / "checkpoints" / "best" / "model.safetensors"
-    util.save_tensors(path, decoder.state_dict(), {})
+    save_tensors(path, decoder.state_dict(), {})
     with pytest.raises(util.DataError, match="without this project's header"):
         Decoder.load(tmp_path, "best")
     state = decoder.state_dict()
     state.pop("encoder.logit_scale")
-    util.save_tensors(path, state, decoder.header())
+    save_tensors(path, state, decoder.header())
     with pytest.raises(util.DataError, match="logit_scale"):
         Decoder.load(tmp_path, "best")
     path.write_bytes(path.read_bytes()[:1000])

@@ -13,11 +13,13 @@ from PIL import Image
 import args
 import evaluate
 import generate
-import util
-from ATMS_retrieval import Decoder
-from dataset import TestEEG, locate_test_eeg, open_bank, open_test
+from datafiles.eeg_files import locate_test_eeg
+from datafiles.feature_bank import open_bank
+from dataset import TestEEG, open_test
 from decoder import controls
-from modalities import NAMES
+from decoder.decoder import Decoder
+from modalities import CONTROLS, NAMES
+from rundirs.files import read_json, read_jsonl
 from unet import Sampling
 
 
@@ -99,23 +101,21 @@ def test_a_control_is_marked_in_every_output(chain: Chain, tmp_path: Path) -> No
     run = tmp_path / "run"
     more = ("--mode", "fused", "--control", "shuffled_eeg")
     assert generate.main(chain.generate_flags(run, *more)) == 0
-    assert {record["control"] for record in util.read_jsonl(run / "images.jsonl")} == {
-        "shuffled_eeg"
-    }
+    assert {record["control"] for record in read_jsonl(run / "images.jsonl")} == {"shuffled_eeg"}
     drawn = list(run.glob("*/*.png"))
     assert drawn and all("shuffled_eeg" in path.name for path in drawn)
     for path in run.glob("*/fused*.png"):
-        assert args.CONTROLS["shuffled_eeg"] in Image.open(path).text["Comment"]
+        assert CONTROLS["shuffled_eeg"] in Image.open(path).text["Comment"]
     assert evaluate.main(chain.evaluate_flags(tmp_path / "scores", "--images", run)) == 0
-    assert args.CONTROLS["shuffled_eeg"] in (tmp_path / "scores" / "table.md").read_text()
+    assert CONTROLS["shuffled_eeg"] in (tmp_path / "scores" / "table.md").read_text()
 
 
 def test_the_ceiling_finds_every_stimulus(chain: Chain, tmp_path: Path) -> None:
     """evaluate.py --control true_embedding: each prior's gallery holds its query."""
     more = ("--model_path", chain.model, "--control", "true_embedding")
     assert evaluate.main(chain.evaluate_flags(tmp_path / "scores", *map(str, more))) == 0
-    results = util.read_json(tmp_path / "scores" / "results.json")
+    results = read_json(tmp_path / "scores" / "results.json")
     queries = {*(f"prior {name}" for name in NAMES), "fused priors"}
     assert {row["query"] for row in results["retrieval"]} == queries
     assert all(row["top1"] == 1.0 for row in results["retrieval"])
-    assert args.CONTROLS["true_embedding"] in (tmp_path / "scores" / "table.md").read_text()
+    assert CONTROLS["true_embedding"] in (tmp_path / "scores" / "table.md").read_text()

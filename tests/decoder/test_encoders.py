@@ -15,14 +15,15 @@ import generate
 import report
 import train
 import util
-from ATMS_retrieval import OWN, Decoder, check_encoder, make_encoder
+from decoder.decoder import OWN, Decoder, check_encoder, make_encoder
 from decoder.encoders import Braindecode, Encoder, UnknownEncoder, check_name
 from loss import Contrast, contrastive_total
-from modalities import NAMES
+from modalities import ENCODERS, NAMES
+from rundirs.tensors import load_tensors, save_tensors
 
 SIZES = {"n_channels": 17, "n_times": 100, "n_subjects": 3, "embed_dim": 32}
 BRAINDECODE = ("ShallowFBCSPNet", "EEGNet", "ATCNet")
-every_encoder = pytest.mark.parametrize("name", [*args.ENCODERS, *BRAINDECODE])
+every_encoder = pytest.mark.parametrize("name", [*ENCODERS, *BRAINDECODE])
 
 
 def encoder_of(name: str, **changes: int) -> Encoder:
@@ -165,7 +166,7 @@ def test_a_braindecode_model_that_cannot_take_the_signal_says_so() -> None:
 
 
 def test_the_flag_knows_the_encoders_that_there_are() -> None:
-    assert tuple(OWN) == args.ENCODERS
+    assert tuple(OWN) == ENCODERS
     flags = ["--data_path", "D", "--clip_feature_path", "F", "--output_dir", "O"]
     for stage in ("train", "retrieval"):
         options = args.resolve(stage, flags)
@@ -203,7 +204,7 @@ def write_model(run, made: Encoder, **header: object) -> None:
     decoder = Decoder(made, None, signal, {"model": "M"})
     path = run / "checkpoints" / "best" / "model.safetensors"
     kept = {key: value for key, value in (decoder.header() | header).items() if value != "absent"}
-    util.save_tensors(path, decoder.state_dict(), kept)
+    save_tensors(path, decoder.state_dict(), kept)
 
 
 @every_encoder
@@ -240,7 +241,7 @@ def test_from_training_to_the_report(features: Chain, tmp_path) -> None:
     model, images, scores = (tmp_path / name for name in ("model", "images", "scores"))
     run = ["--encoder", "EEGProject", "--epochs", "1"]
     assert train.main([*features.train_flags(model), *run]) == 0
-    _, header = util.load_tensors(model / "checkpoints" / "best" / "model.safetensors")
+    _, header = load_tensors(model / "checkpoints" / "best" / "model.safetensors")
     assert header["encoder_name"] == "EEGProject"
     flags = ["--model_path", str(model), "--mode", "fused", "--max_stimuli", "1"]
     assert generate.main([*features.generate_flags(images), *flags]) == 0

@@ -11,11 +11,13 @@ from conftest import Chain
 import generate
 import loss
 import train
-import util
-from ATMS_retrieval import Decoder
 from decoder import fusion
 from decoder.aligners import aligner_from
+from decoder.decoder import Decoder
+from generation.renderer import Renderer
 from modalities import MODALITIES, NAMES
+from rundirs.files import read_json
+from rundirs.tensors import load_tensors, save_tensors
 
 K, N, D = fusion.SAMPLES, 64, 32
 
@@ -78,13 +80,13 @@ def test_training_leaves_a_calibration_in_the_checkpoint(chain: Chain) -> None:
 def calibrated(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with the calibration of one that learned something."""
     file = Path("checkpoints") / "best" / "model.safetensors"
-    tensors, header = util.load_tensors(chain.model / file)
+    tensors, header = load_tensors(chain.model / file)
     header["calibration"] = {
         name: {"skill": 0.2 + 0.1 * i, "slope": 1.0, "intercept": 0.1 * i}
         for i, name in enumerate(NAMES)
     }
     run = tmp_path_factory.mktemp("calibrated")
-    util.save_tensors(run / file, tensors, header)
+    save_tensors(run / file, tensors, header)
     return run
 
 
@@ -98,7 +100,7 @@ def drawn_scales(
         seen.extend(task.scales for task in tasks)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate.Renderer, "draw", note)
+    monkeypatch.setattr(Renderer, "draw", note)
     more = ("--mode", "fused", "--fusion_weights", kind, "--model_path", str(model))
     flags = chain.generate_flags(run, *more)
     with pytest.raises(KeyboardInterrupt):
@@ -156,5 +158,5 @@ def test_uncertainty_weights_are_trained_and_saved(chain: Chain, tmp_path: Path)
     bank = Decoder.load(model, "latest").bank
     assert bank.log_variance.abs().min() > 0
     assert Decoder.load(chain.model, "latest").bank.log_variance is None
-    assert util.read_json(model / "options.json")["options"]["loss_weights"] == "uncertainty"
+    assert read_json(model / "options.json")["options"]["loss_weights"] == "uncertainty"
     assert aligner_from(bank.config).log_variance is not None

@@ -16,11 +16,18 @@ import dataset
 import evaluate
 import train
 import util
-from ATMS_retrieval import Decoder
+from datafiles.eeg_files import eeg_file
+from datafiles.feature_bank import open_bank
+from datafiles.stimuli import list_stimuli
+from decoder.decoder import Decoder, new_encoder
 from decoder.projector import new_projector
+from features.clip import Clip, check_layers, load_clip
+from loss import Contrast
 from metrics import cosine_similarity
 from miniworld.models import CLIP_NAME
 from modalities import NAMES
+from rundirs.files import read_json
+from rundirs.tensors import load_tensors
 
 LAYER = "image_layer_2"  # conftest.py keeps it
 
@@ -38,7 +45,7 @@ def projected(features: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @torch.no_grad()
 def test_a_block_of_a_transformer_is_the_mean_over_its_patches(features: Chain):
-    clip = stage.load_clip(
+    clip = load_clip(
         str(features.models / f"{CLIP_NAME}.json"),
         str(features.models / f"{CLIP_NAME}.safetensors"),
         torch.device("cpu"),
@@ -46,10 +53,10 @@ def test_a_block_of_a_transformer_is_the_mean_over_its_patches(features: Chain):
     seen: list[torch.Tensor] = []
     block = clip.model.visual.transformer.resblocks[1]
     block.register_forward_hook(lambda _m, _i, out: seen.append(out))
-    stimuli = dataset.list_stimuli(features.data, "test")
+    stimuli = list_stimuli(features.data, "test")
     for stimulus in stimuli:
         clip.encode_pictures(clip.transform(Image.open(stimulus.path).convert("RGB"))[None])
-    bank = dataset.open_bank(features.features, "test", [LAYER])
+    bank = open_bank(features.features, "test", [LAYER])
     expected = torch.cat([tokens[:, 1:].mean(dim=1) for tokens in seen])  # class token first
     torch.testing.assert_close(bank.rows_for(stimuli)[LAYER], expected, rtol=1e-4, atol=1e-5)
 
@@ -66,7 +73,7 @@ def test_a_stage_of_a_resnet_is_the_mean_over_its_map():
         part = model.visual.get_submodule(name) if name != "stem" else model.visual.avgpool
         part.register_forward_hook(lambda _m, _i, out, n=number: seen.update({n: out}))
     model.encode_image(crops)
-    found = stage.Clip(model, None, None, {}).encode_layers(crops, [4, 1])
+    found = Clip(model, None, None, {}).encode_layers(crops, [4, 1])
     assert list(found) == ["image_layer_1", "image_layer_4"]
     for number in (1, 4):
         torch.testing.assert_close(found[f"image_layer_{number}"], seen[number].mean(dim=(2, 3)))
@@ -86,9 +93,9 @@ def test_layers_beyond_the_last_are_refused(features: Chain, tmp_path: Path, cap
     ("name", "deepest"), [("ViT-H-14", 32), ("ViT-L-14", 24), ("RN50", 5), ("convnext_base", 0)]
 )
 def test_how_deep_the_official_models_are(name: str, deepest: int):
-    stage.check_layers(name, range(1, deepest + 1))
+    check_layers(name, range(1, deepest + 1))
     with pytest.raises(util.UserError, match="--image_layers"):
-        stage.check_layers(name, [deepest + 1])
+        check_layers(name, [deepest + 1])
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -114,12 +121,10 @@ def test_the_contrast_sees_the_layer_and_nothing_else_of_the_picture(features: C
     data = dataset.open_training(
         features.data, features.features, None, None, None, "random", 0.2, 0, None, LAYER
     )
-    encoder = ATMS_retrieval.new_encoder(data, 0)
+    encoder = new_encoder(data, 0)
     projector = new_projector(LAYER, data.targets, data.train_rows, 0)
     decoder = Decoder(encoder, None, data.signal, data.clip, projector).eval()
-    objective = ATMS_retrieval.ContrastiveObjective(
-        decoder, data, ATMS_retrieval.Contrast(text_share=0.0)
-    )
+    objective = ATMS_retrieval.ContrastiveObjective(decoder, data, Contrast(text_share=0.0))
     batch = next(data.batches(0, 8))
 
     def contrast(**changed: torch.Tensor) -> float:
@@ -136,16 +141,16 @@ def test_retrieval_compares_with_the_projected_layer(
 ):
     flags = features.evaluate_flags(tmp_path / "scores", "--model_path", projected)
     assert evaluate.main(flags) == 0
-    results = util.read_json(tmp_path / "scores" / "results.json")
+    results = read_json(tmp_path / "scores" / "results.json")
     assert LAYER in results["protocol"]["encoder"]
     decoder = Decoder.load(projected, "best")
-    stimuli = dataset.list_stimuli(features.data, "test")
-    tensors, _ = util.load_tensors(features.features / "test.safetensors")
+    stimuli = list_stimuli(features.data, "test")
+    tensors, _ = load_tensors(features.features / "test.safetensors")
     with torch.no_grad():
         gallery = decoder.projector(tensors[LAYER])
     for subject in ("sub-01", "sub-02"):
         test = dataset.open_test(
-            dataset.eeg_file(features.data, subject, "test"), subject, features.data, None,
+            eeg_file(features.data, subject, "test"), subject, features.data, None,
             decoder.signal["channels"], decoder.signal["times"],
         )  # fmt: skip
         similarity = cosine_similarity(decoder.condition(test, range(len(stimuli))), gallery)

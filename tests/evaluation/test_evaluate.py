@@ -15,13 +15,18 @@ from PIL import Image
 
 import ATMS_retrieval
 import evaluate
-import util
-from ATMS_retrieval import Decoder
 from datafiles import electrodes
-from dataset import eeg_file, list_stimuli, open_bank, open_test
+from datafiles.eeg_files import eeg_file
+from datafiles.feature_bank import open_bank
+from datafiles.stimuli import list_stimuli
+from dataset import open_test
+from decoder.decoder import Decoder
 from evaluation import occlusion
+from evaluation.retrieval import Query, retrieval_row, subject_queries
 from miniworld import eeg, pictures
 from modalities import MODALITIES, NAMES
+from rundirs.files import append_jsonl, read_csv
+from rundirs.tensors import save_tensors
 from unet import Sampling
 
 
@@ -33,7 +38,7 @@ def run_of_pictures(folder: Path, chain: Chain, shift: int = 0, source: str = "n
         file = f"{item.folder}/fused.png"
         (folder / item.folder).mkdir(parents=True)
         Image.open(shown.path).save(folder / file)
-        util.append_jsonl(
+        append_jsonl(
             folder / "images.jsonl",
             {
                 "stimulus": item.id,
@@ -157,7 +162,7 @@ def test_pictures_of_other_stimuli_are_refused(
     features: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = run_of_pictures(tmp_path / "images", features)
-    util.append_jsonl(
+    append_jsonl(
         images / "images.jsonl",
         {
             "stimulus": 1,
@@ -196,7 +201,7 @@ def linear_bank(root: Path, features: dict[str, np.ndarray]) -> Path:
     for partition, values in features.items():
         rows = torch.from_numpy((values @ mixing).astype(np.float32))
         ids = torch.tensor([item.id for item in list_stimuli(root / "data", partition)])
-        util.save_tensors(
+        save_tensors(
             bank / f"{partition}.safetensors",
             {name: rows.clone() for name in NAMES} | {"stimulus": ids},
             {"clip": {"model": "random projection", "weights": "seed 0"}},
@@ -366,7 +371,7 @@ def test_ranks_are_written_for_every_concept_and_agree_with_the_table(
 ) -> None:
     command = [*chain.evaluate_flags(tmp_path / "scores"), "--model_path", str(chain.model)]
     assert evaluate.main(command) == 0
-    lines = util.read_csv(tmp_path / "scores" / "ranks.csv")
+    lines = read_csv(tmp_path / "scores" / "ranks.csv")
     concepts = {item.concept for item in list_stimuli(chain.data, "test")}
     for row in scores(tmp_path / "scores")["retrieval"]:
         own = [line for line in lines
@@ -382,7 +387,7 @@ def test_ranks_are_written_for_every_concept_and_agree_with_the_table(
 def test_backward_retrieval_is_the_other_direction() -> None:
     """Three queries want picture 0: forwards one is right, backwards picture 0 finds its own."""
     similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1], [0.7, 0.1, 0.3]])
-    row = evaluate.retrieval_row(evaluate.Query("q", "s", similarity), 0, 20)
+    row = retrieval_row(Query("q", "s", similarity), 0, 20)
     assert row["top1"] == pytest.approx(1 / 3)
     assert row["back_top1"] == pytest.approx(1)
 
@@ -394,7 +399,7 @@ def test_fused_retrieval_joins_the_five(chain: Chain) -> None:
         eeg_file(chain.data, "sub-01", "test"), "sub-01", chain.data, None,
         decoder.signal["channels"], decoder.signal["times"],
     )  # fmt: skip
-    found = evaluate.subject_queries(decoder, test, bank, Sampling(3, 2.0, "dpm", 1), 0, None)
+    found = subject_queries(decoder, test, bank, Sampling(3, 2.0, "dpm", 1), 0, None)
     of = {query.name: query.similarity for query in found}
     expected = sum(item.gain * of[f"prior {item.name}"] for item in MODALITIES)
     torch.testing.assert_close(of["fused priors"], expected)

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 import metrics
-import util
+from datafiles.pictures import read_pixels
 from evaluation import networks, picture_scores
+from rundirs.files import sha256
 from util import DataError
 
 CPU = torch.device("cpu")
@@ -152,7 +153,7 @@ def test_a_file_with_another_hash_is_refused(weights):
 
 def test_the_packaged_network_has_its_published_hash():
     path = networks.find_weights("lite0", None)
-    assert util.sha256(path).startswith(networks.NETWORKS["lite0"].sha256) and len(
+    assert sha256(path).startswith(networks.NETWORKS["lite0"].sha256) and len(
         networks.NETWORKS["lite0"].sha256) == 8  # fmt: skip
 
 
@@ -208,7 +209,7 @@ def test_weights_of_another_network_are_refused(tmp_path, weights, without_hashe
 
 
 def normalised(paths: list[Path], px: int, mean, std) -> torch.Tensor:
-    tensors = [metrics.prepared(networks.read_pixels(path), px, "mindeye") for path in paths]
+    tensors = [metrics.prepared(read_pixels(path), px, "mindeye") for path in paths]
     mean, std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
     return torch.stack([(tensor - mean) / std for tensor in tensors])
 
@@ -281,7 +282,7 @@ def test_fid_s_inception_sees_8_bits_of_the_picture_itself(pictures, weights, wi
     path = weights / "checkpoints" / networks.NETWORKS["fid_inception"].file
     theirs = FeatureExtractorInceptionV3("fid", ["2048", "logits_unbiased"], str(path))
     pixels = torch.stack(
-        [torch.from_numpy(networks.read_pixels(path).copy()).permute(2, 0, 1) for path in pictures]
+        [torch.from_numpy(read_pixels(path).copy()).permute(2, 0, 1) for path in pictures]
     )
     found = eye_of("fid_inception", weights).features(pictures)
     for name, expected in zip(("2048", "logits_unbiased"), theirs(pixels), strict=True):
@@ -309,7 +310,7 @@ def test_lpips_equals_the_libraries(pictures, weights, without_hashes):
     finally:
         torch.hub.set_dir(before)
     a, b = (
-        torch.stack([metrics.prepared(networks.read_pixels(p), 256, "mindeye") for p in paths])
+        torch.stack([metrics.prepared(read_pixels(p), 256, "mindeye") for p in paths])
         for paths in (truth, drawn)
     )
     for module in theirs.values():
@@ -322,7 +323,7 @@ def noisy(folder: Path, paths: list[Path], sigma: float) -> list[Path]:
     rng = np.random.default_rng(0)
     made = []
     for path in paths:
-        pixels = networks.read_pixels(path) / 255
+        pixels = read_pixels(path) / 255
         pixels = np.clip(pixels + sigma * rng.standard_normal(pixels.shape), 0, 1)
         made.append(folder / f"{sigma}_{path.name}")
         Image.fromarray((pixels * 255).round().astype(np.uint8)).save(made[-1])

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import evaluate
-import util
-from evaluation import comparison, networks, picture_scores
+from evaluation import comparison, networks
+from evaluation.pairing import list_pictures, pair_folder
+from rundirs.files import read_csv
 from util import DataError
 
 NAMES = ("aircraft_carrier", "bear", "canoe", "drum", "egg", "fan")
@@ -79,7 +80,7 @@ def test_a_swapped_pair_is_seen(tmp_path, truth):
         shown = {0: 1, 1: 0}.get(row, row)
         write(tmp_path / "theirs" / f"{name}_07s.png", photo(shown))
     scored(tmp_path, tmp_path / "theirs", truth)
-    lines = util.read_csv(tmp_path / "out" / "pictures.csv")
+    lines = read_csv(tmp_path / "out" / "pictures.csv")
     wrong = [line["concept"] for line in lines if float(line["pixcorr"]) < 0.9]
     assert wrong == ["aircraft_carrier", "bear"]
 
@@ -112,10 +113,10 @@ def test_names_that_fit_no_stimulus_are_refused(tmp_path, truth, capsys):
 def test_a_name_of_two_stimuli_pairs_with_neither(tmp_path):
     for folder in ("a", "b"):
         write(tmp_path / "truth" / folder / "same.png", photo(0))
-    stimuli = picture_scores.list_pictures(tmp_path / "truth")
+    stimuli = list_pictures(tmp_path / "truth")
     write(tmp_path / "theirs" / "same.png", photo(0))
     with pytest.raises(DataError, match="named after no stimulus"):
-        picture_scores.pair_folder(tmp_path / "theirs", stimuli)
+        pair_folder(tmp_path / "theirs", stimuli)
 
 
 def test_a_part_of_the_stimuli_is_scored_as_that_many(tmp_path, truth):

@@ -14,10 +14,16 @@ from skimage.color import rgb2lab
 import clip_feature_extractor as stage
 import util
 from datafiles import superpixel
+from datafiles.feature_bank import check_clip, open_bank
 from datafiles.stimuli import stimulus_id
-from dataset import check_clip, open_bank
+from features import pieces
+from features.clip import load_clip
+from features.pieces import encode_piece
 from miniworld.models import CLIP_DIM, CLIP_NAME, random_models
 from modalities import MODALITIES, NAMES
+from rundirs.directory import RunDirectory
+from rundirs.files import read_json, write_json
+from rundirs.tensors import load_tensors, save_tensors
 
 TRAINING = ("00001_aardvark", "00002_banana_split", "00003_car")
 TEST = ("00001_dog", "00002_egg")
@@ -83,7 +89,7 @@ def bank(world):
 
 
 def _tensors(bank, partition: str) -> dict[str, torch.Tensor]:
-    return util.load_tensors(bank / f"{partition}.safetensors")[0]
+    return load_tensors(bank / f"{partition}.safetensors")[0]
 
 
 def _assert_same_bank(one, other) -> None:
@@ -183,11 +189,11 @@ def test_text_features_are_open_clip_s(bank, clip):
 def test_captions_by_picture_then_by_concept_then_the_template(world, clip, tmp_path):
     first = _keys(TEST, "test")[0]
     captions = {first: "a wet dog", "dog": "any dog"}
-    util.write_json(tmp_path / "captions.json", captions)
+    write_json(tmp_path / "captions.json", captions)
     options = ("--captions", tmp_path / "captions.json", "--text_template", "one {concept} here")
     assert _run(world, tmp_path / "bank", *options) == 0
     expected = ["a wet dog", "any dog", "one egg here", "one egg here"]
-    rows = util.read_json(tmp_path / "bank" / "test.json")["rows"]
+    rows = read_json(tmp_path / "bank" / "test.json")["rows"]
     assert [row["text"] for row in rows] == expected
     found = _tensors(tmp_path / "bank", "test")["text"]
     torch.testing.assert_close(found, _texts_encoded(clip, expected), rtol=1e-4, atol=1e-4)
@@ -208,8 +214,8 @@ def test_nothing_is_normalised_and_no_modality_is_dead(bank):
 
 
 def test_manifest_describes_the_bank(bank):
-    header = util.load_tensors(bank / "training.safetensors")[1]
-    manifest = util.read_json(bank / "training.json")
+    header = load_tensors(bank / "training.safetensors")[1]
+    manifest = read_json(bank / "training.json")
     assert {key: manifest[key] for key in header} == header
     assert manifest["normalised"] is False
     assert manifest["clip"]["model"] == CLIP_NAME and len(manifest["clip"]["weights"]) == 64
@@ -230,7 +236,7 @@ def test_rows_are_identified_by_stimulus(bank, partition, concepts):
     ids = _tensors(bank, partition)["stimulus"].tolist()
     assert ids == [stimulus_id(key) for key in keys]
     assert len(set(ids)) == len(ids)
-    rows = util.read_json(bank / f"{partition}.json")["rows"]
+    rows = read_json(bank / f"{partition}.json")["rows"]
     assert [row["picture"] for row in rows] == keys
     assert [row["stimulus"] for row in rows] == ids
     assert rows[2]["concept"] == concepts[1][6:]
@@ -287,7 +293,7 @@ class KilledError(Exception):
 
 def _kill_after_shards(monkeypatch, count: int) -> None:
     """Let ``count`` pieces be encoded, then stop the process's work mid-way."""
-    encode, calls = stage.encode_piece, []
+    encode, calls = encode_piece, []
 
     def stopping(*arguments):
         calls.append(1)
@@ -295,7 +301,7 @@ def _kill_after_shards(monkeypatch, count: int) -> None:
             raise KilledError
         return encode(*arguments)
 
-    monkeypatch.setattr(stage, "encode_piece", stopping)
+    monkeypatch.setattr(pieces, "encode_piece", stopping)
 
 
 @pytest.mark.parametrize("count", [1, 6])  # 3 pieces of text, then 3 + 2 of pictures
@@ -307,7 +313,7 @@ def test_a_killed_run_goes_on_after_its_last_shard(world, bank, tmp_path, monkey
     monkeypatch.undo()
     shards = {path: path.stat().st_mtime_ns for path in (output / "shards").iterdir()}
     assert len(shards) == count and not (output / "DONE").exists()
-    monkeypatch.setattr(stage.util.RunDirectory, "finish", _refuse_to_finish)
+    monkeypatch.setattr(RunDirectory, "finish", _refuse_to_finish)
     with pytest.raises(KilledError):  # all encoded, not yet marked as finished
         _run(world, output)
     monkeypatch.undo()
@@ -319,14 +325,14 @@ def test_a_killed_run_goes_on_after_its_last_shard(world, bank, tmp_path, monkey
 
 def _mixed_in(output, path, header_change: dict) -> None:
     """Change the header of a piece, as if it had been made in another way and copied here."""
-    tensors, header = util.load_tensors(output / "shards" / path)
-    util.save_tensors(output / "shards" / path, tensors, {**header, **header_change})
+    tensors, header = load_tensors(output / "shards" / path)
+    save_tensors(output / "shards" / path, tensors, {**header, **header_change})
 
 
 def test_pieces_of_another_precision_are_refused_and_made_again(world, bank, tmp_path, capsys):
     output = tmp_path / "bank"
     assert _run(world, output, "--shard", "1/2") == 0
-    clip = util.load_tensors(output / "shards" / "text-000000.safetensors")[1]["clip"]
+    clip = load_tensors(output / "shards" / "text-000000.safetensors")[1]["clip"]
     _mixed_in(output, "text-000004.safetensors", {"clip": clip | {"precision": "bfloat16"}})
     assert _run(world, output) == 1
     error = capsys.readouterr().err
@@ -375,7 +381,7 @@ def test_other_pictures_are_refused(world, bank, data, tmp_path, capsys, change)
 
 
 def test_other_captions_are_refused(world, bank, tmp_path, capsys):
-    util.write_json(tmp_path / "captions.json", {"dog": "any dog"})
+    write_json(tmp_path / "captions.json", {"dog": "any dog"})
     assert _run(world, bank, "--captions", tmp_path / "captions.json") == 2
     assert "input captions" in capsys.readouterr().err
 
@@ -423,7 +429,7 @@ def test_a_call_without_a_part_encodes_what_the_parts_left(world, bank, tmp_path
     assert _run(world, output, "--shard", "1/2") == 0
     made = {path: path.stat().st_mtime_ns for path in (output / "shards").iterdir()}
     assert len(made) == 4
-    monkeypatch.setattr(stage.util.RunDirectory, "finish", _refuse_to_finish)
+    monkeypatch.setattr(RunDirectory, "finish", _refuse_to_finish)
     with pytest.raises(KilledError):
         _run(world, output)
     monkeypatch.undo()
@@ -439,15 +445,18 @@ def test_a_part_that_comes_last_together_with_another_is_no_error(
     """Both find all pieces; the other is faster, joins and removes them."""
     output = tmp_path / "bank"
     assert _run(world, output, "--shard", "1/2") == 0
-    function = {"before it looks": "finish", "while it reads": "read_pieces"}[moment]
-    original = getattr(stage, function)
+    module, function = {
+        "before it looks": (stage, "finish"),
+        "while it reads": (pieces, "read_pieces"),
+    }[moment]
+    original = getattr(module, function)
 
     def overtaken(*arguments):
         monkeypatch.undo()
         assert _run(world, output) == 0
         return original(*arguments)
 
-    monkeypatch.setattr(stage, function, overtaken)
+    monkeypatch.setattr(module, function, overtaken)
     assert _run(world, output, "--shard", "2/2") == 0
     _assert_same_bank(bank, output)
     assert not (output / "shards").exists()
@@ -458,7 +467,7 @@ def test_a_part_that_comes_last_together_with_another_is_no_error(
 
 def test_every_distinct_text_is_encoded_once(world, tmp_path, monkeypatch):
     """Counted where open_clip's own text tower reads them."""
-    read, load = [], stage.load_clip
+    read, load = [], load_clip
 
     def listening(*given):
         made = load(*given)
@@ -466,13 +475,13 @@ def test_every_distinct_text_is_encoded_once(world, tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(stage, "load_clip", listening)
-    util.write_json(tmp_path / "captions.json", {"car": "a dog", "dog": "a dog"})
+    write_json(tmp_path / "captions.json", {"car": "a dog", "dog": "a dog"})
     options = ("--captions", tmp_path / "captions.json", "--batch_size", 2)
     assert _run(world, tmp_path / "bank", *options) == 0
     listed = [
         row["text"]
         for partition in ("training", "test")
-        for row in util.read_json(tmp_path / "bank" / f"{partition}.json")["rows"]
+        for row in read_json(tmp_path / "bank" / f"{partition}.json")["rows"]
     ]
     assert len(listed) == 10 and len(set(listed)) == 4
     assert sum(len(batch) for batch in read) == 4
@@ -486,7 +495,7 @@ def test_precision_marks_the_bank_and_is_close(world, bank, tmp_path, precision)
     assert _run(world, tmp_path / "half", "--precision", precision) == 0
     found = open_bank(tmp_path / "half", "test")
     assert found.clip == open_bank(bank, "test").clip | {"precision": precision}
-    header = util.read_json(tmp_path / "half" / "test.json")
+    header = read_json(tmp_path / "half" / "test.json")
     assert header["clip"]["precision"] == precision
     for name, rows in _tensors(bank, "test").items():
         other = _tensors(tmp_path / "half", "test")[name]
@@ -534,7 +543,7 @@ def test_wrong_flags_are_named(world, tmp_path, capsys, flag, value):
 
 
 def test_weights_of_another_model_are_refused(world, tmp_path, capsys):
-    util.save_tensors(tmp_path / "w.safetensors", {"visual.proj": torch.zeros(2, 2)}, {})
+    save_tensors(tmp_path / "w.safetensors", {"visual.proj": torch.zeros(2, 2)}, {})
     assert _run(world, tmp_path / "bank", "--clip_pretrained", tmp_path / "w.safetensors") == 1
     assert "cannot be loaded" in capsys.readouterr().err
 

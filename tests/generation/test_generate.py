@@ -15,11 +15,14 @@ from PIL import Image
 
 import generate
 import train
-import util
-from ATMS_retrieval import Decoder
-from dataset import locate_test_eeg, open_test
+from datafiles.eeg_files import locate_test_eeg
+from dataset import open_test
+from decoder.decoder import Decoder
+from generation import renderer, series
 from modalities import NAMES, recipes
-from sdxl import injection_map, sampler
+from rundirs.files import read_jsonl
+from rundirs.tensors import load_tensors
+from sdxl import sampler
 from unet import Sampling
 
 RECIPES = [recipe.name for recipe in recipes("all")]
@@ -57,7 +60,7 @@ def test_every_recipe_of_every_stimulus_is_on_disk(drawn: Path) -> None:
 
 
 def test_the_journal_says_what_each_picture_is(drawn: Path) -> None:
-    records = util.read_jsonl(drawn / "images.jsonl")
+    records = read_jsonl(drawn / "images.jsonl")
     assert sorted((record["row"], record["recipe"]) for record in records) == sorted(
         (row, name) for row in range(2) for name in RECIPES
     )
@@ -114,7 +117,7 @@ def test_batches_are_halved_until_they_fit(
     chain: Chain, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = refuse_more_than(monkeypatch, 2)
-    monkeypatch.setattr(generate, "fitting_batch", lambda *_: 8)  # of too hopeful an estimate
+    monkeypatch.setattr(series, "fitting_batch", lambda *_: 8)  # of too hopeful an estimate
     assert generate.main(chain.generate_flags(tmp_path / "run", "--batch_size", "auto")) == 0
     assert asked[:3] == [8, 4, 2] and set(asked[3:]) <= {1, 2}
     assert_same_pictures(drawn, tmp_path / "run", 1)
@@ -155,7 +158,7 @@ def test_a_finished_run_loads_no_model(
     def forbidden(*_: object) -> None:
         raise AssertionError("SDXL was loaded for nothing")
 
-    monkeypatch.setattr(injection_map, "load_sdxl", forbidden)
+    monkeypatch.setattr(renderer, "load_sdxl", forbidden)
     assert generate.main(chain.generate_flags(drawn)) == 0
 
 
@@ -202,9 +205,7 @@ def test_the_oracle_is_marked_in_every_output(
     )
     assert generate.main(chain.generate_flags(run, *flags)) == 0
     assert not caption_words(chain).isdisjoint(" ".join(seen).split())
-    assert {record["prompt_source"] for record in util.read_jsonl(run / "images.jsonl")} == {
-        "oracle"
-    }
+    assert {record["prompt_source"] for record in read_jsonl(run / "images.jsonl")} == {"oracle"}
     for path in run.glob("*/*.png"):
         assert "oracle" in path.name
     assert all(
@@ -239,10 +240,10 @@ def test_another_row_of_eeg_changes_that_row_of_embeddings_only(chain: Chain) ->
 
 
 def test_the_embeddings_are_kept_with_their_stimuli(drawn: Path) -> None:
-    tensors, header = util.load_tensors(drawn / "embeddings.safetensors")
+    tensors, header = load_tensors(drawn / "embeddings.safetensors")
     ids = [
         record["stimulus"]
-        for record in util.read_jsonl(drawn / "images.jsonl")
+        for record in read_jsonl(drawn / "images.jsonl")
         if record["recipe"] == "fused"
     ]
     assert tensors["stimulus"].tolist() == ids and header["normalised"] is False

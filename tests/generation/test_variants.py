@@ -14,11 +14,14 @@ from PIL import Image
 import generate
 import train
 import util
-from ATMS_retrieval import Decoder
-from dataset import list_stimuli, open_test
+from datafiles.stimuli import list_stimuli
+from dataset import open_test
 from decoder import low_level
+from decoder.decoder import Decoder
 from generation import variants
+from generation.sheets import THUMBNAIL_PX
 from modalities import NAMES, SITES
+from rundirs.files import read_jsonl
 from sdxl import injection_map
 
 LAYERS = injection_map.sdxl_layers()
@@ -72,11 +75,11 @@ def test_equal_variants_are_drawn_once():
 def test_a_sweep_makes_one_labelled_sheet(chain: Chain, tmp_path: Path, sweep, pictures) -> None:
     more = ("--sweep", sweep, "--max_stimuli", 1, "--batch_size", "auto", "--steps", 1)
     assert generate.main(chain.generate_flags(tmp_path / "run", *more)) == 0
-    records = util.read_jsonl(tmp_path / "run" / "images.jsonl")
+    records = read_jsonl(tmp_path / "run" / "images.jsonl")
     assert len({record["recipe"] for record in records}) == len(records) == pictures
     assert len(list(tmp_path.glob("run/*/sweep_*.png"))) == pictures
     sheet = Image.open(tmp_path / "run" / "overview.png")
-    cell = generate.THUMBNAIL_PX
+    cell = THUMBNAIL_PX
     rows, columns = (5, 6) if sweep == "sites" else (1, 4 + 6)
     assert sheet.height > rows * cell and sheet.width > columns * cell
     assert not list(tmp_path.glob("run/*/sheet*.png")), "the overview has it all"

@@ -11,9 +11,12 @@ import torch
 
 import modalities
 import util
-from clip_feature_extractor import load_clip
+from features.clip import load_clip
 from miniworld import judge, models, pictures, pretrain, renders
-from sdxl import injection_map
+from rundirs.tensors import load_tensors
+from sdxl.adapter_file import read_ip_adapter
+from sdxl.attention import Injector
+from sdxl.loading import load_sdxl
 
 TINY = ("--pictures", "24", "--batch_size", "8")
 STEPS = {"vae": 2, "clip": 2, "judge": 2, "generator": 2}
@@ -108,23 +111,23 @@ def test_cached_pictures_belong_to_their_scenes(tmp_path: Path) -> None:
 
 def test_all_parts_load_where_the_real_ones_do(trained: Path) -> None:
     weights = models.Models(trained / "weights")
-    pipe = injection_map.load_sdxl(weights.sdxl, torch.float32, "cpu")
+    pipe = load_sdxl(weights.sdxl, torch.float32, "cpu")
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert pipe.scheduler.config.rescale_betas_zero_snr
     assert pipe.vae.config.latents_mean and pipe.vae.config.latents_std
-    adapter = injection_map.read_ip_adapter(weights.ip_adapter, models.TRAINED.clip["embed_dim"])
-    injection_map.Injector.install(pipe.unet, adapter)
+    adapter = read_ip_adapter(weights.ip_adapter, models.TRAINED.clip["embed_dim"])
+    Injector.install(pipe.unet, adapter)
     clip = load_clip(str(weights.clip_config), str(weights.clip_checkpoint), torch.device("cpu"))
     assert clip.encode_texts(["a red star"]).shape == (1, models.TRAINED.clip["embed_dim"])
     judge.load(weights.judge)
-    unet, _ = util.load_tensors(weights.sdxl / "unet" / models.WEIGHTS_FILE)
+    unet, _ = load_tensors(weights.sdxl / "unet" / models.WEIGHTS_FILE)
     assert set(unet) == set(models.build_unet(models.TRAINED).state_dict())
     files = list(weights.folder.rglob("*.safetensors"))
     assert len(files) == 7 and sum(file.stat().st_size for file in files) < 40e6
 
 
 def test_latents_come_out_with_mean_0_and_variance_1(trained: Path) -> None:
-    vae = injection_map.load_sdxl(trained / "weights" / "sdxl", torch.float32, "cpu").vae
+    vae = load_sdxl(trained / "weights" / "sdxl", torch.float32, "cpu").vae
     data = renders.Renders(trained / "cache", 24, 0)
     latents = pretrain.whitened_latents(vae, data.whole)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.05

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-import util
 from miniworld import judge, models, pictures, quality, renders
 from modalities import NAMES, recipes
+from rundirs.files import append_jsonl, write_json
+from rundirs.tensors import save_tensors
 
 SCENES = renders.unseen_scenes("validation", 12, seed=0)
 PICTURES = np.stack([pictures.render(scene, models.SIZE_PX) for scene in SCENES])
@@ -46,9 +47,9 @@ def write_run(images: Path, data: Path, drawn: np.ndarray) -> None:
         record = {"stimulus": row, "recipe": "fused", "folder": folder,
                   "file": f"{folder}/fused.png", "prompt_source": "neutral",
                   "control": None}  # fmt: skip
-        util.append_jsonl(images / "images.jsonl", record)
+        append_jsonl(images / "images.jsonl", record)
     data.mkdir()
-    util.write_json(data / "scenes.json", {"scenes": truth})
+    write_json(data / "scenes.json", {"scenes": truth})
 
 
 @pytest.mark.parametrize(("shift", "right"), [(0, True), (1, False)])
@@ -93,7 +94,7 @@ def test_progress_is_the_change_with_each_modality() -> None:
 def test_a_saved_judge_is_the_judge(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = judge.Judge().eval()
-    util.save_tensors(tmp_path / "judge.safetensors", model.state_dict(), {})
+    save_tensors(tmp_path / "judge.safetensors", model.state_dict(), {})
     loaded = judge.load(tmp_path / "judge.safetensors")
     for name, seen in judge.verdicts(model, PICTURES, SCENES).items():
         np.testing.assert_array_equal(seen, judge.verdicts(loaded, PICTURES, SCENES)[name])

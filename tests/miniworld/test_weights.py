@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from clip_feature_extractor import load_clip, picture_versions
+from features.clip import load_clip
+from features.views import picture_versions
 from miniworld import judge, models, pictures, pretrain, quality, renders
 from modalities import MODALITIES, NAMES, Recipe, recipes
 from sdxl import injection_map, sampler
+from sdxl.adapter_file import check_ip_adapter, read_ip_adapter
+from sdxl.attention import Injector
+from sdxl.loading import check_sdxl, load_sdxl
 
 N = 40
 WEIGHTS = models.Models(models.SHIPPED)
@@ -45,10 +49,8 @@ def embeddings(scenes) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def painter():
-    pipe = injection_map.load_sdxl(WEIGHTS.sdxl, torch.float32, "cpu")
-    injector = injection_map.Injector.install(
-        pipe.unet, injection_map.read_ip_adapter(WEIGHTS.ip_adapter)
-    )
+    pipe = load_sdxl(WEIGHTS.sdxl, torch.float32, "cpu")
+    injector = Injector.install(pipe.unet, read_ip_adapter(WEIGHTS.ip_adapter))
     prompt = sampler.encode_prompt(pipe, "best quality, high quality", "lowres, worst quality")
 
     def paint(embeddings: torch.Tensor, recipe: Recipe) -> np.ndarray:
@@ -68,12 +70,12 @@ def test_files_are_small_and_complete() -> None:
     assert sum(file.stat().st_size for file in files) <= 40e6
     card = (models.SHIPPED / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "miniworld.pretrain" in card
-    injection_map.check_sdxl(WEIGHTS.sdxl)
-    injection_map.check_ip_adapter(WEIGHTS.ip_adapter, models.TRAINED.clip["embed_dim"])
+    check_sdxl(WEIGHTS.sdxl)
+    check_ip_adapter(WEIGHTS.ip_adapter, models.TRAINED.clip["embed_dim"])
 
 
 def test_the_vae_reconstructs_unseen_pictures(scenes) -> None:
-    vae = injection_map.load_sdxl(WEIGHTS.sdxl, torch.float32, "cpu").vae
+    vae = load_sdxl(WEIGHTS.sdxl, torch.float32, "cpu").vae
     assert quality.vae_psnr(vae, scenes).mean() >= 27
 
 

@@ -15,11 +15,12 @@ import pytest
 from conftest import Chain
 from helpers_raw import CAP_32, RATE_HZ, response, simulate, write_brainvision, write_events
 
-import dataset
 import generate
 import preprocess
 import train
 from datafiles import published, stimuli
+from datafiles.eeg_files import EEG_FOLDER, eeg_file
+from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
 from preprocessing import channels, quality
 
 PICTURES = (
@@ -68,7 +69,7 @@ def check_responses(root: Path, names=CAP_32, tolerance: float = 0.03) -> None:
     """Every picture's row holds that picture's response."""
     row = 0
     for partition, pictures in (("training", 3), ("test", 1)):
-        eeg, found, times = published.parse_published(dataset.eeg_file(root, "sub-01", partition))
+        eeg, found, times = published.parse_published(eeg_file(root, "sub-01", partition))
         assert found == list(names) and len(eeg) == pictures
         for trials in eeg:
             known = response(row + 1, len(names), np.asarray(times))
@@ -163,7 +164,7 @@ def test_odd_lines_are_told_with_their_number(data, capsys, line, told):
     message = capsys.readouterr().err
     assert told in message and "a.csv" in message and "cure:" in message
     assert ("line 14" in message) or "two events" in told
-    assert not (data / dataset.EEG_FOLDER).exists()
+    assert not (data / EEG_FOLDER).exists()
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_a_bids_folder(data):
     rows = [f"{onset}\t0.1\t{key.split('/', 1)[1]}" for onset, key in lines]
     write_events(table, "onset\tduration\tstim_file", rows)
     assert preprocess.main(["--data_path", str(data), "--raw", str(root), "--no-whiten"]) == 0
-    (data / dataset.EEG_FOLDER / "sub-07").rename(data / dataset.EEG_FOLDER / "sub-01")
+    (data / EEG_FOLDER / "sub-07").rename(data / EEG_FOLDER / "sub-01")
     check_responses(data, tolerance=0.05)
 
 
@@ -306,7 +307,7 @@ def test_recorders_names_become_10_05_names(data):
 def test_other_rates_are_resampled(data, rate_hz):
     raw, _, lines = recording(rate_hz=rate_hz)
     assert run(data, *save(data, raw, lines)) == 0
-    eeg, _, times = published.parse_published(dataset.eeg_file(data, "sub-01", "test"))
+    eeg, _, times = published.parse_published(eeg_file(data, "sub-01", "test"))
     assert eeg.shape == (1, 3, 32, 250)
     assert abs(times[0]) < 1e-3
     check_responses(data, tolerance=0.04)
@@ -328,7 +329,7 @@ def test_fz_instead_of_cz_is_named_and_can_be_rebuilt(data, capsys):
     assert "no channel Cz; it has Fp1" in told and "--interpolate_missing" in told
     assert run(data, *flags, "--interpolate_missing") == 0
     assert "rebuilt Cz" in capsys.readouterr().out
-    eeg, found, _ = published.parse_published(dataset.eeg_file(data, "sub-01", "training"))
+    eeg, found, _ = published.parse_published(eeg_file(data, "sub-01", "training"))
     assert found == ["Pz", "Cz", "Oz"] and np.abs(eeg[:, :, 1]).max() > 1e-7
 
 
@@ -351,7 +352,7 @@ def test_flat_bad_and_body_channels(data, capsys):
     assert "flat channels: F3" in capsys.readouterr().err
     assert run(data, *flags, "--interpolate_missing") == 0
     assert "flat F3; bad Oz; rebuilt F3 Oz" in capsys.readouterr().out
-    file = dataset.eeg_file(data, "sub-01", "training")
+    file = eeg_file(data, "sub-01", "training")
     assert published.parse_published(file)[1] == [name for name in CAP_32 if name != "Fp2"]
 
 
@@ -395,7 +396,7 @@ def test_a_session_without_training_pictures_is_whitened_by_the_others(data):
         flags, tables = [*flags, file], [*tables, table]
     command = ["--data_path", str(data), "--subjects", "sub-01", "--raw", *flags]
     assert preprocess.main([*command, "--events", *tables]) == 0
-    eeg, *_ = published.parse_published(dataset.eeg_file(data, "sub-01", "test"))
+    eeg, *_ = published.parse_published(eeg_file(data, "sub-01", "test"))
     spread = eeg.std(axis=(0, 1, 3))
     assert eeg.shape[1] == 30
     assert spread.max() / spread.min() < 1.3, "4 before whitening"
@@ -404,11 +405,9 @@ def test_a_session_without_training_pictures_is_whitened_by_the_others(data):
 def test_later_stages_run_unchanged_on_32_channels_at_256_hz(
     features: Chain, tmp_path: Path
 ) -> None:
-    for folder in dataset.IMAGE_FOLDER.values():
+    for folder in IMAGE_FOLDER.values():
         (tmp_path / folder).symlink_to(features.data / folder)
-    keys = [
-        item.key for part in stimuli.PARTITIONS for item in dataset.list_stimuli(tmp_path, part)
-    ]
+    keys = [item.key for part in stimuli.PARTITIONS for item in list_stimuli(tmp_path, part)]
     codes = list(range(1, len(keys) + 1)) * 2
     raw, events = simulate(codes, CAP_32, np.eye(32) * 1e-6, rate_hz=256.0)
     lines = [(onset / 256, keys[code - 1]) for onset, _, code in events.tolist()]
@@ -419,7 +418,7 @@ def test_later_stages_run_unchanged_on_32_channels_at_256_hz(
     model = tmp_path / "model"
     trained = world.train_flags(model, "--data_path", tmp_path, "--epochs", 1)
     assert train.main(trained) == 0
-    eeg = tmp_path / dataset.EEG_FOLDER / "sub-01"
+    eeg = tmp_path / EEG_FOLDER / "sub-01"
     drawn = world.generate_flags(
         tmp_path / "images", "--eeg_data", eeg, "--model_path", model, "--max_stimuli", 1
     )

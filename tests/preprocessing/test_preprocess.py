@@ -26,11 +26,12 @@ from sklearn.discriminant_analysis import _cov
 from sklearn.utils import shuffle
 
 import args
-import dataset
 import preprocess
 from datafiles import published, stimuli
-from preprocessing import quality, whitening
+from datafiles.eeg_files import eeg_file, is_simulated
+from preprocessing import quality, sessions, whitening
 from preprocessing.channels import POSTERIOR, THINGS_CHANNELS
+from preprocessing.sessions import extract
 
 SEED = 20200220
 NOISE = np.eye(63) * 1e-6 + np.random.default_rng(0).normal(size=(63, 63)) * 3e-7
@@ -43,7 +44,7 @@ def run(root: Path, *flags: object, sessions: int = 2) -> int:
 
 
 def read(root: Path, partition: str, subject: str = "sub-01"):
-    return published.parse_published(dataset.eeg_file(root, subject, partition))
+    return published.parse_published(eeg_file(root, subject, partition))
 
 
 @pytest.fixture(scope="module")
@@ -107,21 +108,21 @@ def test_the_files_are_those_of_the_reference_method(noisy):
         matrix = _reference_whitener(training)
         for name, trials in (("training", training), ("test", test)):
             merged[name].append((trials.swapaxes(2, 3) @ matrix).swapaxes(2, 3))
-    for name, sessions in merged.items():
-        joined = np.concatenate(sessions, axis=1)
+    for name, recorded in merged.items():
+        joined = np.concatenate(recorded, axis=1)
         joined = joined[:, shuffle(np.arange(joined.shape[1]), random_state=SEED)]
         eeg, channels, _ = read(noisy, name)
         assert eeg.shape == joined.shape and eeg.dtype == np.float64
         assert channels == list(THINGS_CHANNELS)
         np.testing.assert_allclose(eeg, joined, rtol=1e-7, atol=1e-9)
-        content = published.read_pickled_dict(dataset.eeg_file(noisy, "sub-01", name))
+        content = published.read_pickled_dict(eeg_file(noisy, "sub-01", name))
         assert set(content) == {"preprocessed_eeg_data", "ch_names", "times"}
         np.testing.assert_array_equal(content["times"], times)
         assert len(times) == 300 and times[50] == 0
 
 
 def test_the_file_is_a_plain_pickle_of_protocol_4(noisy):
-    path = dataset.eeg_file(noisy, "sub-01", "test")
+    path = eeg_file(noisy, "sub-01", "test")
     assert path.read_bytes()[:2] == b"\x80\x04"
     plain = pickle.loads(path.read_bytes())
     assert type(plain["preprocessed_eeg_data"]) is np.ndarray
@@ -276,7 +277,7 @@ def test_what_later_stages_would_refuse_is_refused_here(noisy, capsys):
 
 
 def test_a_finished_subject_is_left_alone_and_other_options_are_refused(noisy, capsys):
-    path = dataset.eeg_file(noisy, "sub-01", "training")
+    path = eeg_file(noisy, "sub-01", "training")
     before = path.stat().st_mtime_ns
     assert run(noisy, "--n_jobs", 2) == 0
     assert path.stat().st_mtime_ns == before
@@ -305,7 +306,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 def test_an_interrupted_run_goes_on_and_makes_the_same_file(noisy, tmp_path, monkeypatch):
     """Killed in the second session: the first is not cut again, and the bytes are the same."""
-    cut, calls = preprocess.extract, []
+    cut, calls = extract, []
 
     def killed(*given, **named):
         calls.append(given[-1])
@@ -314,15 +315,14 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_file(noisy, tmp_path, mon
             raise KeyboardInterrupt
         return cut(*given, **named)
 
-    monkeypatch.setattr(preprocess, "extract", killed)
+    monkeypatch.setattr(sessions, "extract", killed)
     assert run(noisy, "--output_path", tmp_path / "out") == 130
     assert not list(tmp_path.rglob("preprocessed_eeg_*"))
     assert run(noisy, "--output_path", tmp_path / "out") == 0
     assert calls[3:] == ["sub-01 ses-02 training", "sub-01 ses-02 test"]
     for partition in stimuli.PARTITIONS:
         once, again = (
-            dataset.eeg_file(root, "sub-01", partition).read_bytes()
-            for root in (noisy, tmp_path / "out")
+            eeg_file(root, "sub-01", partition).read_bytes() for root in (noisy, tmp_path / "out")
         )
         assert once == again
     assert not list(tmp_path.rglob("*.tmp"))
@@ -343,7 +343,7 @@ def test_simulated_recordings_stay_called_simulated(tmp_path, capsys):
     (tmp_path / "Raw_data/sub-01/simulated.json").write_text("{}")
     assert run(tmp_path, sessions=1) == 0
     assert "SIMULATED EEG" in capsys.readouterr().out
-    assert dataset.is_simulated(tmp_path)
+    assert is_simulated(tmp_path)
 
 
 def test_the_slurm_script_processes_its_tasks_subject(tmp_path):
@@ -515,6 +515,6 @@ def test_a_full_disk_is_told_before_it_is_full(noisy, tmp_path, capsys, monkeypa
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(preprocess.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(sessions.shutil, "disk_usage", lambda _: Usage)
     assert run(noisy, "--output_path", tmp_path) == 1
     assert "GB free" in capsys.readouterr().err

@@ -19,11 +19,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import dataset
 import report
 import util
+from datafiles.eeg_files import EEG_FOLDER, eeg_file
+from datafiles.stimuli import list_stimuli
 from modalities import NAMES, SITES, recipes
-from reporting import svg
+from reporting import thumbnails
+from reporting.figures import eeg, scores, training
+from reporting.figures import injection_map as injection_figures
+from reporting.figures.injection_map import site_scales
+from reporting.figures.scores import rank_counts
+from reporting.material import Scores
+from reporting.page import embedded_json
+from reporting.tables import confusions, picture_table
+from reporting.thumbnails import PICTURE_BUDGET, make_thumbnails
+from reporting.words import ORACLE, plain
+from rundirs.files import append_jsonl, read_json, read_jsonl, write_json
 from sdxl import injection_map
 
 METRICS = {
@@ -71,12 +82,12 @@ def write_blocks(path: Path, blocks: np.ndarray, px: int = 48) -> None:
 def write_run(path: Path, stage: str, options: dict[str, Any]) -> Path:
     path.mkdir(parents=True)
     provenance = dict.fromkeys(options, "default")
-    util.write_json(
+    write_json(
         path / "options.json", {"stage": stage, "options": options, "provenance": provenance}
     )
-    util.write_json(path / "env.json", [{"commit": "c0ffee", "started": "2026-01-01", "slurm": {}}])
-    util.write_json(path / "inputs.json", {"eeg": "e" * 64})
-    util.write_json(path / "DONE", {})
+    write_json(path / "env.json", [{"commit": "c0ffee", "started": "2026-01-01", "slurm": {}}])
+    write_json(path / "inputs.json", {"eeg": "e" * 64})
+    write_json(path / "DONE", {})
     return path
 
 
@@ -88,7 +99,7 @@ def write_training(path: Path, data: Path, epochs: int = 3) -> None:
             record |= {f"prior_{name}": 1 / epoch + place, f"val_prior_{name}": 1.1 / epoch}
             record |= {f"val_{name}_skill": 0.1 * epoch, f"val_{name}_top1": 0.1 * epoch}
         record |= {"val_loss": 1.5 / epoch, "val_gallery": 20, "best_so_far": True}
-        util.append_jsonl(path / "metrics.jsonl", record)
+        append_jsonl(path / "metrics.jsonl", record)
 
 
 def write_drawing(
@@ -102,7 +113,7 @@ def write_drawing(
     """A generate.py run whose pictures carry ``colours(run, recipe, key)``."""
     given = {"data_path": str(data), "injection": "intent", "control": control, "seed": 5}
     write_run(path, "generate", given | {"prompt_source": prompt_source} | options)
-    for row, stimulus in enumerate(dataset.list_stimuli(data, "test")):
+    for row, stimulus in enumerate(list_stimuli(data, "test")):
         for recipe in recipes(mode):
             file = f"{stimulus.folder}/{recipe.name}.png"
             # the last progressive step is the fused picture, as with the registered map
@@ -114,7 +125,7 @@ def write_drawing(
                 "prompt_source": prompt_source, "control": control, "seed": 5,
                 "injection": "intent",
             }  # fmt: skip
-            util.append_jsonl(path / "images.jsonl", record)
+            append_jsonl(path / "images.jsonl", record)
 
 
 def score(value: float, n: int, nan: int = 0) -> dict[str, Any]:
@@ -129,11 +140,11 @@ def write_scores(
 ) -> None:
     """An evaluate.py run. ``drawings``: {label: run}; score of stimulus k = k / N."""
     write_run(path, "evaluate", {"data_path": str(data), "images": None, "seed": 7})
-    stimuli = dataset.list_stimuli(data, "test")
+    stimuli = list_stimuli(data, "test")
     draw = np.random.default_rng(1)
     rows, per_picture = [], []
     for label, run in drawings.items():
-        records = util.read_jsonl(run / "images.jsonl")
+        records = read_jsonl(run / "images.jsonl")
         for place, name in enumerate(dict.fromkeys(record["recipe"] for record in records)):
             scores = {metric: score(0.4 + 0.03 * place, len(stimuli)) for metric in METRICS}
             scores["fid"] |= {"interval": None, "other_stimulus": None}
@@ -172,7 +183,7 @@ def write_scores(
         "protocol": {"pictures": "mindeye"},
         "seed": 7, "permutations": 200, "control": None, "simulated": simulated, "inputs": {},
     }  # fmt: skip
-    util.write_json(path / "results.json", results | more)
+    write_json(path / "results.json", results | more)
 
 
 def retrieval_row(query: str, n: int) -> dict[str, Any]:
@@ -211,7 +222,7 @@ def write_data(root: Path, stimuli: int, concepts: Sequence[str] = ()) -> Path:
         folder = root / "test_images" / f"{place + 1:05d}_{name}"
         write_blocks(folder / "a.png", colours("seen", f"test_images/{folder.name}/a.png"))
     content = builders.published(0, stimuli, 2)
-    builders.write_published(dataset.eeg_file(root, "sub-01", "test"), content)
+    builders.write_published(eeg_file(root, "sub-01", "test"), content)
     return root
 
 
@@ -247,7 +258,8 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     def described(alt: str, height_px: int, draw: Any, width_px: int = 0) -> str:
         return f'<svg role="img" aria-label="{html.escape(alt)}"></svg>'
 
-    monkeypatch.setattr(svg, "draw_svg", described)
+    for module in (eeg, injection_figures, scores, training):
+        monkeypatch.setattr(module, "draw_svg", described)
 
 
 # ---------------------------------------------------------------- reading a page
@@ -318,7 +330,7 @@ def sections(page: str) -> dict[str, str]:
 def test_every_picture_hangs_at_its_own_place(runs: Runs, page: str):
     shown = gallery(page)
     assert len(shown) == 6
-    for stimulus in dataset.list_stimuli(runs.data, "test"):
+    for stimulus in list_stimuli(runs.data, "test"):
         wall = shown[stimulus.concept.replace("_", " ")]
         expected = {"seen": colours("seen", stimulus.key)}
         for recipe in recipes("all"):
@@ -337,7 +349,7 @@ def test_every_picture_hangs_at_its_own_place(runs: Runs, page: str):
 @pytest.mark.usefixtures("no_figures")
 def test_pictures_join_by_id_not_by_row(runs: Runs, tmp_path: Path):
     journal = runs.images / "images.jsonl"
-    records = util.read_jsonl(journal)
+    records = read_jsonl(journal)
     other = Runs(tmp_path)
     other.images.mkdir()
     for path in runs.images.rglob("*.png"):
@@ -346,7 +358,7 @@ def test_pictures_join_by_id_not_by_row(runs: Runs, tmp_path: Path):
         target.write_bytes(path.read_bytes())
     (other.images / "options.json").write_text((runs.images / "options.json").read_text())
     for record in reversed(records):  # as shards write them
-        util.append_jsonl(other.images / "images.jsonl", record | {"row": 0})
+        append_jsonl(other.images / "images.jsonl", record | {"row": 0})
     found = gallery(other.report("images").read_text(encoding="utf-8"))
     expected = gallery(runs.report("images", out="one.html").read_text(encoding="utf-8"))
     for concept, wall in expected.items():
@@ -372,9 +384,7 @@ def test_confusions_show_the_pictures_they_name(runs: Runs, page: str):
     data, section = embedded(page), page[page.index('<section id="ranks"') :]
     paired = re.findall(r'<img data-picture="(\d+)" alt="(?:seen|retrieved): ([^"]+)">', section)
     assert len(paired) > 6
-    keys = {
-        item.concept.replace("_", " "): item.key for item in dataset.list_stimuli(runs.data, "test")
-    }
+    keys = {item.concept.replace("_", " "): item.key for item in list_stimuli(runs.data, "test")}
     for index, concept in paired:
         found = decoded(data["pictures"][int(index)])
         assert np.abs(found - colours("seen", keys[concept])).max() < 30
@@ -390,7 +400,7 @@ def test_most_frequent_confusions_are_counted():
             ("c", "b", "9"),
         )
     ]
-    found = report.confusions(rows)
+    found = confusions(rows)
     assert found["pairs"] == [("a", "b", 2), ("c", "b", 1)]
     assert found["hubs"] == [("b", 3)]
     assert (found["wrong"], found["total"]) == (3, 4)
@@ -398,7 +408,7 @@ def test_most_frequent_confusions_are_counted():
 
 def test_rank_histogram_beside_chance():
     rows = [{"rank": rank} for rank in ("1", "1.5", "3", "12")]
-    found = svg.rank_counts(rows, 20)
+    found = rank_counts(rows, 20)
     assert [(label, count) for label, count, _ in found] == [
         ("1", 2), ("2–5", 1), ("6–10", 0), ("11–20", 1),
     ]  # fmt: skip
@@ -437,7 +447,7 @@ def test_everything_is_there_with_its_numbers(page: str):
 def test_training_curves_read_every_modality(page: str):
     labels = " ".join(dict(attrs).get("aria-label") or "" for _, attrs in Reader(page).tags)
     for name in NAMES:
-        assert f"{svg.plain(name)} 0.300" in labels
+        assert f"{plain(name)} 0.300" in labels
     assert "total loss: from 1.000 to 0.333" in labels
 
 
@@ -451,7 +461,7 @@ def test_injection_map_shows_the_registered_scales(page: str):
 
 def test_injection_scales_of_single_layers_are_averaged():
     preset = injection_map.load_injection("content_style")
-    alone = svg.site_scales(preset, 1.0)["alone"]
+    alone = site_scales(preset, 1.0)["alone"]
     site = list(SITES).index("down.2")
     assert alone[NAMES.index("text"), site] == pytest.approx(0.5)  # one of two attentions
 
@@ -473,7 +483,7 @@ def test_a_real_run_of_generate_and_train(chain, tmp_path: Path):
     assert report.main(flags) == 0
     page = output.read_text(encoding="utf-8")
     assert "SIMULATED EEG" in Reader(page).text
-    stimuli = dataset.list_stimuli(chain.data, "test")[:2]
+    stimuli = list_stimuli(chain.data, "test")[:2]
     data = embedded(page)
     assert [item["concept"] for item in data["stimuli"]] == [
         item.concept.replace("_", " ") for item in stimuli
@@ -504,10 +514,10 @@ def test_oracle_prompts_are_marked(runs: Runs, tmp_path: Path):
     write_drawing(tmp_path / "images", runs.data, "fused", prompt_source="oracle")
     write_scores(tmp_path / "scores", runs.data, {"images": tmp_path / "images"})
     page = Runs(tmp_path).report("images", "scores").read_text(encoding="utf-8")
-    assert svg.ORACLE in Reader(page[: page.index("<main")]).text
-    assert svg.ORACLE in sections(page)["scores"] and svg.ORACLE in sections(page)["summary"]
-    assert svg.ORACLE in sections(page)["contribution"]
-    assert embedded(page)["runs"][0]["marks"] == [svg.ORACLE]
+    assert ORACLE in Reader(page[: page.index("<main")]).text
+    assert ORACLE in sections(page)["scores"] and ORACLE in sections(page)["summary"]
+    assert ORACLE in sections(page)["contribution"]
+    assert embedded(page)["runs"][0]["marks"] == [ORACLE]
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -518,7 +528,7 @@ def test_simulated_eeg_is_said_first(tmp_path: Path, told_by: str):
     write_drawing(runs.images, runs.data, "fused")
     write_scores(runs.scores, runs.data, {"images": runs.images}, simulated=told_by == "results")
     if told_by == "folder":
-        util.write_json(runs.data / dataset.EEG_FOLDER / "sub-01" / "simulated.json", {})
+        write_json(runs.data / EEG_FOLDER / "sub-01" / "simulated.json", {})
     page = runs.report("images", "scores").read_text(encoding="utf-8")
     head = Reader(page[: page.index("<main")]).text
     assert "SIMULATED EEG. Nothing on this page was measured on a person" in head
@@ -555,7 +565,7 @@ def test_hostile_names_and_options_stay_text(tmp_path: Path):
 
 
 def test_embedded_json_holds_no_markup_and_no_nan():
-    text = report.embedded_json({"a": [float("nan"), HOSTILE + "\u2028"], 1: (2.5,)})
+    text = embedded_json({"a": [float("nan"), HOSTILE + "\u2028"], 1: (2.5,)})
     assert not set("<>&\u2028") & set(text) and "NaN" not in text
     assert json.loads(text) == {"a": [None, HOSTILE + "\u2028"], "1": [2.5]}
 
@@ -567,7 +577,7 @@ def test_a_comparison_is_shown(tmp_path: Path):
         "difference": 0.25, "interval": [0.2, 0.3], "nan": 0, "p": 0.0012, "p_holm": 0.0024,
     }  # fmt: skip
     found = {"a": "OUT/x", "b": "OUT/y", "rows": [row], "protocol": {"pairing": "by stimulus"}}
-    util.write_json(tmp_path / "comparison" / "comparison.json", found)
+    write_json(tmp_path / "comparison" / "comparison.json", found)
     text = sections(Runs(tmp_path).report("comparison").read_text(encoding="utf-8"))["scores"]
     assert "fused: SSIM 9 0.500 0.250 0.250 [0.200, 0.300] 0.0012 0.0024" in text
     assert "A: OUT/x; B: OUT/y. pairing: by stimulus." in text
@@ -577,7 +587,7 @@ def test_a_comparison_is_shown(tmp_path: Path):
 def test_nan_is_a_dash_with_its_count(runs: Runs, tmp_path: Path):
     write_scores(tmp_path / "scores", runs.data, {"images": runs.images})
     path = tmp_path / "scores" / "results.json"
-    results = util.read_json(path)
+    results = read_json(path)
     results["pictures"][0]["scores"]["ssim"] |= {"value": float("nan"), "nan": 2}
     path.write_text(json.dumps(results))
     text = sections(Runs(tmp_path).report("scores").read_text(encoding="utf-8"))["scores"]
@@ -596,8 +606,8 @@ def test_best_is_bold_only_beyond_the_intervals(rows: list, best: list):
         for name, ends in zip(("separate_text", "fused"), rows, strict=True)
     ]  # fmt: skip
     about = {"ssim": {"label": "SSIM", "better": "higher", "chance": None, "paired": True}}
-    item = report.Scores(None, {"pictures": scores, "metrics": about}, [], [])
-    table = report.picture_table(item)
+    item = Scores(None, {"pictures": scores, "metrics": about}, [], [])
+    table = picture_table(item)
     assert [row["cells"][0]["best"] for row in table["rows"]] == best
 
 
@@ -637,12 +647,12 @@ def test_the_same_inputs_make_nothing_and_changed_ones_a_new_page(tmp_path: Path
     write_drawing(runs.images, runs.data, "fused")
     page = runs.report("images", "model")
     before = page.stat().st_mtime_ns, page.read_bytes()
-    starts = util.read_json(runs.images / "env.json")
-    util.write_json(runs.images / "env.json", [*starts, *starts])  # started again when finished
+    starts = read_json(runs.images / "env.json")
+    write_json(runs.images / "env.json", [*starts, *starts])  # started again when finished
     runs.report("images", "model")
     assert (page.stat().st_mtime_ns, page.read_bytes()) == before
     assert "already up to date" in capsys.readouterr().out
-    util.write_json(runs.images / "env.json", starts)
+    write_json(runs.images / "env.json", starts)
     page.unlink()
     runs.report("images", "model")
     assert page.read_bytes() == before[1]
@@ -692,7 +702,7 @@ def test_wrong_runs_are_refused(runs: Runs, tmp_path: Path, capsys):
 
 def test_scores_of_an_older_version_are_refused(tmp_path: Path, capsys):
     write_run(tmp_path / "scores", "evaluate", {})
-    util.write_json(tmp_path / "scores" / "results.json", {"retrieval": [], "pictures": []})
+    write_json(tmp_path / "scores" / "results.json", {"retrieval": [], "pictures": []})
     assert report.main(["--runs", str(tmp_path / "scores")]) == 1
     assert "made by an older version" in capsys.readouterr().err
 
@@ -711,8 +721,8 @@ def test_a_journal_cannot_reach_outside_its_run(tmp_path: Path):
     write_data(runs.data, 2)
     write_drawing(runs.images, runs.data, "fused")
     journal = runs.images / "images.jsonl"
-    record = util.read_jsonl(journal)[0] | {"file": "../data/test_images/00001_thing_0/a.png"}
-    util.append_jsonl(journal, record)
+    record = read_jsonl(journal)[0] | {"file": "../data/test_images/00001_thing_0/a.png"}
+    append_jsonl(journal, record)
     assert report.main(["--runs", str(runs.images)]) == 1
 
 
@@ -721,12 +731,12 @@ def test_two_hundred_stimuli_stay_below_15_mb(tmp_path: Path, monkeypatch):
     draw = np.random.default_rng(0)
     noisy = [draw.integers(0, 256, (128, 128, 3)).astype(np.uint8) for _ in range(40)]
     pictures = [Image.fromarray(pixels) for pixels in noisy]
-    monkeypatch.setattr(report, "open_picture", lambda path, px: pictures[int(path.name) % 40])
+    monkeypatch.setattr(thumbnails, "open_picture", lambda path, px: pictures[int(path.name) % 40])
     paths = {Path(str(k)): str(k) for k in range(200 * 14)}
     sizes = []
-    monkeypatch.setattr(report, "data_uri", lambda content: sizes.append(len(content)) or
+    monkeypatch.setattr(thumbnails, "data_uri", lambda content: sizes.append(len(content)) or
                         "data:" + base64.b64encode(content).decode())  # fmt: skip
-    thumbs = report.make_thumbnails(paths, {Path(str(k)) for k in range(400)})
+    thumbs = make_thumbnails(paths, {Path(str(k)) for k in range(400)})
     assert len(thumbs.uris) == 2800
-    assert sum(map(len, thumbs.uris)) <= report.PICTURE_BUDGET
+    assert sum(map(len, thumbs.uris)) <= PICTURE_BUDGET
     assert thumbs.px >= 40

@@ -17,7 +17,20 @@ import pytest
 import torch
 
 import util
-from util import DataError, RunDirectory, UserError
+from cli.parser import parse_shard
+from rundirs.directory import RunDirectory
+from rundirs.files import (
+    _umask,
+    append_jsonl,
+    atomic_write,
+    file_hash,
+    json_hash,
+    read_json,
+    read_jsonl,
+    write_json,
+)
+from rundirs.tensors import load_tensors, load_torch, save_tensors, save_torch
+from util import DataError, UserError
 
 # --- atomic writes ------------------------------------------------------------------------------
 
@@ -25,7 +38,7 @@ from util import DataError, RunDirectory, UserError
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), util.atomic_write(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
         file.write("half of the new")
         file.flush()
         assert path.read_text() == "old"
@@ -37,29 +50,29 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_finished_write_replaces_and_makes_folders(tmp_path):
     path = tmp_path / "b" / "c" / "a.bin"
     for content in (b"first, longer", b"second"):
-        with util.atomic_write(path, "wb") as file:
+        with atomic_write(path, "wb") as file:
             file.write(content)
     assert path.read_bytes() == b"second"
     assert os.listdir(path.parent) == ["a.bin"]
 
 
 def test_who_has_the_old_file_open_keeps_reading_it(tmp_path):
-    util.write_json(tmp_path / "a.json", ["old"])
+    write_json(tmp_path / "a.json", ["old"])
     with open(tmp_path / "a.json", encoding="utf-8") as reader:
-        util.write_json(tmp_path / "a.json", ["new"])
+        write_json(tmp_path / "a.json", ["new"])
         assert json.load(reader) == ["old"]
-    assert util.read_json(tmp_path / "a.json") == ["new"]
+    assert read_json(tmp_path / "a.json") == ["new"]
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
 def test_permissions_follow_the_umask(tmp_path, mask, mode):
     before = os.umask(mask)
-    util._umask.cache_clear()
+    _umask.cache_clear()
     try:
-        util.write_json(tmp_path / "a.json", {})
+        write_json(tmp_path / "a.json", {})
     finally:
         os.umask(before)
-        util._umask.cache_clear()
+        _umask.cache_clear()
     assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == mode
 
 
@@ -71,34 +84,34 @@ def test_damaged_json_is_named(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.json"):
-        util.read_json(path)
+        read_json(path)
 
 
 def test_missing_json_is_named_and_good_json_read(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        util.read_json(tmp_path / "a.json")
-    util.write_json(tmp_path / "a.json", {"ß": [1, None], "path": tmp_path})
-    assert util.read_json(tmp_path / "a.json") == {"ß": [1, None], "path": str(tmp_path)}
+        read_json(tmp_path / "a.json")
+    write_json(tmp_path / "a.json", {"ß": [1, None], "path": tmp_path})
+    assert read_json(tmp_path / "a.json") == {"ß": [1, None], "path": str(tmp_path)}
 
 
 def test_jsonl_appends_in_order_and_keeps_every_character(tmp_path):
     path = tmp_path / "m.jsonl"
     records = [{"step": 1}, {"name": "line\u2028and\x85paragraph\nbreaks"}, {"step": 3}]
     for record in records:
-        util.append_jsonl(path, record)
-    assert util.read_jsonl(path) == records
-    assert util.read_jsonl(tmp_path / "none.jsonl") == []
+        append_jsonl(path, record)
+    assert read_jsonl(path) == records
+    assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b'{"name": "gr\xc3'])
 def test_a_torn_line_is_skipped_and_does_not_swallow_the_next(tmp_path, torn):
     path = tmp_path / "m.jsonl"
-    util.append_jsonl(path, {"step": 1})
+    append_jsonl(path, {"step": 1})
     with open(path, "ab") as file:
         file.write(torn)
-    assert util.read_jsonl(path) == [{"step": 1}]
-    util.append_jsonl(path, {"step": 3})
-    assert util.read_jsonl(path) == [{"step": 1}, {"step": 3}]
+    assert read_jsonl(path) == [{"step": 1}]
+    append_jsonl(path, {"step": 3})
+    assert read_jsonl(path) == [{"step": 1}, {"step": 3}]
 
 
 # --- tensors ------------------------------------------------------------------------------------
@@ -113,8 +126,8 @@ def test_tensors_and_header_come_back(tmp_path):
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
     header = {"clip": {"model": "tiny"}, "step": 3, "text": "ü"}
-    util.save_tensors(path, tensors, header)
-    loaded, found = util.load_tensors(path)
+    save_tensors(path, tensors, header)
+    loaded, found = load_tensors(path)
     assert found == header
     assert loaded.keys() == tensors.keys()
     for name, value in tensors.items():
@@ -126,20 +139,20 @@ def test_a_file_without_header_is_read(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(2)}, tmp_path / "t.safetensors")
-    assert util.load_tensors(tmp_path / "t.safetensors")[1] == {}
+    assert load_tensors(tmp_path / "t.safetensors")[1] == {}
 
 
 def test_damaged_safetensors_are_named(tmp_path):
     path = tmp_path / "t.safetensors"
-    util.save_tensors(path, {"a": torch.ones(50)}, {"step": 1})
+    save_tensors(path, {"a": torch.ones(50)}, {"step": 1})
     whole = path.read_bytes()
     garbage = np.random.default_rng(0).bytes(300)
     for content in (b"", whole[:4], whole[:40], whole[:-1], garbage, b"not a tensor file"):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"t\.safetensors"):
-            util.load_tensors(path)
+            load_tensors(path)
     with pytest.raises(DataError, match="no such file"):
-        util.load_tensors(tmp_path / "none.safetensors")
+        load_tensors(tmp_path / "none.safetensors")
 
 
 # --- hashes and seeds ---------------------------------------------------------------------------
@@ -153,13 +166,13 @@ def test_file_hash_sees_every_byte(tmp_path):
         if place is not None:
             content[place] ^= 1
         path.write_bytes(content)
-        hashes.add(util.file_hash(path))
+        hashes.add(file_hash(path))
     assert len(hashes) == 4
     content[0] ^= 1
     content[1 << 20] ^= 1
     content[-1] ^= 1
     (tmp_path / "b").write_bytes(content)
-    assert util.file_hash(tmp_path / "b") in hashes  # content, not name or time
+    assert file_hash(tmp_path / "b") in hashes  # content, not name or time
 
 
 def _sparse_hash(path, size, place=None):
@@ -169,7 +182,7 @@ def _sparse_hash(path, size, place=None):
         if place is not None:
             file.seek(place)
             file.write(b"\1")
-    return util.file_hash(path)
+    return file_hash(path)
 
 
 def test_huge_files_are_known_by_size_and_both_ends(tmp_path):
@@ -183,11 +196,11 @@ def test_huge_files_are_known_by_size_and_both_ends(tmp_path):
 
 
 def test_json_hash_ignores_key_order_and_refuses_what_is_not_json(tmp_path):
-    assert util.json_hash({"a": 1, "b": [2]}) == util.json_hash({"b": [2], "a": 1})
-    assert util.json_hash({"a": 1}) != util.json_hash({"a": 2})
+    assert json_hash({"a": 1, "b": [2]}) == json_hash({"b": [2], "a": 1})
+    assert json_hash({"a": 1}) != json_hash({"a": 2})
     for content in (tmp_path, {1, 2}, torch.ones(1), {"a": object()}):
         with pytest.raises(TypeError):
-            util.json_hash(content)
+            json_hash(content)
 
 
 def test_seeds_depend_on_their_arguments_only():
@@ -238,12 +251,12 @@ def _snapshot(folder):
 
 def test_a_run_explains_itself(tmp_path):
     run = _start(tmp_path / "deep" / "run")
-    recorded = util.read_json(run.path / "options.json")
+    recorded = read_json(run.path / "options.json")
     assert recorded["stage"] == "train"
     assert recorded["options"] == json.loads(json.dumps(OPTIONS))
     assert recorded["provenance"]["lr"] == "default"
-    assert util.read_json(run.path / "inputs.json") == {"eeg": "aa"}
-    (start,) = util.read_json(run.path / "env.json")
+    assert read_json(run.path / "inputs.json") == {"eeg": "aa"}
+    (start,) = read_json(run.path / "env.json")
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     assert {"python", "commit", "host", "command", "slurm"} <= start.keys()
     assert "train" in (run.path / "log.txt").read_text()
@@ -266,7 +279,7 @@ def test_a_run_is_one_process_at_a_time_until_that_dies(tmp_path, monkeypatch):
         assert begun.wait(120)
         with pytest.raises(UserError, match="another process at work"):
             _start(tmp_path / "run")
-        assert len(util.read_json(tmp_path / "run" / "env.json")) == 1
+        assert len(read_json(tmp_path / "run" / "env.json")) == 1
         _start(tmp_path / "run", shared=True)  # as the shards of a stage do
     finally:
         other.kill()
@@ -287,7 +300,7 @@ def test_finishing_is_recorded(tmp_path):
     run.finish({"step": 12})
     assert run.finished
     assert RunDirectory(run.path, "train").finished
-    assert util.read_json(run.path / "DONE")["step"] == 12
+    assert read_json(run.path / "DONE")["step"] == 12
     part = RunDirectory(run.path, "train", part="2of3")
     assert not part.finished
     part.finish({})
@@ -299,7 +312,7 @@ def test_the_same_command_goes_on_and_is_counted(tmp_path):
     first = (run.path / "options.json").read_bytes()
     _start(run.path, device="cuda")  # may differ per call
     assert (run.path / "options.json").read_bytes() == first
-    assert len(util.read_json(run.path / "env.json")) == 2
+    assert len(read_json(run.path / "env.json")) == 2
     assert len((run.path / "log.txt").read_text().splitlines()) == 2
 
 
@@ -423,7 +436,7 @@ def test_an_absent_gpu_is_refused(name):
 
 
 def test_shards_parse():
-    assert util.parse_shard("2/3") == (2, 3)
+    assert parse_shard("2/3") == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -462,21 +475,21 @@ def test_records_of_another_kind_are_refused(tmp_path, content):
 def test_json_of_any_damage_is_a_data_error(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.json"):
-        util.read_json(tmp_path / "a.json")
+        read_json(tmp_path / "a.json")
     with pytest.raises(DataError, match="not JSON"):
-        util.read_json(tmp_path)
+        read_json(tmp_path)
 
 
 def test_a_disk_that_fills_up_while_torch_saves_is_told_as_that(tmp_path):
     """torch itself raises a RuntimeError about its archive; what was there before stays."""
     path = tmp_path / "state.pt"
-    util.save_torch(path, {"step": 1})
+    save_torch(path, {"step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            util.save_torch(path, {"step": 2, "weights": torch.zeros(1 << 20)})
+            save_torch(path, {"step": 2, "weights": torch.zeros(1 << 20)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert util.load_torch(path, "", "") == {"step": 1}
+    assert load_torch(path, "", "") == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]

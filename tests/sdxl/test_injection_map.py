@@ -32,7 +32,13 @@ from safetensors.torch import save_file
 import modalities
 import util
 from miniworld import models as miniature
+from rundirs.tensors import load_tensors
 from sdxl import injection_map, sampler
+from sdxl.adapter_file import check_ip_adapter, read_ip_adapter
+from sdxl.attention import InjectedAttention, Injector, layers_of
+from sdxl.loading import check_sdxl, check_sdxl_file, clip_tokenizer, load_sdxl
+from sdxl.vae import load_vae
+from sdxl.weight_files import SDXL_CONFIG
 
 RECIPES = modalities.recipes("all")
 
@@ -46,12 +52,12 @@ def full_unet():
 
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(injection_map.SDXL_CONFIG, subfolder="unet")
+            UNet2DConditionModel.load_config(SDXL_CONFIG, subfolder="unet")
         )
 
 
 def test_full_size_unet_has_the_registered_sites_in_official_order(full_unet):
-    layers = injection_map.layers_of(full_unet)
+    layers = layers_of(full_unet)
     assert layers == injection_map.sdxl_layers()
     assert Counter(layer.site for layer in layers) == {
         s: a * b for s, (a, b) in modalities.SITES.items()
@@ -78,7 +84,7 @@ def test_other_unets_are_named():
     with pytest.raises(
         util.UserError, match=r"down\.0, down\.1, down\.2, up\.1, up\.2, up\.3, mid"
     ):
-        injection_map.layers_of(unet)
+        layers_of(unet)
 
 
 # ---------------------------------------------------------------- presets and scales
@@ -272,9 +278,7 @@ def test_processor_equals_diffusers(dtype, tolerance, options):
     theirs = IPAdapterAttnProcessor2_0(32, 24, num_tokens=(4, 4, 4), scale=[0.5, 0.0, 2.0]).to(
         dtype
     )
-    ours = injection_map.InjectedAttention(
-        theirs.to_k_ip[0].weight, theirs.to_v_ip[0].weight, heads=4
-    )
+    ours = InjectedAttention(theirs.to_k_ip[0].weight, theirs.to_v_ip[0].weight, heads=4)
     for index in (1, 2):
         theirs.to_k_ip[index], theirs.to_v_ip[index] = theirs.to_k_ip[0], theirs.to_v_ip[0]
     text, tokens = torch.randn(2, 7, 24).to(dtype), torch.randn(2, 3, 4, 24).to(dtype)
@@ -354,7 +358,7 @@ def test_one_copy_of_the_adapter(injected, weights, plain):
     )
     assert added == in_file
     others = [p for name, p in pipe.unet.attn_processors.items() if "attn1" in name]
-    assert not any(isinstance(processor, injection_map.InjectedAttention) for processor in others)
+    assert not any(isinstance(processor, InjectedAttention) for processor in others)
 
 
 def test_forgotten_or_mismatched_tokens_are_errors(injected):
@@ -474,7 +478,7 @@ def test_not_a_number_is_not_drawn(injected, prompt):
 
 
 def adapter_tensors(models) -> dict[str, torch.Tensor]:
-    return util.load_tensors(models.ip_adapter)[0]
+    return load_tensors(models.ip_adapter)[0]
 
 
 def test_bin_layout_gives_the_same_weights(models, weights, tmp_path):
@@ -483,7 +487,7 @@ def test_bin_layout_gives_the_same_weights(models, weights, tmp_path):
         part, rest = key.split(".", 1)
         nested[part][rest] = tensor
     torch.save(nested, tmp_path / "ip.bin")
-    read = injection_map.read_ip_adapter(tmp_path / "ip.bin", clip_dim=miniature.CLIP_DIM)
+    read = read_ip_adapter(tmp_path / "ip.bin", clip_dim=miniature.CLIP_DIM)
     assert (
         (read.clip_dim, read.width, read.tokens)
         == (64, 96, 4)
@@ -520,7 +524,7 @@ def test_other_adapters_are_named(models, tmp_path, changes, message):
             tensors[key] = torch.zeros(shape)
     save_file(tensors, tmp_path / "ip.safetensors")
     with pytest.raises(util.DataError, match=message):
-        injection_map.read_ip_adapter(tmp_path / "ip.safetensors", clip_dim=miniature.CLIP_DIM)
+        read_ip_adapter(tmp_path / "ip.safetensors", clip_dim=miniature.CLIP_DIM)
 
 
 def test_damaged_and_foreign_files_as_adapter(models, tmp_path):
@@ -535,27 +539,25 @@ def test_damaged_and_foreign_files_as_adapter(models, tmp_path):
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(util.DataError, match="unreadable"):
-            injection_map.check_ip_adapter(tmp_path / name)
+            check_ip_adapter(tmp_path / name)
     pointer = tmp_path / "pointer.safetensors"
     pointer.write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", encoding="utf-8"
     )
     with pytest.raises(util.DataError, match="git-lfs pointer"):
-        injection_map.check_ip_adapter(pointer)
+        check_ip_adapter(pointer)
     with pytest.raises(util.DataError, match="an open_clip model"):
-        injection_map.check_ip_adapter(models.clip_checkpoint)
+        check_ip_adapter(models.clip_checkpoint)
     for name in ("none.safetensors", "none.bin"):
         with pytest.raises(util.DataError, match="no such file"):
-            injection_map.check_ip_adapter(tmp_path / name)
+            check_ip_adapter(tmp_path / name)
 
 
 def test_adapter_of_another_unet_is_refused(models, plain, tmp_path):
     tensors = {key: tensor for key, tensor in adapter_tensors(models).items() if ".33." not in key}
     save_file(tensors, tmp_path / "ip.safetensors")
     with pytest.raises(util.DataError, match="16 layers, number 16"):
-        injection_map.Injector.install(
-            copy.deepcopy(plain.unet), injection_map.read_ip_adapter(tmp_path / "ip.safetensors")
-        )
+        Injector.install(copy.deepcopy(plain.unet), read_ip_adapter(tmp_path / "ip.safetensors"))
 
 
 # ---------------------------------------------------------------- SDXL files
@@ -576,7 +578,7 @@ def checkpoint(plain, models, tmp_path_factory):
 
 def test_single_file_equals_folder(checkpoint, plain):
     path, config, _ = checkpoint
-    pipe = injection_map.load_sdxl(path, torch.float32, "cpu", config=config)
+    pipe = load_sdxl(path, torch.float32, "cpu", config=config)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         ours, folder = getattr(pipe, part).state_dict(), getattr(plain, part).state_dict()
         assert ours.keys() == folder.keys()
@@ -597,9 +599,9 @@ def test_two_files_are_enough_with_the_network_cut_off(checkpoint, models, monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     path, config, _ = checkpoint
-    pipe = injection_map.load_sdxl(path, torch.float32, "cpu", config=config)
-    adapter = injection_map.read_ip_adapter(models.ip_adapter)
-    pair = pipe, injection_map.Injector.install(pipe.unet, adapter)
+    pipe = load_sdxl(path, torch.float32, "cpu", config=config)
+    adapter = read_ip_adapter(models.ip_adapter)
+    pair = pipe, Injector.install(pipe.unet, adapter)
     picture = drawn(pair, sampler.encode_prompt(pipe, "a photo"), 1, [1])
     assert picture.std() > 5
 
@@ -623,23 +625,23 @@ def test_a_tiny_vae_loads_from_all_its_layouts(tmp_path):
         save_file(moved, pair / f"taesdxl_{part}.safetensors")
     single = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
     for path in (tmp_path / "folder", pair, single):
-        found = injection_map.load_vae(path, torch.float32).state_dict()
+        found = load_vae(path, torch.float32).state_dict()
         assert found.keys() == state.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in state.items()), path
     (pair / "taesdxl_decoder.safetensors").write_bytes(
         (pair / "taesdxl_encoder.safetensors").read_bytes()
     )
     with pytest.raises(util.DataError, match="another tiny autoencoder"):
-        injection_map.load_vae(pair, torch.float32)
+        load_vae(pair, torch.float32)
 
 
 def test_folder_of_halves_only(plain, tmp_path):
     plain.save_pretrained(tmp_path, variant="fp16")
-    pipe = injection_map.load_sdxl(tmp_path, torch.bfloat16, "cpu")
+    pipe = load_sdxl(tmp_path, torch.bfloat16, "cpu")
     assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
     shutil.rmtree(tmp_path / "scheduler")
     with pytest.raises(util.DataError, match="do not fit"):
-        injection_map.load_sdxl(tmp_path, torch.bfloat16, "cpu")
+        load_sdxl(tmp_path, torch.bfloat16, "cpu")
 
 
 def test_vae_from_folder_and_file(checkpoint, models, plain, tmp_path):
@@ -648,16 +650,14 @@ def test_vae_from_folder_and_file(checkpoint, models, plain, tmp_path):
     vae = {k.removeprefix(prefix): 2 * v for k, v in tensors.items() if k.startswith(prefix)}
     whole = {key: tensor.contiguous() for key, tensor in vae.items()}
     save_file(whole, tmp_path / "vae.safetensors")
-    loaded = injection_map.load_sdxl(
-        models.sdxl, torch.float32, "cpu", tmp_path / "vae.safetensors", config
-    )
+    loaded = load_sdxl(models.sdxl, torch.float32, "cpu", tmp_path / "vae.safetensors", config)
     torch.testing.assert_close(
         loaded.vae.decoder.conv_out.weight, 2 * plain.vae.decoder.conv_out.weight
     )
-    loaded = injection_map.load_sdxl(models.sdxl, torch.bfloat16, "cpu", models.sdxl / "vae")
+    loaded = load_sdxl(models.sdxl, torch.bfloat16, "cpu", models.sdxl / "vae")
     assert {p.dtype for p in loaded.vae.parameters()} == {torch.bfloat16}
     with pytest.raises(util.DataError, match="an IP-Adapter"):
-        injection_map.load_sdxl(models.sdxl, torch.float32, "cpu", models.ip_adapter)
+        load_sdxl(models.sdxl, torch.float32, "cpu", models.ip_adapter)
 
 
 def altered(checkpoint, tmp_path: Path, **changes: torch.Tensor | str | None) -> Path:
@@ -703,7 +703,7 @@ def altered(checkpoint, tmp_path: Path, **changes: torch.Tensor | str | None) ->
 )
 def test_other_checkpoints_are_named(checkpoint, tmp_path, changes, message):
     with pytest.raises(util.DataError, match=message):
-        injection_map.check_sdxl_file(altered(checkpoint, tmp_path, **changes), checkpoint[1])
+        check_sdxl_file(altered(checkpoint, tmp_path, **changes), checkpoint[1])
 
 
 def test_files_that_are_no_sdxl(checkpoint, models, tmp_path):
@@ -721,11 +721,11 @@ def test_files_that_are_no_sdxl(checkpoint, models, tmp_path):
     }
     for each, message in cases.items():
         with pytest.raises(util.DataError, match=message):
-            injection_map.check_sdxl(each, config)
+            check_sdxl(each, config)
     with pytest.raises(util.DataError, match="70 layers of 2048 columns"):
-        injection_map.check_sdxl(path)  # the miniature is not SDXL-base
-    injection_map.check_sdxl(path, config)
-    injection_map.check_sdxl(models.sdxl)
+        check_sdxl(path)  # the miniature is not SDXL-base
+    check_sdxl(path, config)
+    check_sdxl(models.sdxl)
 
 
 def test_incomplete_models_are_refused(checkpoint, models, tmp_path):
@@ -736,17 +736,17 @@ def test_incomplete_models_are_refused(checkpoint, models, tmp_path):
     for prefix, message in lacks.items():
         lacking = altered(checkpoint, tmp_path, **{prefix: None})
         with pytest.raises(util.DataError, match=message):
-            injection_map.load_sdxl(lacking, torch.float32, "cpu", config=checkpoint[1])
+            load_sdxl(lacking, torch.float32, "cpu", config=checkpoint[1])
     folder = tmp_path / "folder"
     shutil.copytree(models.sdxl, folder)
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(util.DataError, match=r"no \.safetensors"):
-        injection_map.check_sdxl(folder)
+        check_sdxl(folder)
     (folder / "model_index.json").write_text(
         json.dumps({"_class_name": "FluxPipeline"}), encoding="utf-8"
     )
     with pytest.raises(util.DataError, match="a FluxPipeline"):
-        injection_map.check_sdxl(folder)
+        check_sdxl(folder)
 
 
 def test_full_size_checkpoint_converts_key_by_key(full_unet):
@@ -756,11 +756,9 @@ def test_full_size_checkpoint_converts_key_by_key(full_unet):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(
-            AutoencoderKL.load_config(injection_map.SDXL_CONFIG, subfolder="vae")
-        )
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(SDXL_CONFIG, subfolder="vae"))
         first, second = (
-            kind(CLIPTextConfig.from_pretrained(injection_map.SDXL_CONFIG, subfolder=folder))
+            kind(CLIPTextConfig.from_pretrained(SDXL_CONFIG, subfolder=folder))
             for kind, folder in (
                 (CLIPTextModel, "text_encoder"),
                 (CLIPTextModelWithProjection, "text_encoder_2"),
@@ -806,7 +804,7 @@ CAPTIONS = [
 def test_tokenizers_equal_open_clips(pad):
     import open_clip
 
-    tokens = injection_map.clip_tokenizer(pad)(
+    tokens = clip_tokenizer(pad)(
         CAPTIONS, padding="max_length", truncation=True, return_tensors="pt"
     )
     wanted = open_clip.tokenizer.tokenize(CAPTIONS)
@@ -814,9 +812,7 @@ def test_tokenizers_equal_open_clips(pad):
     after[:, 0] = 0
     wanted = torch.where(after.bool(), 0 if pad == "!" else 49407, wanted)
     assert torch.equal(tokens.input_ids, wanted)
-    long = injection_map.clip_tokenizer(pad)(
-        "word " * 100, padding="max_length", truncation=True
-    ).input_ids
+    long = clip_tokenizer(pad)("word " * 100, padding="max_length", truncation=True).input_ids
     assert long == open_clip.tokenizer.tokenize("word " * 100)[0].tolist()
 
 
@@ -845,7 +841,7 @@ def test_miniatures_are_made_once_and_from_the_seed(models, tmp_path, plain):
     assert miniature.random_models(models.sdxl.parent, seed=0) == models
     assert models.ip_adapter.stat().st_mtime_ns == made
     again = miniature.random_models(tmp_path / "again", seed=0)
-    unet = injection_map.load_sdxl(again.sdxl, torch.float32, "cpu").unet
+    unet = load_sdxl(again.sdxl, torch.float32, "cpu").unet
     assert all(torch.equal(t, unet.state_dict()[k]) for k, t in plain.unet.state_dict().items())
     sizes = [sum(p.numel() for p in part.parameters()) for part in (plain.unet, plain.vae)]
     assert sizes[0] < 8e6 and sizes[1] < 1.5e6

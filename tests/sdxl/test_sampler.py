@@ -20,7 +20,11 @@ from helpers_drawing import (
 
 import modalities
 import util
-from sdxl import injection_map, sampler
+from sdxl import injection_map, memory, sampler
+from sdxl.adapter_file import IPAdapterWeights
+from sdxl.attention import Injector, _cross_attention
+from sdxl.memory import largest_batch, memory_limit, peak_memory
+from sdxl.weight_files import SDXL_CONFIG
 
 STEPS = 4
 
@@ -196,7 +200,7 @@ def test_an_offloaded_unet_draws_the_same(plain, weights, prompt):
 
     unet = copy.deepcopy(plain.unet)
     pipe = type(plain)(**{**plain.components, "unet": unet}, add_watermarker=False)
-    pair = pipe, injection_map.Injector.install(unet, weights)
+    pair = pipe, Injector.install(unet, weights)
     expected = drawn(pair, prompt, 2, [1, 2])
     cpu_offload(unet, execution_device=torch.device("cpu"))
     assert next(unet.parameters()).is_meta
@@ -207,7 +211,7 @@ def test_keys_and_values_go_where_an_offloaded_unet_computes(plain, weights):
     """Weights that wait on the CPU: "meta" stands for the GPU that they are brought to."""
     import copy
 
-    injector = injection_map.Injector.install(copy.deepcopy(plain.unet), weights)
+    injector = Injector.install(copy.deepcopy(plain.unet), weights)
     scales = torch.ones(1, len(modalities.NAMES), len(injector.layers))
     injector.set(embeddings(1), scales, guidance=True, device=torch.device("meta"))
     first = injector.processors[0]
@@ -223,7 +227,7 @@ def test_half_precision_draws_nearly_the_same(plain, weights, prompt):
     for dtype in (torch.float32, torch.bfloat16):
         unet = copy.deepcopy(plain.unet).to(dtype)
         pipe = type(plain)(**{**plain.components, "unet": unet}, add_watermarker=False)
-        pair = pipe, injection_map.Injector.install(unet, weights)
+        pair = pipe, Injector.install(unet, weights)
         picture = drawn(pair, prompt, 1, [1])
         expected = picture if expected is None else expected
         assert difference(picture, expected).mean() < 6
@@ -260,7 +264,7 @@ def test_seventy_layers_equal_five_copies(weights):
     """SDXL-base's own depths at reduced width: one forward pass, a mixed batch, float32."""
     from diffusers import UNet2DConditionModel
 
-    config = UNet2DConditionModel.load_config(injection_map.SDXL_CONFIG, subfolder="unet")
+    config = UNet2DConditionModel.load_config(SDXL_CONFIG, subfolder="unet")
     config |= {"block_out_channels": [16, 32, 64], "attention_head_dim": [1, 2, 4],
                "cross_attention_dim": 24, "norm_num_groups": 8, "addition_time_embed_dim": 8,
                "projection_class_embeddings_input_dim": 6 * 8 + 16}  # fmt: skip
@@ -268,7 +272,7 @@ def test_seventy_layers_equal_five_copies(weights):
     ours, theirs = (UNet2DConditionModel.from_config(config).eval() for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     adapter = _adapter_for(ours, width=24, clip_dim=20)
-    injector = injection_map.Injector.install(ours, adapter)
+    injector = Injector.install(ours, adapter)
     assert len(injector.layers) == 70 and injector.layers == injection_map.sdxl_layers()
     theirs._load_ip_adapter_weights(five_copies(adapter), low_cpu_mem_usage=False)
     recipes = (FUSED, *modalities.recipes("separate"))
@@ -301,7 +305,7 @@ def test_seventy_layers_equal_five_copies(weights):
             assert row == 0 or (expected - plain).abs().max() > 1e-3, "recipes differ"
 
 
-def _adapter_for(unet, width: int, clip_dim: int) -> injection_map.IPAdapterWeights:
+def _adapter_for(unet, width: int, clip_dim: int) -> IPAdapterWeights:
     """An adapter with the official layout and random weights for this U-Net."""
     random = util.generator_for(0, "adapter")
 
@@ -312,10 +316,10 @@ def _adapter_for(unet, width: int, clip_dim: int) -> injection_map.IPAdapterWeig
                   "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}  # fmt: skip
     hidden = [
         unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
-        for name in injection_map._cross_attention(unet)
+        for name in _cross_attention(unet)
     ]
     layers = tuple((tensor(size, width), tensor(size, width)) for size in hidden)
-    return injection_map.IPAdapterWeights("memory", projection, layers)
+    return IPAdapterWeights("memory", projection, layers)
 
 
 # --- prompts ------------------------------------------------------------------------------------
@@ -356,17 +360,17 @@ def test_the_largest_batch_follows_from_the_memory_of_one_and_two(monkeypatch):
     def peak(_device: torch.device) -> int:
         return 1_000_000_000 + 100_000_000 * asked[-1]
 
-    monkeypatch.setattr(sampler, "peak_memory", peak)
-    monkeypatch.setattr(sampler, "memory_limit", lambda _: 2_200_000_000)
+    monkeypatch.setattr(memory, "peak_memory", peak)
+    monkeypatch.setattr(memory, "memory_limit", lambda _: 2_200_000_000)
     # 1.2 GB are in use with two rows and 1.0 GB are left, 0.9 of it is spent: nine more
-    assert sampler.largest_batch(asked.append, 100, cpu) == 11
-    assert sampler.largest_batch(asked.append, 5, cpu) == 5
-    assert sampler.largest_batch(asked.append, 1, cpu) == 1
-    monkeypatch.setattr(sampler, "memory_limit", lambda _: 1_000_000_000)
-    assert sampler.largest_batch(asked.append, 100, cpu) == 1
+    assert largest_batch(asked.append, 100, cpu) == 11
+    assert largest_batch(asked.append, 5, cpu) == 5
+    assert largest_batch(asked.append, 1, cpu) == 1
+    monkeypatch.setattr(memory, "memory_limit", lambda _: 1_000_000_000)
+    assert largest_batch(asked.append, 100, cpu) == 1
 
 
 def test_memory_is_read_in_bytes():
     cpu = torch.device("cpu")
-    assert 50e6 < sampler.peak_memory(cpu) < 1e12
-    assert sampler.memory_limit(cpu) > sampler.peak_memory(cpu)
+    assert 50e6 < peak_memory(cpu) < 1e12
+    assert memory_limit(cpu) > peak_memory(cpu)

@@ -22,9 +22,12 @@ from datafiles import feature_bank
 from decoder.aligners import Alignment
 from loss import Contrast
 from masking import Masking
+from rundirs.directory import RunDirectory
+from rundirs.tensors import save_tensors
 from training import loop
 from training.optimisation import Schedule
 from training.processes import Processes
+from training.settings import Computing
 
 SCHEDULE = {
     "epochs": 4, "batch_size": 4, "learning_rate": 1e-2, "lr_eeg": None, "schedule": "constant",
@@ -90,8 +93,8 @@ def fit_linear(root: Path, out: Path, **changes: Any) -> Linear:
     data = training_data(root)
     model = Linear(data)
     schedule = Schedule(**SCHEDULE | {k: v for k, v in changes.items() if k in SCHEDULE})
-    computing = loop.Computing(**COMPUTING | {k: v for k, v in changes.items() if k in COMPUTING})
-    run = util.RunDirectory(out, "train")
+    computing = Computing(**COMPUTING | {k: v for k, v in changes.items() if k in COMPUTING})
+    run = RunDirectory(out, "train")
     out.mkdir(parents=True, exist_ok=True)
     processes = Processes(0, 1, torch.device("cpu"))
     loop.fit(run, model, Regression(model, data), data, MASKING, schedule, computing, processes)
@@ -117,9 +120,9 @@ def steps_of_the_real_model(root: Path, out: Path, steps: int, accumulate: int) 
     contrast = Contrast(0.1, positives="concept")
     objective = train.JointObjective(decoder, data, contrast, 1.0, noise_draws=2)
     schedule = Schedule(**SCHEDULE | {"batch_size": 8, "ema_decay": 0.0, "learning_rate": 1e-3})
-    computing = loop.Computing(**COMPUTING | {"accumulate": accumulate})
+    computing = Computing(**COMPUTING | {"accumulate": accumulate})
     training = loop._Training(
-        util.RunDirectory(out, "train"), decoder, objective, MASKING, schedule, computing,
+        RunDirectory(out, "train"), decoder, objective, MASKING, schedule, computing,
         processes, steps,
     )  # fmt: skip
     decoder.eval()
@@ -133,7 +136,7 @@ def steps_of_the_real_model(root: Path, out: Path, steps: int, accumulate: int) 
         losses = dict(zip(sums, means, strict=True))
         gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
         about = {"losses": losses, "processes": processes.count}
-        util.save_tensors(out / "gradients.safetensors", gradients, about)
+        save_tensors(out / "gradients.safetensors", gradients, about)
     processes.wait()
 
 

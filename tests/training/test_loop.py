@@ -20,10 +20,14 @@ from helpers_training import (
 )  # fmt: skip
 
 import util
+from rundirs.directory import RunDirectory
+from rundirs.files import read_jsonl
 from subject_layers.dropout import Dropout
 from training import loop, monitor, optimisation
+from training.checkpoints import Checkpoints
 from training.optimisation import Schedule
 from training.processes import Processes
+from training.settings import Computing, settings_from
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def test_what_is_frozen_is_left_out_and_nothing_decays_then(world):
 
 
 def losses_of(run: Path) -> list[float]:
-    return [record["loss"] for record in util.read_jsonl(run / "metrics.jsonl")]
+    return [record["loss"] for record in read_jsonl(run / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize(("precision", "apart"), [("bfloat16", 0.05), ("float16", 0.1)])
@@ -83,7 +87,7 @@ def test_lower_precision_learns_about_the_same(world, tmp_path, precision, apart
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     full, low = losses_of(tmp_path / "full"), losses_of(tmp_path / "low")
     assert low != full and low == pytest.approx(full, rel=apart)
-    _, state = loop.Checkpoints(tmp_path / "low" / "checkpoints").load()
+    _, state = Checkpoints(tmp_path / "low" / "checkpoints").load()
     assert bool(state["scaler"]) == (precision == "float16")
 
 
@@ -142,12 +146,12 @@ def test_the_first_minute_says_whether_anything_is_learned(
     monkeypatch.setattr(util.LOG, "propagate", True)
     data = training_data(world)
     model = Linear(data)
-    run = util.RunDirectory(tmp_path / "run", "train")
+    run = RunDirectory(tmp_path / "run", "train")
     run.path.mkdir()
     with caplog.at_level(logging.INFO, util.LOG.name):
         loop.fit(
             run, model, kind(model, data), data, MASKING, Schedule(**SCHEDULE),
-            loop.Computing(**COMPUTING), Processes(0, 1, torch.device("cpu")),
+            Computing(**COMPUTING), Processes(0, 1, torch.device("cpu")),
         )  # fmt: skip
     # a set: another test may have left a second listener
     (line,) = {text for text in caplog.messages if text.startswith("sanity")}
@@ -194,7 +198,7 @@ def test_a_tracker_hears_every_epoch(world, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "trackio", tracker)
     fit_linear(world, tmp_path / "run", report_to="trackio")
-    records = util.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert heard == ["run", *((item["step"], item["loss"]) for item in records), "finished"]
 
 
@@ -230,5 +234,5 @@ def test_dataclasses_take_their_flags():
 
     words = ["--data_path", "D", "--clip_feature_path", "F", "--output_dir", "O"]
     values = args.resolve("train", words).values
-    schedule = loop.settings_from(Schedule, values)
+    schedule = settings_from(Schedule, values)
     assert schedule == replace(schedule, learning_rate=1e-4, schedule="constant", lr_eeg=None)

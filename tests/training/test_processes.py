@@ -17,6 +17,8 @@ import torch
 from helpers_training import fit_in_child, fit_linear, training_data
 
 import util
+from rundirs.files import read_json, read_jsonl
+from rundirs.tensors import load_tensors
 from training.checkpoints import Checkpoints
 from training.processes import Processes
 
@@ -59,7 +61,7 @@ def free_port() -> int:
 
 
 def result(out: Path, processes: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    tensors, header = util.load_tensors(out / "gradients.safetensors")
+    tensors, header = load_tensors(out / "gradients.safetensors")
     assert header["processes"] == processes
     return tensors, header["losses"]
 
@@ -88,10 +90,10 @@ def test_two_processes_compute_what_one_does(world, tmp_path):
 def test_training_runs_in_two_processes_and_writes_once(features, tmp_path):
     flags = features.train_flags(tmp_path / "run", "--epochs", 2)
     launched(2, ROOT / "train.py", *flags, port=free_port())
-    records = util.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [record["epoch"] for record in records] == [1, 2] and "val_loss" in records[-1]
     assert (tmp_path / "run" / "DONE").exists()
-    assert len(util.read_json(tmp_path / "run" / "env.json")) == 1
+    assert len(read_json(tmp_path / "run" / "env.json")) == 1
     assert "in 2 processes" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
 
 
@@ -156,7 +158,7 @@ def test_kills_at_any_moment_lose_nothing_beyond_the_last_checkpoint(world, tmp_
     (one, state), (two, other) = (Checkpoints(out / "checkpoints").load() for out in (run, whole))
     assert [name for name in two if not torch.equal(one[name], two[name])] == []
     assert state["step"] == other["step"] and state["best"] == other["best"]
-    records = [util.read_jsonl(out / "metrics.jsonl") for out in (run, whole)]
+    records = [read_jsonl(out / "metrics.jsonl") for out in (run, whole)]
     losses = [[(line["epoch"], line["loss"], line["select"]) for line in part] for part in records]
     assert losses[0] == losses[1]
 

@@ -13,8 +13,10 @@ import dataset
 import evaluate
 import train
 import util
-from ATMS_retrieval import Decoder
+from datafiles.eeg_files import EEG_FOLDER
+from decoder.decoder import Decoder
 from masking import mask_subject
+from rundirs.files import read_json
 from training import loop
 
 TRAINING = "preprocessed_eeg_training.npy"
@@ -74,7 +76,7 @@ def test_all_subjects_are_trained_jointly_under_their_own_ids(three, tmp_path, r
 
 def test_the_left_out_subject_is_never_read(three, tmp_path, read):
     """Not in training, not in validation; its training file is not even opened."""
-    file = three / dataset.EEG_FOLDER / "sub-02" / TRAINING
+    file = three / EEG_FOLDER / "sub-02" / TRAINING
     away = file.rename(file.with_suffix(".away"))
     try:
         assert train.main(flags(three, tmp_path / "run", "--leave_out", "sub-02")) == 0
@@ -129,7 +131,7 @@ def test_one_command_trains_all_folds_and_one_scores_them(features: Chain, tmp_p
     assert written == [path.stat().st_mtime_ns for path in out.glob("*/DONE")]
     scores = tmp_path / "scores"
     assert evaluate.main(features.evaluate_flags(scores, "--model_path", out)) == 0
-    results = util.read_json(scores / "results.json")
+    results = read_json(scores / "results.json")
     assert {row["subject"] for row in results["retrieval"]} == {"sub-01", "sub-02"}
     (row,) = [row for row in results["across_subjects"] if row["query"] == "encoder -> image"]
     own = [row["top5"] for row in results["retrieval"] if row["query"] == "encoder -> image"]
@@ -142,7 +144,7 @@ def test_one_command_trains_all_folds_and_one_scores_them(features: Chain, tmp_p
     fold = ("--model_path", out / "without_sub-01", "--subjects", "sub-01")
     assert evaluate.main(features.evaluate_flags(alone, *fold)) == 0
     (one, *_), (two, *_) = (
-        [r for r in util.read_json(run / "results.json")["retrieval"] if r["subject"] == "sub-01"]
+        [r for r in read_json(run / "results.json")["retrieval"] if r["subject"] == "sub-01"]
         for run in (scores, alone)
     )
     assert one["mrr"] == pytest.approx(two["mrr"])

@@ -15,12 +15,16 @@ from conftest import Chain
 import ATMS_retrieval
 import train
 import util
-from ATMS_retrieval import Decoder
-from dataset import list_stimuli, open_training
+from datafiles.stimuli import list_stimuli
+from dataset import open_training
 from decoder.aligners import Alignment
+from decoder.decoder import Decoder
 from loss import Contrast, contrastive_total
 from modalities import NAMES
+from rundirs.files import read_jsonl
+from rundirs.tensors import load_tensors
 from training import loop
+from training.checkpoints import Checkpoints
 
 # dropout, masks, trial subsets and EMA: everything that draws or remembers
 EVERYTHING = (
@@ -39,7 +43,7 @@ EVERYTHING = (
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the latest checkpoint: saved model, raw weights, optimizer."""
-    model, state = loop.Checkpoints(run / "checkpoints").load()
+    model, state = Checkpoints(run / "checkpoints").load()
     moments = {
         f"adam.{index}.{name}": value
         for index, entry in state["optimizer"]["state"].items()
@@ -55,7 +59,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     records = [
         [
             {key: value for key, value in record.items() if key != "seconds"}
-            for record in util.read_jsonl(run / "metrics.jsonl")
+            for record in read_jsonl(run / "metrics.jsonl")
         ]
         for run in (a, b)
     ]
@@ -92,7 +96,7 @@ def test_a_signal_in_the_middle_of_an_epoch_loses_nothing(
     command = features.train_flags(tmp_path / "run", *EVERYTHING)
     monkeypatch.setattr(loop._Training, "update", warned)
     assert train.main(command) == util.PREEMPTED
-    assert loop.Checkpoints(tmp_path / "run" / "checkpoints").load()[1]["step"] == 4
+    assert Checkpoints(tmp_path / "run" / "checkpoints").load()[1]["step"] == 4
     monkeypatch.setattr(loop._Training, "update", update)
     assert train.main(command) == 0
     assert_same_run(uninterrupted, tmp_path / "run")
@@ -101,18 +105,18 @@ def test_a_signal_in_the_middle_of_an_epoch_loses_nothing(
 def test_a_death_between_record_and_checkpoint_is_repaired(
     features: Chain, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = loop.Checkpoints.save
+    save = Checkpoints.save
 
-    def dies(self: loop.Checkpoints, step: int, *inputs: object, **named: object) -> None:
+    def dies(self: Checkpoints, step: int, *inputs: object, **named: object) -> None:
         if step > 4:
             raise OSError("disk gone")
         save(self, step, *inputs, **named)
 
     command = features.train_flags(tmp_path / "run", *EVERYTHING)
-    monkeypatch.setattr(loop.Checkpoints, "save", dies)
+    monkeypatch.setattr(Checkpoints, "save", dies)
     with pytest.raises(OSError, match="disk gone"):
         train.main(command)
-    monkeypatch.setattr(loop.Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", save)
     assert train.main(command) == 0
     assert_same_run(uninterrupted, tmp_path / "run")
 
@@ -120,8 +124,8 @@ def test_a_death_between_record_and_checkpoint_is_repaired(
 def test_a_torn_checkpoint_folder_is_ignored_and_replaced(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
-    model, state = loop.Checkpoints(uninterrupted / "checkpoints").load()
-    checkpoints = loop.Checkpoints(tmp_path / "checkpoints")
+    model, state = Checkpoints(uninterrupted / "checkpoints").load()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, model, {}, state, best=True)
     (checkpoints.folder / "step-00000002").mkdir()  # killed before its pointer moved
     assert checkpoints.load()[1]["step"] == state["step"]
@@ -219,7 +223,7 @@ def test_the_total_is_the_registry_sum_plus_the_contrast(features: Chain) -> Non
 
 
 def test_metrics_name_every_modality_and_the_learning_rate(chain: Chain) -> None:
-    records = util.read_jsonl(chain.model / "metrics.jsonl")
+    records = read_jsonl(chain.model / "metrics.jsonl")
     assert [record["epoch"] for record in records] == [1, 2]
     for record in records:
         assert record["lr"] == 1e-4
@@ -236,9 +240,9 @@ def test_metrics_name_every_modality_and_the_learning_rate(chain: Chain) -> None
 def test_best_is_the_epoch_with_the_lowest_held_out_loss_of_the_aligner(
     uninterrupted: Path,
 ) -> None:
-    records = util.read_jsonl(uninterrupted / "metrics.jsonl")
+    records = read_jsonl(uninterrupted / "metrics.jsonl")
     best = min(records, key=lambda record: record["val_aligner"])
-    _, header = util.load_tensors(uninterrupted / "checkpoints" / "best" / "model.safetensors")
+    _, header = load_tensors(uninterrupted / "checkpoints" / "best" / "model.safetensors")
     assert header["step"] == best["step"]
 
 

@@ -1,0 +1,108 @@
+"""Combinations of flags that no single flag can see. Each is refused with the cure."""
+
+from __future__ import annotations
+
+import argparse
+
+from cli.parser import Parser
+from modalities import WITHOUT_EEG
+
+OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to already
+    "encoder", "aligner", "contrast_layer", "prior_predicts", "prior_loss", "condition_dropout",
+    "loss_weights",
+)  # fmt: skip
+
+
+def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
+    """Combinations that no single flag can see."""
+    window = getattr(values, "time_window", None)
+    if window and window[0] >= window[1]:
+        parser.error(f"--time_window {window[0]} {window[1]}: the start must come before the end")
+    if parser.stage == "features" and not _names_concept(values.text_template):
+        parser.error(
+            f"--text_template {values.text_template!r}: expected {{concept}}, without which all "
+            "texts would be equal, and no other braces"
+        )
+    interval = getattr(values, "guidance_interval", None)
+    if interval and interval[0] >= interval[1]:
+        parser.error(f"--guidance_interval {interval[0]} {interval[1]}: LOW must be below HIGH")
+    if getattr(values, "init_strength", 1.0) == 0:
+        parser.error("--init_strength 0 leaves no step to draw: give more than 0")
+    control = getattr(values, "control", None)
+    if control in WITHOUT_EEG and not values.clip_feature_path:
+        parser.error(f"--control {control} needs --clip_feature_path, where the embeddings are")
+    if parser.stage == "evaluate":
+        _validate_evaluate(parser, values)
+    if getattr(values, "contrast_layer", None) and values.target_mse:
+        parser.error("--target_mse needs the image embeddings as they are: not --contrast_layer")
+    if parser.stage == "train":
+        _validate_train(parser, values)
+    if parser.stage == "preprocess":
+        _validate_preprocess(parser, values)
+
+
+def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
+    if values.adapt_from and not values.subjects:
+        parser.error("--adapt_from needs --subjects: the people that the model does not know")
+    if values.adapt_from and (values.init_from or values.leave_out):
+        parser.error("--adapt_from goes with neither --init_from nor --leave_out")
+    if values.trainable != "all" and not values.adapt_from:
+        parser.error(f"--trainable {values.trainable} freezes parts of a model: needs --adapt_from")
+    for flag in OF_THE_MODEL:
+        if values.adapt_from and getattr(values, flag) != parser.actions()[flag].default:
+            parser.error(f"--{flag} was settled when the model of --adapt_from was trained")
+    for flag, default in (("prior_predicts", "velocity"), ("prior_loss", None)):
+        if values.aligner != "prior" and getattr(values, flag) != default:
+            parser.error(f"--{flag} is of --aligner prior, not of --aligner {values.aligner}")
+
+
+def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:
+    start, end = values.epoch
+    if not start < 0 < end:
+        parser.error(
+            f"--epoch {start} {end}: must begin before the onset at 0, for the baseline, "
+            "and end after it"
+        )
+    if values.band_pass and values.band_pass[0] >= values.band_pass[1]:
+        low, high = values.band_pass
+        parser.error(f"--band_pass {low} {high}: LOW_HZ must be below HIGH_HZ")
+    if values.events and not values.raw:
+        parser.error("--events belongs to your own recordings: name them with --raw")
+    if values.events and len(values.events) != len(values.raw):
+        parser.error(
+            f"--events names {len(values.events)} tables for {len(values.raw)} "
+            "recordings of --raw: one each, in the same order"
+        )
+
+
+def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
+    if values.compare:
+        if values.model_path or values.images:
+            parser.error("--compare reads two finished runs: leave out --model_path and --images")
+        return
+    if not (values.model_path or values.images):
+        parser.error(
+            "nothing to score: give --model_path (retrieval), --images (pictures), both, "
+            "or --compare"
+        )
+    if values.model_path and not values.clip_feature_path:
+        parser.error("--model_path needs --clip_feature_path, the gallery to retrieve from")
+    if values.model_path and not values.data_path:
+        parser.error("--model_path needs --data_path, where the test EEG is")
+    if values.images and not (values.data_path or values.truth):
+        parser.error("--images needs the pictures that were seen: --data_path DATA or --truth DIR")
+    if values.control_images and not values.images:
+        parser.error("--control_images are scored beside --images: name those, too")
+    if values.occlusion and (values.control or not values.model_path):
+        parser.error(
+            "--occlusion explains what a model reads from the EEG: give --model_path, "
+            "and no --control"
+        )
+
+
+def _names_concept(template: str) -> bool:
+    """Whether the template can be filled in and then holds the concept."""
+    try:
+        return "\0" in template.format(concept="\0")
+    except (LookupError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,222 @@
+"""A trained model: an encoder with its aligner, and what its file says of the signal it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import util
+from datafiles.feature_bank import FINAL_LAYER
+from dataset import TestEEG, TrainingData
+from decoder import aligners
+from decoder.atms import ATMS
+from decoder.encoders import NICE, Braindecode, EEGProject, Encoder, UnknownEncoder, check_name
+from decoder.projector import Projector
+from rundirs.tensors import load_tensors
+from unet import Sampling, TargetSpace
+
+OWN = {kind.__name__: kind for kind in (ATMS, EEGProject, NICE)}
+
+
+def make_encoder(name: str, config: Mapping[str, Any]) -> Encoder:
+    """The encoder ``name`` of ``--encoder``. ``config``: of an encoder, or just the four sizes.
+
+    Raises UnknownEncoder, and ValueError for a signal that it cannot take.
+    """
+    if name in OWN:
+        return OWN[name](**config)
+    return Braindecode(**{**config, "model": name})
+
+
+def model_file(run: Path, checkpoint: str) -> Path:
+    """The ``best`` or ``latest`` model of a training run."""
+    return run / "checkpoints" / checkpoint / "model.safetensors"
+
+
+class Decoder(nn.Module):
+    """An encoder with its aligner; ``bank`` is None after contrastive pre-training alone.
+
+    ``projector``: of the layer of CLIP that EEG embeddings are compared with; None: with the image
+    embeddings as they are.
+    ``signal``: what the EEG must look like ({channels, times, subjects}); ``clip``: identity of the
+    encoder that made the targets. Both are kept in the checkpoint's header and checked against
+    every later input.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        bank: TargetSpace | None,
+        signal: Mapping[str, Any],
+        clip: Mapping[str, Any],
+        projector: Projector | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.bank, self.projector = encoder, bank, projector
+        self.signal, self.clip = dict(signal), dict(clip)
+        # by validation, for fusion.py and for aligners.spread_factors
+        self.calibration: dict[str, dict[str, float]] | None = None
+        self.held_out: list[list[float]] | None = None
+
+    def header(self) -> dict[str, Any]:
+        return {
+            "encoder_name": self.encoder.name,
+            "encoder": self.encoder.config,
+            "bank": self.bank.config if self.bank else None,
+            "projector": self.projector.config if self.projector else None,
+            "signal": self.signal,
+            "clip": self.clip,
+            "calibration": self.calibration,
+            "held_out": self.held_out,
+        }
+
+    def networks(self) -> list[nn.Module]:
+        """Where the time of a training step goes."""
+        return [self.encoder, *(self.bank.networks() if self.bank else [])]
+
+    @property
+    def layer(self) -> str | None:
+        """What the projector needs of a bank beside the five modalities."""
+        return self.projector.layer if self.projector else None
+
+    @property
+    def picture_features(self) -> str:
+        """The features of pictures that EEG embeddings are compared with, by their name."""
+        return self.layer or FINAL_LAYER
+
+    def image_side(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [N, W] of :attr:`picture_features` as EEG embeddings see them: [N, D]."""
+        return features if self.projector is None else self.projector(features)
+
+    @torch.no_grad()
+    def gallery(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What EEG embeddings retrieve, of pictures with ``features`` {name: [N, W]}: [N, D]."""
+        rows = features[self.picture_features]
+        return self.image_side(rows.to(next(self.parameters()).device)).to(rows.device)
+
+    def subject_index(self, subject: str) -> int:
+        """Row of a subject's own parameters; -1 for a person the model was not trained on."""
+        names = self.signal["subjects"]
+        return names.index(subject) if subject in names else -1
+
+    def train_only(self, trainable: str) -> None:
+        """Freeze all but the ``subject_layers``, all but the ``encoder``, or nothing (``all``)."""
+        chosen = {
+            "subject_layers": self.encoder.subject_parameters(),
+            "encoder": list(self.encoder.parameters()),
+            "all": list(self.parameters()),
+        }[trainable]
+        self.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+
+    @classmethod
+    def load(cls, run: Path, checkpoint: str) -> Decoder:
+        """The ``best`` or ``latest`` model of a run. Raises DataError."""
+        path = model_file(run, checkpoint)
+        state, header = load_tensors(path)
+        if "encoder" not in header or "signal" not in header:
+            raise util.DataError(
+                path,
+                "a safetensors file without this project's header",
+                "a model of train.py",
+                "give the run directory that train.py wrote",
+            )
+        bank = aligners.aligner_from(header["bank"]) if header["bank"] else None
+        encoder = _encoder_of(header, path)
+        config = header.get("projector")  # headers of older models have none
+        projector = Projector(**config) if config else None
+        decoder = cls(encoder, bank, header["signal"], header["clip"], projector)
+        decoder.calibration = header["calibration"]
+        decoder.held_out = header.get("held_out")  # headers of older models have none
+        try:
+            decoder.load_state_dict(state)
+        except RuntimeError as error:
+            raise util.DataError(
+                path,
+                f"other parameters ({error})",
+                "the parameters its header describes",
+                "the file is from another version: train again or use that version",
+            ) from None
+        return decoder.eval()
+
+    @torch.no_grad()
+    def embed(
+        self, eeg: torch.Tensor, subject: torch.Tensor, batch_size: int = 256
+    ) -> torch.Tensor:
+        """Embeddings [N, D] of EEG [N, C, T], made in batches on the model's device, on the CPU."""
+        device = next(self.parameters()).device
+        return torch.cat(
+            [
+                self.encoder(rows.to(device), ids.to(device)).cpu()
+                for rows, ids in zip(eeg.split(batch_size), subject.split(batch_size), strict=True)
+            ]
+        )
+
+    def condition(self, test: TestEEG, rows: Sequence[int]) -> torch.Tensor:
+        """EEG embeddings [n, D] of some rows of a test recording, on the CPU."""
+        subject = torch.full((len(rows),), self.subject_index(test.subject))
+        return self.embed(test.eeg[list(rows)], subject)
+
+    def predict(
+        self, test: TestEEG, rows: Sequence[int], sampling: Sampling, seed: int
+    ) -> dict[str, torch.Tensor]:
+        """Predicted CLIP embeddings {modality: [n, D]} of some rows, un-normalised, on the CPU.
+
+        A row's noise belongs to its stimulus: it depends on nothing but ``seed`` and that.
+        """
+        condition = self.condition(test, rows).to(next(self.parameters()).device)
+        seeds = [util.seed_for(seed, "prior", test.ids[row]) for row in rows]
+        held_out = None if self.held_out is None else torch.tensor(self.held_out)
+        samples = aligners.predict(self.bank, condition, seeds, sampling, seed, held_out)
+        return {name: values.cpu() for name, values in samples.items()}
+
+
+def _encoder_of(header: Mapping[str, Any], path: Path) -> Encoder:
+    """The encoder that a checkpoint's header describes. Raises DataError."""
+    name = header.get("encoder_name", ATMS.__name__)  # headers had no name when there was but one
+    try:
+        check_name(name)
+        return make_encoder(name, header["encoder"])
+    except UnknownEncoder as unknown:
+        raise util.DataError(path, f"encoder {name}", unknown.expected, unknown.cure) from None
+    except (TypeError, ValueError) as error:
+        raise util.DataError(
+            path,
+            f"encoder {name} with {header['encoder']} ({error})",
+            "options that this version of it takes",
+            "the file is from another version: train again or use that version",
+        ) from None
+
+
+def check_encoder(name: str) -> None:
+    """For the first second of a run. Raises UserError for a name that nothing here answers to."""
+    try:
+        check_name(name)
+    except UnknownEncoder as unknown:
+        raise util.UserError("--encoder", name, unknown.expected, unknown.cure) from None
+
+
+def new_encoder(data: TrainingData, seed: int, name: str = ATMS.__name__) -> Encoder:
+    """A freshly initialised encoder for this signal, seeded. UserError if it cannot take it."""
+    sizes = {
+        "n_channels": len(data.signal["channels"]),
+        "n_times": len(data.signal["times"]),
+        "n_subjects": len(data.signal["subjects"]),
+        "embed_dim": data.targets["image"].shape[1],
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(util.seed_for(seed, "encoder"))
+        try:
+            return make_encoder(name, sizes)
+        except ValueError as error:
+            raise util.UserError(
+                "--encoder",
+                str(error),
+                "an encoder for this signal",
+                "choose another one, or another --time_window or --channels",
+            ) from None

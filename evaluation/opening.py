@@ -1,0 +1,111 @@
+"""All that is scored, found and checked before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datafiles.eeg_files import eeg_file, list_subjects
+from datafiles.feature_bank import Bank, check_clip, open_bank
+from datafiles.stimuli import list_stimuli
+from dataset import TestEEG, open_test
+from decoder.decoder import Decoder, model_file
+from evaluation import picture_scores, tables
+from evaluation.pairing import Group, list_pictures, pair
+from rundirs.files import file_hash, json_hash
+from rundirs.folds import runs_of
+from util import UserError
+
+
+@dataclass
+class Opened:
+    """All that is scored, found and checked before anything is computed."""
+
+    bank: Bank | None = None
+    models: dict[str, Decoder] = field(default_factory=dict)  # of each subject, or one for all
+    hashes: dict[str, str] = field(default_factory=dict)  # of the models' files
+    tests: list[TestEEG] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    weights: dict[str, Path] = field(default_factory=dict)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def plan(self) -> list[str]:
+        lines = [f"score the retrieval of {test.subject}" for test in self.tests]
+        lines += [
+            f"score {len(group.pictures)} pictures of {len(group.stimuli)} stimuli: "
+            f"{group.images}, {group.recipe}"
+            for group in self.groups
+        ]
+        return lines + [line.removeprefix("- ") for line in tables.skipped_lines(self.skipped)]
+
+
+def open_retrieval(values: Any, opened: Opened) -> None:
+    """Models, gallery and test EEG, checked against each other. Raises UserError / DataError."""
+    runs = runs_of(values.model_path, values.subjects)
+    decoders = {name: Decoder.load(run, values.checkpoint) for name, run in runs.items()}
+    layers = {decoder.layer for decoder in decoders.values()}
+    opened.bank = open_bank(values.clip_feature_path, "test", layers)
+    for left_out, run in runs.items():
+        decoder = decoders[left_out]
+        check_clip(opened.bank.clip, opened.bank.path, decoder.clip, run)
+        wanted = [left_out] if left_out else values.subjects or decoder.signal["subjects"]
+        key = f"model_{left_out}" if left_out else "model"
+        opened.hashes[key] = file_hash(model_file(run, values.checkpoint))
+        for name in list_subjects(values.data_path, wanted):
+            opened.models[name] = decoder
+            opened.tests.append(
+                open_test(
+                    eeg_file(values.data_path, name, "test"),
+                    name,
+                    values.data_path,
+                    values.cache_dir,
+                    decoder.signal["channels"],
+                    decoder.signal["times"],
+                )
+            )
+
+
+def check_folder(flag: str, folder: Path, expected: str) -> None:
+    """Raise UserError unless the folder is there."""
+    if not folder.is_dir():
+        raise UserError(flag, f"{folder}: no such folder", expected, "check the path")
+
+
+def open_pictures(values: Any, opened: Opened) -> None:
+    """Pictures paired with stimuli, and the weights that are at hand. Raises as above."""
+    folders = {"--images": [values.images], "--control_images": values.control_images or []}
+    for flag, named in folders.items():
+        for folder in named:
+            check_folder(flag, folder, "a run of generate.py or a folder of pictures")
+    if values.weights_dir:
+        check_folder("--weights_dir", values.weights_dir, "a folder of weight files")
+    if values.truth:
+        check_folder("--truth", values.truth, "the pictures that were seen")
+        stimuli = list_pictures(values.truth)
+    else:
+        stimuli = list_stimuli(values.data_path, "test")
+    opened.groups = pair(list(chain(*folders.values())), stimuli)
+    found = picture_scores.available(values.protocol, values.weights_dir)
+    opened.weights, opened.skipped = found
+
+
+def identities(values: Any, opened: Opened) -> dict[str, Any]:
+    """Hashes of everything that is scored."""
+    inputs: dict[str, Any] = {}
+    if opened.models:
+        inputs |= {**opened.hashes, "clip_features": opened.bank.hash}
+        inputs |= {f"eeg_{test.subject}": test.hash for test in opened.tests}
+    shown = {item.key: item.path for group in opened.groups for item in group.stimuli}
+    drawn = [path for group in opened.groups for path in group.pictures]
+    if opened.groups:
+        inputs["stimuli"] = json_hash(
+            [[key, file_hash(path)] for key, path in sorted(shown.items())]
+        )
+        inputs["pictures"] = json_hash(
+            [[group.images, group.recipe, list(group.owner)] for group in opened.groups]
+            + [file_hash(path) for path in drawn]
+        )
+        inputs["networks"] = sorted(opened.weights)
+    return inputs

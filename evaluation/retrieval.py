@@ -1,0 +1,127 @@
+"""Retrieval of the test concepts from EEG, beside shuffled EEG and chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import metrics
+import util
+from datafiles.feature_bank import Bank
+from datafiles.stimuli import Stimulus
+from dataset import TestEEG
+from decoder import controls
+from decoder.decoder import Decoder
+from evaluation import tables
+from modalities import MODALITIES, NAMES, WITHOUT_EEG
+from unet import Sampling
+
+
+@dataclass(frozen=True)
+class Query:
+    """Similarity [N, N] of what was predicted from EEG with a gallery, truth on the diagonal."""
+
+    name: str
+    subject: str
+    similarity: torch.Tensor
+
+    @property
+    def truth(self) -> torch.Tensor:
+        return torch.arange(len(self.similarity))
+
+
+def retrieval_row(query: Query, seed: int, permutations: int) -> dict[str, Any]:
+    """Scores of a query in both directions, with intervals, shuffled EEG and chance."""
+    similarity, truth = query.similarity, query.truth
+    row: dict[str, Any] = {
+        "query": query.name,
+        "subject": query.subject,
+        **metrics.retrieval_scores(similarity, truth),
+    }
+    ways = {"": metrics.ranks(similarity, truth), "back_": metrics.ranks(similarity.T, truth)}
+    for k in (1, 5):
+        for prefix, ranked in ways.items():
+            hits = metrics.top_k_probability(*ranked, k).numpy()
+            row[f"{prefix}top{k}"] = float(hits.mean())
+            row[f"{prefix}top{k}_interval"] = metrics.bootstrap_interval(hits, seed)
+        row[f"top{k}_chance"] = k / len(similarity)
+        shuffled = shuffled_top_k(similarity, truth, k, seed, permutations)
+        row[f"top{k}_shuffled"] = float(shuffled.mean())
+        row[f"top{k}_shuffled_range"] = np.percentile(shuffled, [2.5, 97.5]).tolist()
+    return row
+
+
+def across_subjects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per query of two subjects or more: mean of every score, and the standard error over them."""
+    found = []
+    for query in dict.fromkeys(row["query"] for row in rows):
+        own = [row for row in rows if row["query"] == query]
+        if len(own) < 2:
+            continue
+        scores = {}
+        for name in tables.ACROSS_SUBJECTS:
+            values = np.array([row[name] for row in own])
+            error = values.std(ddof=1) / np.sqrt(len(values))
+            scores[name] = {"mean": float(values.mean()), "se": float(error)}
+        found.append({"query": query, "subjects": len(own), "scores": scores})
+    return found
+
+
+def shuffled_top_k(
+    similarity: torch.Tensor, truth: torch.Tensor, k: int, seed: int, permutations: int
+) -> np.ndarray:
+    """top-k [permutations] with EEG dealt to other stimuli: rows of similarity [Q, G] permuted."""
+    draw = util.numpy_generator_for(seed, "shuffled EEG")
+    scores = []
+    for _ in range(permutations):
+        order = torch.from_numpy(draw.permutation(len(similarity)))
+        scores.append(
+            float(metrics.top_k_probability(*metrics.ranks(similarity[order], truth), k).mean())
+        )
+    return np.array(scores)
+
+
+def subject_queries(
+    decoder: Decoder, test: TestEEG, bank: Bank, sampling: Sampling, seed: int, control: str | None
+) -> list[Query]:
+    """What one subject's EEG retrieves with: the encoder's output, each prior, the five fused."""
+    everything, true = range(len(test.eeg)), bank.rows_for(test.stimuli)
+    found = {}
+    if control not in WITHOUT_EEG:
+        read = controls.controlled_eeg(test, control, seed)
+        encoded = decoder.condition(read, everything)
+        gallery = decoder.gallery(true)
+        found["encoder -> image"] = metrics.cosine_similarity(encoded, gallery)
+    if decoder.bank is not None:
+        samples = controls.predict(
+            decoder, test, everything, sampling, seed, control, bank.path.parent
+        )
+        of = {name: metrics.cosine_similarity(samples[name], true[name]) for name in NAMES}
+        found |= {f"prior {name}": similarity for name, similarity in of.items()}
+        found["fused priors"] = sum(item.gain * of[item.name] for item in MODALITIES)
+    return [Query(name, test.subject, similarity) for name, similarity in found.items()]
+
+
+def rank_lines(query: Query, stimuli: Sequence[Stimulus]) -> list[dict[str, Any]]:
+    """A line of ``ranks.csv`` per stimulus: its rank (1 = right), and what was put first."""
+    better, tied = metrics.ranks(query.similarity, query.truth)
+    rank = (1 + better + tied / 2).tolist()
+    cosine, first = query.similarity.max(dim=1)
+    return [
+        {
+            "subject": query.subject,
+            "query": query.name,
+            "stimulus": item.id,
+            "picture": item.key,
+            "concept": item.concept,
+            "rank": rank[row],
+            "chosen": stimuli[first[row]].key,
+            "chosen_concept": stimuli[first[row]].concept,
+            "chosen_similarity": round(float(cosine[row]), 6),
+        }
+        for row, item in enumerate(stimuli)
+    ]

@@ -1,0 +1,133 @@
+"""SDXL with the adapter installed: from tasks to pictures, in batches that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+import util
+from sdxl import sampler
+from sdxl.adapter_file import read_ip_adapter
+from sdxl.attention import Injector
+from sdxl.loading import load_sdxl
+from sdxl.memory import largest_batch
+
+MOST_ON_CPU = 32  # pictures at once: more are no faster there
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to draw: the test ``row`` it shows and ``names``, the recipes that equal it."""
+
+    row: int
+    names: tuple[str, ...]
+    scales: torch.Tensor  # [M, L]
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """SDXL with the adapter installed, and the drawing options that all pictures share."""
+
+    pipe: Any
+    injector: Injector
+    prompts: sampler.PromptEmbeds  # encoded once: for all rows, or one per row of the test set
+    how: sampler.Denoising
+    seed: int
+    starts: torch.Tensor | None = None  # [n, 4, h, w]: latents of what each embedding row begins as
+
+    def draw(
+        self,
+        tasks: Sequence[Task],
+        embeddings: torch.Tensor,
+        ids: Sequence[int],
+        places: Mapping[int, int],
+    ) -> np.ndarray:
+        """Pictures uint8 [B, H, W, 3] of embeddings [n, M, D].
+
+        ``places``: test row -> embedding row; ``ids``: the stimulus of each test row.
+        """
+        rows = [task.row for task in tasks]
+        at = [places[row] for row in rows]
+        one = len(self.prompts.text) == 1
+        return sampler.draw(
+            self.pipe,
+            self.injector,
+            embeddings[at],
+            torch.stack([task.scales for task in tasks]),
+            [util.seed_for(self.seed, "sdxl", ids[row]) for row in rows],
+            self.prompts if one else self.prompts.chosen(rows),
+            self.how,
+            None if self.starts is None else self.starts[at],
+        )
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return names.get(precision, torch.float16 if device.type == "cuda" else torch.float32)
+
+
+def drawn_batches(
+    tasks: Sequence[Task], size: int, draw: Callable[[Sequence[Task]], np.ndarray], halve: bool
+) -> Iterator[tuple[Sequence[Task], np.ndarray]]:
+    """(tasks, pictures) of every batch. ``halve``: from where the GPU's memory does not suffice.
+
+    Raises UserError where it does not and the size is given, or is 1.
+    """
+    start = 0
+    while start < len(tasks):
+        batch = tasks[start : start + size]
+        try:
+            pictures = draw(batch)
+        except torch.cuda.OutOfMemoryError as error:
+            if not halve or len(batch) == 1:
+                raise util.UserError(
+                    "--batch_size",
+                    f"{len(batch)} pictures at once do not fit ({error})",
+                    "what the GPU's free memory holds",
+                    "give --batch_size auto, a smaller --size, or --offload",
+                ) from None
+            size = len(batch) // 2
+            torch.cuda.empty_cache()
+            util.LOG.warning("out of memory: going on with batches of %d", size)
+            continue
+        yield batch, pictures
+        start += len(batch)
+
+
+def fitting_batch(renderer: Renderer, draw: Callable[[Renderer, int], object], most: int) -> int:
+    """How many pictures fit at once; on a CPU no more than help."""
+    device = renderer.pipe._execution_device
+    quick = replace(renderer, how=replace(renderer.how, steps=1, strength=1.0))
+    limit = most if device.type == "cuda" else min(most, MOST_ON_CPU)
+    found = largest_batch(lambda rows: draw(quick, rows), limit, device)
+    util.LOG.info("batch size %d", found)
+    return found
+
+
+def open_renderer(values: Any, device: torch.device, prompts: Sequence[str]) -> Renderer:
+    """SDXL with the adapter, the scheduler and the options of this call."""
+    pipe = load_sdxl(
+        values.sd_model_path,
+        pick_dtype(values.precision, device),
+        "cpu" if values.offload else device,
+        values.vae_path,
+    )
+    sampler.set_scheduler(pipe, values.scheduler, values.timestep_spacing)
+    injector = Injector.install(pipe.unet, read_ip_adapter(values.ip_adapter_path))
+    if values.offload:
+        pipe.enable_model_cpu_offload(device=device)
+    if values.compile:
+        pipe.unet.compile()
+    encoded = sampler.encode_prompt(pipe, list(prompts), [values.negative_prompt] * len(prompts))
+    how = sampler.Denoising(
+        values.steps,
+        values.guidance,
+        values.size,
+        tuple(values.guidance_interval),
+        values.init_strength if values.init == "superpixel" else 1.0,
+    )
+    return Renderer(pipe, injector, encoded, how, values.seed)

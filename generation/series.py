@@ -1,0 +1,199 @@
+"""What is drawn of every stimulus, and the loop that draws what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datafiles.eeg_files import SIMULATED_NOTE
+from datafiles.pictures import read_picture
+from dataset import TestEEG
+from generation import variants
+from generation.renderer import Renderer, Task, drawn_batches, fitting_batch
+from generation.sheets import (
+    contact_sheet,
+    marked,
+    overview,
+    save_picture,
+    save_sheet,
+    stimulus_views,
+)
+from modalities import MARKS, NAMES, marks_of
+from rundirs.directory import RunDirectory
+from rundirs.files import append_jsonl
+from rundirs.journal import drawn_already
+from sdxl import injection_map
+
+
+def pending(tasks: Sequence[Task], done: set[tuple[int, str]], ids: Sequence[int]) -> list[Task]:
+    """Tasks of which some recipe is not on disk yet."""
+    return [task for task in tasks if any((ids[task.row], name) not in done for name in task.names)]
+
+
+def write_pictures(
+    out: Path,
+    journal: Path,
+    done: set[tuple[int, str]],
+    tasks: Sequence[Task],
+    pictures: np.ndarray,
+    test: TestEEG,
+    active: Mapping[str, Sequence[str]],
+    about: Mapping[str, Any],
+) -> None:
+    """Save a batch under all its recipes' names and journal each picture after it is on disk.
+
+    ``active``: {recipe: its modalities}.
+    """
+    marks = marks_of(about["prompt_source"], about["control"])
+    note = "; ".join(MARKS[mark] for mark in marks) or "neutral prompt"
+    for task, picture in zip(tasks, pictures, strict=True):
+        for name in task.names:
+            file = f"{test.names[task.row]}/{marked(name, marks)}"
+            save_picture(out / file, picture, note)
+            append_jsonl(
+                journal,
+                {
+                    "stimulus": test.ids[task.row],
+                    "row": task.row,
+                    "folder": test.names[task.row],
+                    "recipe": name,
+                    "active": active[name],
+                    "file": file,
+                    **about,
+                },
+            )
+            done.add((test.ids[task.row], name))
+
+
+@dataclass(frozen=True)
+class Series:
+    """What is drawn of every stimulus, in what batches, and how it is recorded."""
+
+    mode: str
+    sweep: str | None
+    injection: str
+    strength: float
+    prompt_source: str
+    control: str | None
+    seed: int
+    batch_size: int | None  # None: as many as fit
+    slic_px: int  # of the superpixels on the contact sheets
+
+    @property
+    def title(self) -> str:
+        return f"sweep of {self.sweep}" if self.sweep else self.mode
+
+    @cached_property
+    def preset(self) -> injection_map.InjectionMap:
+        return injection_map.load_injection(self.injection)
+
+    def families(
+        self, layers: Sequence[injection_map.Layer], gains: torch.Tensor | None
+    ) -> list[variants.Family]:
+        return variants.families(self.mode, self.sweep, self.preset, layers, self.strength, gains)
+
+    def pictures(
+        self, layers: Sequence[injection_map.Layer], gains: torch.Tensor | None
+    ) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+        """(names, scales [M, L]) of a row's distinct pictures; ``gains`` [M] of the row."""
+        kinds = self.families(layers, gains)
+        return variants.distinct([variant for kind in kinds for variant in kind.variants])
+
+    def tasks(
+        self, layers: Sequence[injection_map.Layer], gains: torch.Tensor | None, rows: Sequence[int]
+    ) -> list[Task]:
+        """Every distinct picture of every row. ``gains`` [n, M] of each row; None: registered."""
+        if gains is None:  # the same for every row
+            of_row = [self.pictures(layers, None)] * len(rows)
+        else:
+            of_row = [self.pictures(layers, own) for own in gains]
+        return [
+            Task(row, names, table)
+            for row, pictures in zip(rows, of_row, strict=True)
+            for names, table in pictures
+        ]
+
+
+def render(
+    series: Series,
+    run: RunDirectory,
+    renderer: Renderer,
+    embeddings: Mapping[str, torch.Tensor],
+    gains: torch.Tensor | None,
+    test: TestEEG,
+    rows: Sequence[int],
+    part: str,
+) -> None:
+    """Draw what is missing, batch by batch over stimuli and recipes, then the sheets.
+
+    ``gains`` [n, M]: fusion weights of each row; None: the registered ones.
+    """
+    from tqdm import tqdm
+
+    out, ids, layers = run.path, test.ids, renderer.injector.layers
+    journal = out / f"images{part}.jsonl"
+    tasks = series.tasks(layers, gains, rows)
+    done = drawn_already(out, journal)
+    about = {
+        "subject": test.subject,
+        "prompt_source": series.prompt_source,
+        "control": series.control,
+        "seed": series.seed,
+        "injection": series.injection,
+        "simulated": (test.source.parent / SIMULATED_NOTE).exists(),
+    }
+    stacked = torch.stack([embeddings[name] for name in NAMES], dim=1)
+    places = {row: place for place, row in enumerate(rows)}
+    kinds = series.families(layers, None if gains is None else gains[0])
+    active = {variant.name: variant.active for kind in kinds for variant in kind.variants}
+    missing = pending(tasks, done, ids)
+
+    def draw(by: Renderer, batch: Sequence[Task]) -> np.ndarray:
+        return by.draw(batch, stacked, ids, places)
+
+    size, automatic = series.batch_size, series.batch_size is None
+    if automatic and missing:
+        trial = [missing[k % len(missing)] for k in range(2)]
+        size = fitting_batch(renderer, lambda by, n: draw(by, trial[:n]), len(missing))
+    with tqdm(
+        total=len(tasks), initial=len(tasks) - len(missing), desc="drawing", unit="picture"
+    ) as bar:
+        made = drawn_batches(missing, size or 1, lambda batch: draw(renderer, batch), automatic)
+        for batch, pictures in made:
+            write_pictures(out, journal, done, batch, pictures, test, active, about)
+            bar.update(len(batch))
+    write_sheets(series, out, test, rows, kinds, part)
+
+
+def write_sheets(
+    series: Series,
+    out: Path,
+    test: TestEEG,
+    rows: Sequence[int],
+    kinds: Sequence[variants.Family],
+    part: str,
+) -> None:
+    """``overview.png`` of the first stimuli, and a contact sheet for each where there is more."""
+    from tqdm import tqdm
+
+    marks = marks_of(series.prompt_source, series.control)
+
+    def seen(row: int) -> list[tuple[str, Any]]:
+        views = stimulus_views(test.stimuli[row], series.slic_px) if test.stimuli else []
+        start = out / test.names[row] / marked("start", marks)
+        return [*views, ("start", read_picture(start))] if start.exists() else list(views)
+
+    sheet = overview(out, test, rows, seen, kinds, series.title, marks)
+    save_sheet(out / f"overview{part}.png", sheet)
+    if series.sweep or len(kinds[0].variants) == 1:  # the overview has it all
+        return
+    for row in tqdm(rows, desc="contact sheets", unit="sheet"):
+        path = out / test.names[row] / marked("sheet", marks)
+        if not path.exists():
+            save_sheet(path, contact_sheet(out, test.names[row], seen(row), kinds, marks))

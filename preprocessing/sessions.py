@@ -1,0 +1,242 @@
+"""One session: cut into trials, piece by piece, into a file of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocessing import quality
+from preprocessing.channels import Signal, prepare
+from preprocessing.epochs import CHUNK, Piece, Window, cut_all
+from preprocessing.recordings import Recorded, Session, Subject, Trials
+from preprocessing.whitening import condition_weights
+from rundirs.files import atomic_write, write_json
+from util import LOG, DataError
+
+PIECE_S = 120.0  # longest stretch of recording that is cut at once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is done to every session."""
+
+    channels: list[str]
+    interpolate: bool
+    reference: list[str] | None
+    band_hz: list[float] | None
+    epoch_s: list[float]
+    rate_hz: float
+    whiten: bool
+    dtype: str
+    seed: int
+    n_jobs: int
+
+    def window(self, raw_hz: float) -> Window:
+        return Window(self.epoch_s[0], self.epoch_s[1], raw_hz, self.rate_hz)
+
+    @property
+    def kept(self) -> int:
+        """Samples of a trial that are written."""
+        return self.window(self.rate_hz).kept
+
+    @property
+    def trial_bytes(self) -> int:
+        return len(self.channels) * self.kept * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Part:
+    """The kept trials of one session and partition, on disk.
+
+    ``conditions`` [n]: 0-based picture row of each; ``sigma`` [C, C]: their mean covariance, zero
+    if it was not asked for; ``evoked`` [C, T + baseline], mean over trials, in volts; ``times``.
+    """
+
+    trials: Path
+    conditions: np.ndarray
+    sigma: np.ndarray
+    evoked: np.ndarray
+    times: np.ndarray
+
+    def save(self) -> None:
+        with atomic_write(self.trials.with_suffix(".npz"), "wb") as file:
+            np.savez(
+                file,
+                conditions=self.conditions,
+                sigma=self.sigma,
+                evoked=self.evoked,
+                times=self.times,
+            )
+
+    @classmethod
+    def load(cls, trials: Path) -> Part:
+        with np.load(trials.with_suffix(".npz"), allow_pickle=False) as file:
+            return cls(trials, file["conditions"], file["sigma"], file["evoked"], file["times"])
+
+
+def choose(trials: Trials, repetitions: int | None, seed: int, path: Path) -> np.ndarray:
+    """Indices of the kept trials, by condition, then as drawn; all if ``repetitions`` is None.
+
+    Drawn as THINGS-EEG2 does. Raises DataError for a picture that was shown less often.
+    """
+    from sklearn.utils import shuffle
+
+    if repetitions is None:
+        return np.lexsort((trials.onsets, trials.conditions))
+    kept = []
+    for condition in np.unique(trials.conditions):
+        shown = np.flatnonzero(trials.conditions == condition)
+        if len(shown) < repetitions:
+            raise DataError(
+                path,
+                f"picture {condition + 1} was shown {len(shown)} times",
+                f"{repetitions} times in each session",
+                "the recording is incomplete: download it again",
+            )
+        kept.append(shuffle(shown, random_state=seed, n_samples=repetitions))
+    return np.concatenate(kept)
+
+
+def pieces(
+    signal: Signal, trials: Trials, window: Window, weights: np.ndarray | None
+) -> Iterator[Piece]:
+    """The recording around the trials, in the order of time, few trials and seconds at a time."""
+    first, last = window.offsets
+    order = np.argsort(trials.onsets)
+    longest = PIECE_S * window.raw_hz
+    begin = 0
+    while begin < len(order):
+        start = trials.onsets[order[begin]]
+        reach = np.searchsorted(trials.onsets[order], start + longest, side="right")
+        rows = order[begin : min(begin + CHUNK, max(int(reach), begin + 1))]
+        onsets = trials.onsets[rows] - (start + first)
+        stop = int(trials.onsets[rows[-1]]) + last + 1
+        yield Piece(
+            signal.read(int(start) + first, stop),
+            onsets,
+            rows,
+            None if weights is None else weights[rows],
+        )
+        begin += len(rows)
+
+
+def extract(
+    signal: Signal, trials: Trials, settings: Settings, path: Path, whiten: bool, label: str
+) -> Part:
+    """Cut the trials of a partition into ``path`` [n, C, T], row by row."""
+    from tqdm import tqdm
+
+    window = settings.window(signal.rate_hz)
+    weights = condition_weights(trials.conditions) if whiten else None
+    temporary = path.with_name(f".{path.name}.tmp")
+    evoked, sigma, times = 0.0, 0.0, None
+    with (
+        open(temporary, "wb") as file,
+        tqdm(total=len(trials.onsets), desc=label, unit="trial", leave=False) as bar,
+    ):
+        stretches = pieces(signal, trials, window, weights)
+        for chunk in cut_all(stretches, window, settings.dtype, settings.n_jobs):
+            if chunk.trials.shape[1:] != (len(settings.channels), window.kept):
+                raise ValueError(f"trials of {chunk.trials.shape[1:]}")
+            for row, trial in zip(chunk.rows.tolist(), chunk.trials, strict=True):
+                file.seek(row * settings.trial_bytes)
+                file.write(trial.tobytes())
+            evoked, sigma, times = evoked + chunk.evoked, sigma + chunk.sigma, chunk.times
+            bar.update(len(chunk.rows))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return Part(path, trials.conditions, sigma, evoked / len(trials.onsets), times)
+
+
+def process_session(
+    subject: Subject, session: Session, settings: Settings, folder: Path, sessions_left: int
+) -> None:
+    """Cut all trials of a session into ``folder``; its quality record is written last."""
+    records = []
+    for take in session.takes:
+        recorded = take.open()
+        signal = prepare(
+            recorded.raw,
+            recorded.path,
+            settings.channels,
+            settings.interpolate,
+            settings.reference,
+            settings.band_hz,
+        )
+        if signal.rate_hz < settings.rate_hz:
+            LOG.warning(
+                "%s: recorded at %g Hz, written at --rate %g: nothing above %g Hz is in it",
+                recorded.path,
+                signal.rate_hz,
+                settings.rate_hz,
+                signal.rate_hz / 2,
+            )
+        for partition in recorded.trials:
+            records.append(
+                _partition(
+                    subject, session, recorded, signal, partition, settings, folder, sessions_left
+                )
+            )
+        del recorded, signal  # of an hour's recording there is room for one
+    write_json(folder / f"{session.name}.json", records)
+
+
+def _partition(
+    subject: Subject,
+    session: Session,
+    recorded: Recorded,
+    signal: Signal,
+    partition: str,
+    settings: Settings,
+    folder: Path,
+    sessions_left: int,
+) -> dict[str, Any]:
+    """Cut one partition of a recording; what to know about its quality."""
+    trials = recorded.trials[partition]
+    inside = settings.window(signal.rate_hz).fits(trials.onsets, signal.samples)
+    fitting = Trials(trials.onsets[inside], trials.conditions[inside])
+    if not len(fitting.onsets):
+        raise DataError(
+            recorded.path,
+            f"no whole {partition} trial among {len(trials.onsets)}",
+            f"{settings.epoch_s[0]:g} to {settings.epoch_s[1]:g} s of recording around an event",
+            "shorten --epoch, or check the onsets",
+        )
+    kept = choose(fitting, subject.repetitions.get(partition), settings.seed, recorded.path)
+    check_disk(folder, len(kept) * settings.trial_bytes * (sessions_left + len(subject.sessions)))
+    part = extract(
+        signal,
+        Trials(fitting.onsets[kept], fitting.conditions[kept]),
+        settings,
+        part_path(folder, session, partition),
+        settings.whiten and partition == "training",
+        f"{subject.name} {session.name} {partition}",
+    )
+    part.save()
+    dropped = {"at the edge": int((~inside).sum()), "surplus": len(fitting.onsets) - len(kept)}
+    if partition == next(iter(recorded.trials)):  # events that are no trials are counted once
+        dropped = dict(recorded.dropped) | dropped
+    return quality.record(session.name, partition, signal, len(kept), dropped, part.evoked)
+
+
+def part_path(folder: Path, session: Session, partition: str) -> Path:
+    return folder / f"{session.name}_{partition}.trials"
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise DataError if what is still to be written does not fit."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            folder,
+            f"{free / 1e9:.1f} GB free",
+            f"{needed / 1e9:.1f} GB, for the sessions and the file made of them",
+            "make room, name another --output_path, or choose --dtype float32",
+        )

@@ -1,0 +1,151 @@
+"""Files that are whole or not there: JSON, CSV and JSON lines, and what identifies a file."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from util import DataError
+
+_HASHED_WHOLE = 1 << 28  # files above 256 MiB are identified by their size and both ends
+_END = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path``; it takes the name only when complete and on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes 0600; colleagues read run directories
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=1, ensure_ascii=False, default=str)
+        file.write("\n")
+
+
+def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+    """``pairs`` makes an object of its (key, value) pairs.
+
+    Raises DataError for a missing, empty or damaged file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
+        return json.loads(text, object_pairs_hook=pairs)
+    except FileNotFoundError:
+        raise DataError(
+            path, "no such file", "a JSON file", "run the stage that writes it first"
+        ) from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(
+            path, f"not JSON ({error})", "a JSON file", "delete it and rerun its stage"
+        ) from None
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table with one column per key of the first row, atomically."""
+    import csv
+
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a table with a header. Raises DataError for a missing or other file."""
+    import csv
+
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise DataError(
+            path, "no such file", "a CSV table", "run the stage that writes it first"
+        ) from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(
+            path, f"not CSV ({error})", "a CSV table", "delete it and rerun its stage"
+        ) from None
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line with a single write, so that a kill leaves at most one torn last line."""
+    line = json_line(record)
+    with open(path, "ab") as file:
+        if file.tell() and not _ends_with_newline(path):
+            line = "\n" + line
+        file.write(line.encode())
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole records; a line torn by a kill, and what is no record, is skipped."""
+    records = []
+    if Path(path).exists():
+        for line in Path(path).read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a whole file, however large."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(_END), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file; above 256 MiB of its size and first and last MiB (prefix ``ends:``)."""
+    path = Path(path)
+    size = path.stat().st_size
+    if size <= _HASHED_WHOLE:
+        return sha256(path)
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(str(size).encode() + file.read(_END))
+        file.seek(-_END, os.SEEK_END)
+        digest.update(file.read())
+    return "ends:" + digest.hexdigest()
+
+
+def json_hash(content: Any) -> str:
+    """sha256 of JSON-able content, keys sorted. Anything else is a TypeError, never a str."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

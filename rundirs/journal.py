@@ -1,0 +1,39 @@
+"""The journal of pictures that generate.py writes, and that evaluate.py and report.py read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rundirs.files import read_jsonl
+from util import DataError
+
+
+def drawn_already(out: Path, journal: Path) -> set[tuple[int, str]]:
+    """(stimulus, recipe) of the pictures that the journal lists and the disk has."""
+    return {
+        (record["stimulus"], record["recipe"])
+        for record in read_jsonl(journal)
+        if (out / record["file"]).exists()
+    }
+
+
+def read_journal(images: Path) -> list[dict[str, Any]]:
+    """The journal of a generate.py run, of all its shards, a record per picture; [] without one."""
+    records = [
+        record for path in sorted(images.glob("images*.jsonl")) for record in read_jsonl(path)
+    ]
+    return list({(record["stimulus"], record["recipe"]): record for record in records}.values())
+
+
+def read_run(images: Path) -> list[dict[str, Any]]:
+    """As :func:`read_journal`. Raises DataError without a picture."""
+    records = read_journal(images)
+    if not records:
+        raise DataError(
+            images,
+            "no pictures",
+            "the output of generate.py",
+            "run that stage; it goes on where it stopped",
+        )
+    return records

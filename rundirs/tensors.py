@@ -1,0 +1,93 @@
+"""Tensors on disk: safetensors with a JSON header, and torch files without running anything."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rundirs.files import atomic_write
+from util import DataError
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]
+) -> None:
+    """Write safetensors atomically, ``header`` as one JSON string in the file's own metadata."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path, "wb") as file:
+        file.write(save(whole, metadata={"header": json.dumps(header, default=str)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read safetensors and its JSON header ({} if it has none). Raises DataError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            if not isinstance(header, dict):
+                raise ValueError("a header of another kind")
+            return {name: file.get_tensor(name) for name in file.keys()}, header
+    except FileNotFoundError:
+        raise DataError(
+            path, "no such file", "a safetensors file", "run the stage that writes it"
+        ) from None
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise DataError(
+            path,
+            f"unreadable ({error})",
+            "a complete safetensors file",
+            "it was cut short or is of another kind: copy or make it again",
+        ) from None
+
+
+_UNLOADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    OverflowError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+
+
+def load_torch(path: Path, expected: str, cure: str) -> dict[Any, Any]:
+    """A dict that ``torch.save`` wrote, on the CPU; nothing in it is run. Raises DataError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickle protocols
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNLOADABLE as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # whose message advises to run the file
+            reason = "it holds more than tensors and plain values, or is damaged"
+        raise DataError(path, f"unreadable ({reason})", expected, cure) from None
+    if not isinstance(content, dict):
+        raise DataError(path, f"a {type(content).__name__}", expected, cure)
+    return content
+
+
+def save_torch(path: Path, content: Mapping[str, Any]) -> None:
+    """What :func:`load_torch` reads; whole or not at all. OSError for a full disk."""
+    try:
+        with atomic_write(path, "wb") as file:
+            torch.save(dict(content), file)
+    except RuntimeError as error:  # torch complains of its half-written archive instead
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
