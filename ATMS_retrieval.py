@@ -29,7 +29,7 @@ from util import WHOLE, Part
 
 
 class ContrastiveObjective:
-    """Loss and validation of encoder-only training, for :func:`engine.fit`."""
+    """Loss and validation of encoder-only training, for :func:`training.loop.fit`."""
 
     def __init__(self, decoder: Decoder, data: TrainingData, contrast: Contrast) -> None:
         self.decoder, self.data, self.contrast = decoder, data, contrast

@@ -128,5 +128,5 @@ QUANTITIES = ("velocity", "noise", "embedding")  # what priors may predict, see 
 
 
 def marks_of(prompt_source: str, control: str | None) -> tuple[str, ...]:
-    """Keys of args.MARKS for pictures that do not show what was decoded from the EEG alone."""
+    """Keys of MARKS for pictures that do not show what was decoded from the EEG alone."""
     return tuple(name for name in (prompt_source, control) if name in MARKS)

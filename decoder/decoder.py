@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.encoder, self.bank, self.projector = encoder, bank, projector
         self.signal, self.clip = dict(signal), dict(clip)
-        # by validation, for fusion.py and for aligners.spread_factors
+        # by validation, for decoder/fusion.py and aligners.spread_factors
         self.calibration: dict[str, dict[str, float]] | None = None
         self.held_out: list[list[float]] | None = None
 

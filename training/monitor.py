@@ -1,6 +1,6 @@
 """What people see of a training: losses, their sums, a first-minute check, trackers.
 
-``training`` is engine.py's state of a run.
+``training`` is loop.py's state of a run.
 """
 
 from __future__ import annotations
