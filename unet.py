@@ -118,7 +118,7 @@ class DiffusionPriorUNet(nn.Module):
 
     @classmethod
     def stack_of(cls, priors: Sequence[DiffusionPriorUNet]) -> DiffusionPriorUNet:
-        """The priors of one build as one, which are given one condition: see ``subject_layers/stacked.py``."""
+        """The priors of one build as one, which are given one condition: see ``stacked.py``."""
         made = stacked(priors)
         made.stack = len(priors)
         return made

@@ -258,7 +258,7 @@ def _endless(loader: Any) -> Any:
 
 
 class OurStep:
-    """``training/loop.py``'s step on memory-mapped trials, with one noise per sample like the other."""
+    """``training/loop.py``'s step on memory-mapped trials, one noise per sample like the other."""
 
     def __init__(self, decoder: Decoder, data: dataset.TrainingData, batch: int, out: Path) -> None:
         schedule = Schedule(

@@ -202,7 +202,7 @@ def draw(
 ) -> np.ndarray:
     """One picture per row, uint8 [B, size_px, size_px, 3].
 
-    ``embeddings`` [B, M, D] un-normalised CLIP vectors; ``scales`` [B, M, L] of injection_map.scales.
+    ``embeddings`` [B, M, D] un-normalised; ``scales`` [B, M, L] of injection_map.scales.
     ``noise_seeds``: a row's noise comes from a CPU generator of its own, so that a picture does not
     depend on its batch. ``start`` [B, 4, h, w]: latents to begin from instead of pure noise.
     Raises ValueError for shapes and for NaN.

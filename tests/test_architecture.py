@@ -372,3 +372,40 @@ def test_injection_presets_load_and_reach_a_layer(preset):
     assert len(layers) == 70
     total = sum(loaded.scale(name, layer) for name in modalities.NAMES for layer in layers)
     assert total > 0
+
+
+def _listed(text: str) -> list[str]:
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    return sorted(line for line in lines if line)
+
+
+def test_the_dependencies_are_those_that_are_installed():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = text.split("dependencies = [", 1)[1].split("]\n", 1)[0]
+    stated = [name.strip().strip(",").strip('"') for name in _listed(block)]
+    assert stated == _listed((ROOT / "requirements.txt").read_text(encoding="utf-8"))
+
+
+ROOT_MODULES = {
+    *(program for program in PROGRAMS.values() if program.endswith(".py")),
+    *(
+        f"{name}.py"
+        for name in ("args", "loss", "masking", "metrics", "modalities", "unet", "util")
+    ),
+}
+
+
+def test_the_root_holds_the_users_names_and_the_stages_only():
+    assert {path.name for path in ROOT.glob("*.py")} == ROOT_MODULES
+
+
+LONGEST_FILE, LONGEST_ARGS = 500, 750
+
+
+def test_files_are_short():
+    found = []
+    for path in _sources():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > (LONGEST_ARGS if path.name == "args.py" else LONGEST_FILE):
+            found.append(f"{path.relative_to(ROOT)}: {lines} lines")
+    assert found == []

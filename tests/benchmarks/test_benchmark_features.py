@@ -13,6 +13,7 @@ from PIL import Image
 from skimage.data import astronaut
 
 import util
+from features.clip import Clip
 from miniworld import models
 from rundirs.files import read_json
 
@@ -83,10 +84,8 @@ def test_stage_1_makes_the_bare_model_s_features(features, photos, tmp_path, wor
 
 
 def test_other_features_end_the_run(features, photos, monkeypatch):
-    encode = features.stage.Clip.encode_pictures
-    monkeypatch.setattr(
-        features.stage.Clip, "encode_pictures", lambda self, crops: encode(self, crops) + 1
-    )
+    encode = Clip.encode_pictures
+    monkeypatch.setattr(Clip, "encode_pictures", lambda self, crops: encode(self, crops) + 1)
     with pytest.raises(SystemExit, match="differ by"):
         features.main([*SMALL, *_mini_clip(), "--num_workers", "0", "--pictures", str(photos)])
 

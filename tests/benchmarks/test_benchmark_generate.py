@@ -19,6 +19,7 @@ from helpers_benchmarks import loaded
 
 from modalities import recipes
 from rundirs.files import read_json
+from sdxl.attention import InjectedAttention
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "generate.py"
 ROWS = (
@@ -99,9 +100,7 @@ def test_other_pictures_end_the_run(benchmark):
 
 
 def test_other_attention_ends_the_run(benchmark, monkeypatch):
-    monkeypatch.setattr(
-        benchmark.injection.InjectedAttention, "injected", lambda self, q: torch.zeros_like(q)
-    )
+    monkeypatch.setattr(InjectedAttention, "injected", lambda self, q: torch.zeros_like(q))
     with pytest.raises(SystemExit, match="differs from diffusers'"):
         benchmark.ip_attention(2, 8, 64, 2, rounds=1, seed=0)
 
