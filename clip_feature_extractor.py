@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import args
 
@@ -25,9 +25,6 @@ from features.views import Views
 from rundirs.directory import RunDirectory, open_run
 from rundirs.files import file_hash, json_hash
 from util import DataError
-
-if TYPE_CHECKING:
-    pass
 
 
 def picture_hash(stimuli: Sequence[Stimulus]) -> str:

@@ -22,8 +22,8 @@ if __name__ == "__main__":
 import util
 from miniworld import judge, models, quality
 from rundirs.files import atomic_write
+from util import CHECKOUT
 
-HERE = Path(__file__).resolve().parent
 SUBJECT = "sub-01"
 PRIOR_STEPS = 10  # half of the default, for time
 PRIOR_DRAWS = 32  # four times the default: miniature priors are quick
@@ -57,8 +57,8 @@ QUICK = Scale(1, 100, 2, 40, 30, 2)
 
 
 def seen_from_here(path: Path) -> Path:
-    """The path as the stages, which run in HERE, are to be given it."""
-    return path if Path.cwd() == HERE else path.resolve()
+    """The path as the stages, which run in CHECKOUT, are to be given it."""
+    return path if Path.cwd() == CHECKOUT else path.resolve()
 
 
 def flags(**values: object) -> list[str]:
@@ -208,7 +208,7 @@ def run(plan: Sequence[tuple[str, list[str]]]) -> int:
     for number, (what, command) in enumerate(plan):
         print(f"\n[{number + 1}/{len(plan)}] {what}\n$ python {shlex.join(command)}", flush=True)
         started = time.monotonic()
-        code = subprocess.run([sys.executable, *command], cwd=HERE, check=False).returncode
+        code = subprocess.run([sys.executable, *command], cwd=CHECKOUT, check=False).returncode
         if code:
             print(f"stopped: this stage ended with exit code {code}", file=sys.stderr)
             return code

@@ -35,16 +35,11 @@ from sdxl.loading import check_sdxl
 from unet import Sampling
 from util import UserError
 
-# ---------------------------------------------------------------- embeddings + recipes -> pictures
-
 
 def shard_rows(count: int, shard: str) -> list[int]:
     """Rows of the i-th of n parts; every row is in exactly one part."""
     index, parts = parse_shard(shard)
     return list(range(index - 1, count, parts))
-
-
-# ---------------------------------------------------------------- the stage
 
 
 def oracle_prompts(captions: Path | None, stimuli: Sequence[Stimulus] | None) -> list[str]:
@@ -76,9 +71,6 @@ def model_inputs(values: Any, test: TestEEG) -> dict[str, str]:
         if values.init == "superpixel"
         else "",
     }
-
-
-# ---------------------------------------------------------------- opening
 
 
 def open_model(values: Any) -> tuple[Decoder, TestEEG]:

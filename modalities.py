@@ -124,7 +124,8 @@ ENCODERS = ("ATMS", "EEGProject", "NICE")  # this project's own; other names are
 AUTO = "auto"
 EACH = "each"
 FINAL = "final"
-QUANTITIES = ("velocity", "noise", "embedding")  # what priors may predict, see unet.PriorBank
+# what priors may predict: any of them follows from another, given x_t and t; see unet.PriorBank
+QUANTITIES = ("velocity", "noise", "embedding")
 
 
 def marks_of(prompt_source: str, control: str | None) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from loss import LossTerms, stacked_prior_loss
-from modalities import NAMES
+from modalities import NAMES, QUANTITIES
 from subject_layers.dropout import Dropout
 from subject_layers.stacked import keep_separate_state, stacked
 from util import WHOLE, Part, generator_for
@@ -312,9 +312,6 @@ class TargetSpace(nn.Module):
             raise ValueError(
                 f"cond {tuple(cond.shape)} and {len(seeds)} seeds, expected [B, C] and B seeds"
             )
-
-
-QUANTITIES = ("velocity", "noise", "embedding")  # any of them follows from another, given x_t and t
 
 
 class PriorBank(TargetSpace):

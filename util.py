@@ -1,4 +1,4 @@
-"""What every stage shares: errors, run directories, atomic files, safetensors, hashes, seeds."""
+"""What every stage shares: errors and exit codes, the log, seeds, devices, parts of a batch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import torch
 LOG = logging.getLogger("eeg2image")
 # of --precision: what autocast computes products in; float32 needs none
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHECKOUT = Path(__file__).resolve().parent  # the scripts, configs/ and all packages
 PREEMPTED = 75  # EX_TEMPFAIL: saved and stopped on a signal; the same command goes on
 CLAIM_SECONDS = 120  # that a stage waits for another process in its output directory
 _LONGEST = 2000  # characters of what a message says was found
@@ -167,7 +168,7 @@ def _close_log() -> None:
         handler.close()
 
 
-# ---------------------------------------------------------------- tensors
+# ---------------------------------------------------------------- parts of a batch
 
 
 @dataclass(frozen=True)

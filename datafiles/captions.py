@@ -12,6 +12,10 @@ from datafiles.user_tables import first_of, read_columns
 from rundirs.files import read_json
 from util import LOG, DataError
 
+CAPTION_KEYS = (*STIMULUS_COLUMNS, "concept")
+_CAPTIONS = f"columns caption and {' or '.join(CAPTION_KEYS)}, or a JSON object of the same"
+_CAPTIONS_CURE = "see docs/own_recordings.md, Captions"
+
 
 def composed(text: str) -> str:
     """One spelling of what looks the same: macOS decomposes letters with accents."""
@@ -99,8 +103,3 @@ def caption(stimulus: Stimulus, captions: Mapping[str, str], template: str) -> s
     """The caption of the picture, else of its concept, else the template."""
     found = captions.get(composed(stimulus.key)) or captions.get(composed(stimulus.concept))
     return found or template.format(concept=stimulus.concept)
-
-
-CAPTION_KEYS = (*STIMULUS_COLUMNS, "concept")
-_CAPTIONS = f"columns caption and {' or '.join(CAPTION_KEYS)}, or a JSON object of the same"
-_CAPTIONS_CURE = "see docs/own_recordings.md, Captions"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from evaluation.opening import Opened
 from unet import PriorBank
+from util import CHECKOUT
 
-LITERATURE = Path(__file__).parents[1] / "configs" / "literature.yaml"
+LITERATURE = CHECKOUT / "configs" / "literature.yaml"
 PROTOCOL = {
     "retrieval": "cosine, whole test gallery, EEG averaged over repetitions; "
     "k-way = exact expectation over distractors; MRR = mean reciprocal rank; back = from the "

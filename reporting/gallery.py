@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from modalities import recipes
-from reporting.material import HERE, Drawing, Scores, World
+from reporting.material import Drawing, Scores, World
 from reporting.thumbnails import Thumbnails
 from reporting.words import CONTROL_LABELS, HEADLINE_METRICS, as_number, recipe_labels, recipe_title
+from util import CHECKOUT
 
 
 def main_and_controls(drawings: Sequence[Drawing]) -> tuple[list[Drawing], list[Drawing]]:
@@ -75,7 +76,7 @@ def belongs(scores: Scores, drawing: Drawing) -> bool:
     options = scores.run.options
     recorded = [options.get("images"), *(options.get("control_images") or [])]
     recorded = [name for name in recorded if name]
-    paths = {path.resolve() for one in recorded for path in (Path(one), HERE / one)}
+    paths = {path.resolve() for one in recorded for path in (Path(one), CHECKOUT / one)}
     existing = {path for path in paths if path.exists()}
     return not existing or drawing.run.path.resolve() in existing
 

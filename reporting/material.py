@@ -14,9 +14,8 @@ from datafiles.stimuli import IMAGE_FOLDER, Stimulus, list_stimuli
 from reporting.words import MOST_SUBJECTS, marks_of
 from rundirs.files import read_csv, read_json
 from rundirs.journal import read_journal
-from util import DataError, UserError
+from util import CHECKOUT, DataError, UserError
 
-HERE = Path(__file__).resolve().parents[1]
 STAGES = ("train", "retrieval", "generate", "evaluate")  # whose runs are shown
 
 
@@ -185,7 +184,7 @@ def _recorded_paths(run: Run, name: str) -> Iterator[Path]:
     """A recorded path as it was given, from here and from the checkout, where it exists."""
     value = run.options.get(name)
     if value:
-        yield from (path for path in (Path(value), HERE / value) if path.exists())
+        yield from (path for path in (Path(value), CHECKOUT / value) if path.exists())
 
 
 def find_data(given: Path | None, runs: Sequence[Run]) -> Path | None:

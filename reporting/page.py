@@ -28,7 +28,6 @@ from reporting.figures.scores import (
 from reporting.figures.training import training_figures
 from reporting.gallery import gallery_data, gallery_pictures, main_and_controls
 from reporting.material import (
-    HERE,
     RECORDS,
     Drawing,
     Material,
@@ -55,9 +54,9 @@ from reporting.thumbnails import Thumbnails
 from reporting.words import INTERVAL, MOST_SUBJECTS, marks_of, number, plain
 from rundirs.files import file_hash, json_hash, read_jsonl
 from sdxl import injection_map
-from util import StageError, UserError
+from util import CHECKOUT, StageError, UserError
 
-TEMPLATES = HERE / "reporting" / "templates"
+TEMPLATES = CHECKOUT / "reporting" / "templates"
 GENERATOR = "eeg2image report.py"
 
 
@@ -66,8 +65,8 @@ def page_hash(
 ) -> str:
     """sha256 over everything the page shows and the code that shows it."""
     beside = ("report", "args", "modalities", "sdxl/injection_map", "datafiles/electrodes")
-    code = [HERE / f"{name}.py" for name in beside]
-    code += sorted((HERE / "reporting").rglob("*.py"))
+    code = [CHECKOUT / f"{name}.py" for name in beside]
+    code += sorted((CHECKOUT / "reporting").rglob("*.py"))
     code += sorted([*TEMPLATES.iterdir(), *injection_map.PRESETS.glob("*.yaml")])
     records = {
         run.label: {
@@ -79,7 +78,7 @@ def page_hash(
     }
     return json_hash(
         {
-            "code": {str(path.relative_to(HERE)): file_hash(path) for path in code},
+            "code": {str(path.relative_to(CHECKOUT)): file_hash(path) for path in code},
             "runs": records,
             "labels": list(labels),
             "pictures": sorted(["/".join(path.parts[-3:]), of] for path, of in pictures.items()),

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from util import CHECKOUT
 
 
 def environment() -> dict[str, Any]:
@@ -60,8 +61,9 @@ def commit() -> str:
     """HEAD of this checkout, ``+dirty`` with uncommitted changes, ``unknown`` outside git."""
     if shutil.which("git") is None:
         return "unknown"
-    here = Path(__file__).parents[1]
-    git = functools.partial(subprocess.run, cwd=here, capture_output=True, text=True, check=False)
+    git = functools.partial(
+        subprocess.run, cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
     head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
     if not head:
         return "unknown"

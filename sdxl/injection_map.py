@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -23,10 +22,7 @@ import modalities
 import util
 from rundirs.yaml_files import read_yaml
 
-if TYPE_CHECKING:
-    pass
-
-PRESETS = Path(__file__).parents[1] / "configs" / "injection"
+PRESETS = util.CHECKOUT / "configs" / "injection"
 # ---------------------------------------------------------------- sites and layers
 
 

@@ -9,9 +9,7 @@ from torch import nn
 
 import util
 
-SDXL_CONFIG = (
-    Path(__file__).parents[1] / "configs" / "sdxl"
-)  # SDXL-base's own configs, without weights
+SDXL_CONFIG = util.CHECKOUT / "configs" / "sdxl"  # SDXL-base's own, without weights
 
 
 def read_shapes(path: Path, expected: str) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ import pytest
 
 import args
 import demo
+import util
 from cli.parser import _PROGRAMS
 from rundirs.files import read_json
 
@@ -63,7 +64,12 @@ def quick_demo(tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("quick") / "out"
     command = [sys.executable, "demo.py", "--quick", "--output_path", str(out)]
     done = subprocess.run(
-        command, cwd=demo.HERE, env=dict(os.environ), capture_output=True, text=True, check=False
+        command,
+        cwd=util.CHECKOUT,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done.stdout

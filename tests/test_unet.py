@@ -9,9 +9,9 @@ from helpers_golden import assert_golden, golden_input, golden_state, prior_shap
 import unet
 from decoder.aligners import aligner_from
 from loss import LossTerms, prior_loss, prior_total
-from modalities import MODALITIES, NAMES
+from modalities import MODALITIES, NAMES, QUANTITIES
 from subject_layers import stacked
-from unet import QUANTITIES, TRAIN_STEPS, DiffusionPriorUNet, PriorBank, sampler_named
+from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank, sampler_named
 
 D, C = 6, 5
 

@@ -19,10 +19,10 @@ from decoder.aligners import ALIGNERS, Alignment, aligner_from, new_aligner
 from decoder.atms import ATMS
 from decoder.decoder import Decoder
 from loss import prior_loss, prior_total
-from modalities import MODALITIES, NAMES
+from modalities import MODALITIES, NAMES, QUANTITIES
 from rundirs.files import read_jsonl
 from rundirs.tensors import load_tensors, save_tensors
-from unet import QUANTITIES, PriorBank, Sampling, TargetSpace
+from unet import PriorBank, Sampling, TargetSpace
 
 KINDS = tuple(ALIGNERS)
 REGRESSIONS = ("mlp", "none")
