@@ -22,8 +22,8 @@ from cli.parser import (
     batch_size,
     contrast_layer,
     count,
+    divisible_by_8,
     non_negative,
-    picture_size,
     positive,
     positive_int,
     proper_share,
@@ -33,7 +33,7 @@ from cli.parser import (
 )
 from modalities import AUTO, CONTROLS, EACH, ENCODERS, FINAL, QUANTITIES, TEXT_TEMPLATE
 
-PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
+MODEL_PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
     "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
     # distilled models: no guidance, few steps that start at pure noise
     "turbo": {"steps": 4, "guidance": 0.0, "size": 512, "timestep_spacing": "trailing",
@@ -177,7 +177,7 @@ def _superpixel_size(group: FlagGroup) -> None:
 # ---------------------------------------------------------------- the stages
 
 
-def preprocess() -> Parser:
+def preprocess_parser() -> Parser:
     parser = Parser(
         "preprocess",
         "Stage 0: raw EEG -> DATA/Preprocessed_data_250Hz/sub-XX, which all later stages read.\n"
@@ -229,7 +229,7 @@ def preprocess() -> Parser:
     return parser
 
 
-def check() -> Parser:
+def check_parser() -> Parser:
     parser = Parser(
         "check",
         "Before the first stage: what is there, missing or inconsistent in a data folder. Reads\n"
@@ -251,7 +251,7 @@ def check() -> Parser:
     return parser
 
 
-def features() -> Parser:
+def features_parser() -> Parser:
     parser = Parser(
         "features",
         "Stage 1: encode the stimuli once into five CLIP embeddings each.",
@@ -299,7 +299,7 @@ def features() -> Parser:
     return parser
 
 
-def train() -> Parser:
+def train_parser() -> Parser:
     parser = Parser(
         "train",
         "Stage 2: fit the EEG encoder and what makes five embeddings of its output, jointly.",
@@ -346,7 +346,7 @@ def train() -> Parser:
     return parser
 
 
-def retrieval() -> Parser:
+def retrieval_parser() -> Parser:
     parser = Parser(
         "retrieval",
         "Contrastive pre-training of the EEG encoder, scored by retrieval on held-out concepts.",
@@ -395,7 +395,7 @@ def _control(group: FlagGroup) -> None:
         "embedding, or the stimulus' own embeddings (the ceiling); marked in every output")
 
 
-def generate() -> Parser:
+def generate_parser() -> Parser:
     parser = Parser(
         "generate",
         "Stage 3: predict the five embeddings from EEG and draw them with SDXL, layer-wise.",
@@ -428,7 +428,7 @@ def generate() -> Parser:
     group.add("--vae_path", per_call=True, metavar="FILE|DIR",
         help="another VAE, e.g. an fp16-safe one, or TAESDXL for quick previews")
     group = parser.flags("pictures")
-    group.add("--preset", choices=tuple(PRESETS), default="sdxl",
+    group.add("--preset", choices=tuple(MODEL_PRESETS), default="sdxl",
         help="steps, guidance, size and scheduler for SDXL or for a model distilled from it; each "
         "can still be given by its own flag")
     group.add("--mode", choices=modalities.MODES, default="fused", help="which recipes to draw")
@@ -453,7 +453,7 @@ def generate() -> Parser:
     group.add("--captions", type=Path, per_call=True, metavar="CSV|JSON",
         help="captions for --prompt_source oracle")
     _superpixel_size(group)
-    group.add("--size", type=picture_size, default=768, metavar="PX", help="width and height")
+    group.add("--size", type=divisible_by_8, default=768, metavar="PX", help="width and height")
     group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
     group.add("--guidance", type=non_negative, default=5.0, metavar="SCALE",
         help="SDXL classifier-free guidance; up to 1 = none")
@@ -489,7 +489,7 @@ def generate() -> Parser:
     return parser
 
 
-def evaluate() -> Parser:
+def evaluate_parser() -> Parser:
     parser = Parser(
         "evaluate",
         "Stage 4: retrieval and picture scores on the test concepts, each beside its controls.",
@@ -550,7 +550,7 @@ def evaluate() -> Parser:
     return parser
 
 
-def report() -> Parser:
+def report_parser() -> Parser:
     parser = Parser(
         "report",
         "Stage 5: one self-contained HTML page from any runs; it opens from disk, without network.",
@@ -569,7 +569,7 @@ def report() -> Parser:
     return parser
 
 
-def world() -> Parser:
+def world_parser() -> Parser:
     parser = Parser(
         "world",
         "Write the embedded world: procedural pictures, SIMULATED EEG, miniature models.",
@@ -604,7 +604,7 @@ def world() -> Parser:
 PRETRAIN_STEPS = {"vae": 8000, "clip": 6600, "judge": 1500, "generator": 33000}
 
 
-def pretrain() -> Parser:
+def pretrain_parser() -> Parser:
     parser = Parser(
         "pretrain",
         "Train the miniature CLIP, SDXL and IP-Adapter and the judge on rendered pictures.",
@@ -627,7 +627,7 @@ def pretrain() -> Parser:
     return parser
 
 
-def demo() -> Parser:
+def demo_parser() -> Parser:
     parser = Parser(
         "demo",
         "The whole chain on the embedded miniature world: CPU, no downloads, simulated EEG.",
@@ -643,17 +643,17 @@ def demo() -> Parser:
 
 
 STAGES: dict[str, Callable[[], Parser]] = {
-    "check": check,
-    "preprocess": preprocess,
-    "features": features,
-    "train": train,
-    "retrieval": retrieval,
-    "generate": generate,
-    "evaluate": evaluate,
-    "report": report,
-    "world": world,
-    "pretrain": pretrain,
-    "demo": demo,
+    "check": check_parser,
+    "preprocess": preprocess_parser,
+    "features": features_parser,
+    "train": train_parser,
+    "retrieval": retrieval_parser,
+    "generate": generate_parser,
+    "evaluate": evaluate_parser,
+    "report": report_parser,
+    "world": world_parser,
+    "pretrain": pretrain_parser,
+    "demo": demo_parser,
 }
 # ---------------------------------------------------------------- resolving
 
@@ -681,7 +681,7 @@ def resolve(stage: str, argv: Sequence[str] | None = None) -> Options:
         else:
             values[name], provenance[name] = action.default, "default"
     if stage == "generate":
-        for name, value in PRESETS[values["preset"]].items():
+        for name, value in MODEL_PRESETS[values["preset"]].items():
             if provenance[name] == "default":
                 values[name] = value
                 provenance[name] = f"default of --preset {values['preset']}"

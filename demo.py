@@ -31,11 +31,11 @@ TRAINING_REPETITIONS = 2  # with as many trials, more pictures teach more
 TIME_WINDOW_S = (0.0, 0.6)  # after it, the simulated brain is silent
 # the 17 posterior channels of the published 100 Hz files: a linear classifier reads as much of the
 # picture from them as from all 63 simulated ones, and the encoder's work is a quarter
-CHANNELS = (
+POSTERIOR_CHANNELS = (
     "Pz", "P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8",
     "POz", "PO3", "PO4", "PO7", "PO8", "O1", "Oz", "O2",
 )  # fmt: skip
-CONTROLS = ("shuffled_eeg", "true_embedding")  # drawn, too: chance and a perfect decoder
+DRAWN_CONTROLS = ("shuffled_eeg", "true_embedding")  # drawn, too: chance and a perfect decoder
 REPORT = "report.html"
 SUPERPIXEL_PX = 128  # half the pictures' own size: a quarter of the time, and CLIP sees 64
 
@@ -115,7 +115,7 @@ def training(
         "data_path": out / "world" / "data",
         "clip_feature_path": out / "clip_features",
         "output_dir": out / name,
-        "channels": CHANNELS,
+        "channels": POSTERIOR_CHANNELS,
         "time_window": TIME_WINDOW_S,
         "epochs": scale.epochs,
         "noise_draws": 2,
@@ -177,7 +177,7 @@ def scoring(out: Path, seed: int, images: str, name: str, **more: object) -> tup
 
 def reporting(out: Path) -> tuple[str, list[str]]:
     """Stage 5: one page of everything, ``out/report.html``."""
-    runs = tuple(out / name for name in ("model", "images", *CONTROLS, "scores"))
+    runs = tuple(out / name for name in ("model", "images", *DRAWN_CONTROLS, "scores"))
     given = flags(runs=runs, output=out / REPORT)
     return "stage 5: one page to open from disk", ["report.py", *given]
 
@@ -189,14 +189,14 @@ def plan_of(out: Path, seed: int, scale: Scale) -> list[tuple[str, list[str]]]:
         drawing(out, seed, scale.drawn, "images", "all"),
         *(
             drawing(out, seed, scale.drawn, control, "fused", control=control)
-            for control in CONTROLS
+            for control in DRAWN_CONTROLS
         ),
         scoring(
             out,
             seed,
             "images",
             "scores",
-            control_images=tuple(out / control for control in CONTROLS),
+            control_images=tuple(out / control for control in DRAWN_CONTROLS),
             occlusion=("channels", "time"),
         ),
         reporting(out),
@@ -220,9 +220,9 @@ def judged(out: Path, seed: int) -> str:
     """What the judge, a classifier for scoring only, sees in the drawn pictures."""
     model = judge.load(models.Models(out / "world" / "models").judge)
     data = out / "world" / "data"
-    runs = ("images", *CONTROLS)
+    runs = ("images", *DRAWN_CONTROLS)
     found = {name: quality.judged_run(model, out / name, data) for name in runs}
-    rows = found["images"] | {f"fused, {name}": found[name]["fused"] for name in CONTROLS}
+    rows = found["images"] | {f"fused, {name}": found[name]["fused"] for name in DRAWN_CONTROLS}
     return (
         "Attributes of the stimulus that an independent judge finds in the picture drawn from "
         f"simulated EEG; mean [95 % bootstrap], seed {seed}\n\n" + quality.judge_table(rows, seed)

@@ -89,7 +89,7 @@ def score(run: Path, values: Any, opened: Opened, inputs: Mapping[str, Any]) -> 
         "simulated": is_simulated(values.data_path)
         or any(group.simulated for group in opened.groups),
         "inputs": dict(inputs),
-        "weights": {name: networks.weights_hash(path) for name, path in opened.weights.items()},
+        "weights": {name: networks.weight_file_hash(path) for name, path in opened.weights.items()},
         **environment(),
     }
 

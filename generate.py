@@ -23,7 +23,7 @@ from dataset import TestEEG, open_test
 from decoder import controls, fusion, low_level
 from decoder.decoder import Decoder, model_file
 from generation.renderer import open_renderer
-from generation.series import Series, render
+from generation.series import Series, draw_series
 from generation.starts import coarse_starts, encode_starts
 from modalities import AUTO, MODALITIES, TEXT_TEMPLATE, marks_of, recipes
 from rundirs.directory import RunDirectory, open_run
@@ -136,7 +136,7 @@ def draw_run(
         values.restore_variance,
     )
     given = (decoder.to(device), test, rows)
-    embeddings = controls.predict(
+    embeddings = controls.predict_embeddings(
         *given, sampling, values.seed, values.control, values.clip_feature_path
     )
     gains = predicted_gains(values, *given, device)
@@ -165,7 +165,7 @@ def draw_run(
         None if values.batch_size == AUTO else values.batch_size,
         values.superpixel_size,
     )
-    render(series, run, renderer, embeddings, gains, test, rows, part)
+    draw_series(series, run, renderer, embeddings, gains, test, rows, part)
 
 
 @util.command

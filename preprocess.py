@@ -72,7 +72,7 @@ def check_all_shown(subject: Subject, seen: Mapping[str, set[int]], data_path: P
             )
 
 
-def settings_from(values: Any, channels: Sequence[str]) -> Settings:
+def session_settings(values: Any, channels: Sequence[str]) -> Settings:
     """Raises UserError for what later stages would take for another kind of file."""
     settings = Settings(
         list(channels),
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = args.resolve("preprocess", argv)
     values = options.values
     subjects = find_subjects(values)
-    settings = settings_from(values, find_channels(values, subjects))
+    settings = session_settings(values, find_channels(values, subjects))
     root = Path(values.output_path or values.data_path) / EEG_FOLDER
     inputs = {subject.name: subject.inputs() for subject in subjects}
     plan = [

@@ -70,7 +70,7 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
-def _block(width_in: int, width_out: int, dropout: float) -> nn.Sequential:
+def _mlp_block(width_in: int, width_out: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width_in, width_out), nn.LayerNorm(width_out), nn.SiLU(), Dropout(dropout)
     )
@@ -108,12 +108,12 @@ class DiffusionPriorUNet(nn.Module):
         self.encode_cond_embedding = nn.ModuleList(
             nn.Linear(cond_dim, width) for width in down[:-1]
         )
-        self.encode_layers = nn.ModuleList(_block(a, b, dropout) for a, b in pairwise(down))
+        self.encode_layers = nn.ModuleList(_mlp_block(a, b, dropout) for a, b in pairwise(down))
         self.decode_time_embedding = nn.ModuleList(
             TimeEmbedding(time_embed_dim, width) for width in up[:-1]
         )
         self.decode_cond_embedding = nn.ModuleList(nn.Linear(cond_dim, width) for width in up[:-1])
-        self.decode_layers = nn.ModuleList(_block(a, b, dropout) for a, b in pairwise(up))
+        self.decode_layers = nn.ModuleList(_mlp_block(a, b, dropout) for a, b in pairwise(up))
         self.output_layer = nn.Linear(widths[0], embed_dim)
 
     @classmethod

@@ -27,7 +27,7 @@ CLAIM_SECONDS = 120  # that a stage waits for another process in its output dire
 _LONGEST = 2000  # characters of what a message says was found
 
 
-def _shown(found: object) -> str:
+def _for_terminal(found: object) -> str:
     """For a terminal: files may hold anything, also what moves its cursor, and any length."""
     text = str(found)
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... ({len(text):,} characters)"
@@ -45,7 +45,8 @@ class StageError(Exception):
     def __init__(self, where: object, found: object, expected: object, cure: str) -> None:
         self.where, self.found, self.expected, self.cure = str(where), found, expected, cure
         super().__init__(
-            f"{where}\n  found:    {_shown(found)}\n  expected: {expected}\n  cure:     {cure}"
+            f"{where}\n  found:    {_for_terminal(found)}\n"
+            f"  expected: {expected}\n  cure:     {cure}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:  # errors travel between processes

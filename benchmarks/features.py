@@ -35,7 +35,7 @@ import util
 from datafiles.stimuli import Stimulus
 from features.clip import Clip, adjusted, model_name
 from features.pieces import Piece, encode, next_crops
-from features.views import VISUAL, Pictures, Views
+from features.views import VISUAL, PictureViews, Views
 from miniworld import renders
 from rundirs.environment import environment
 from rundirs.files import write_json
@@ -69,7 +69,7 @@ def random_clip(name: str, precision: str, device: torch.device) -> Clip:
 def prepared(work: Work) -> tuple[torch.Tensor, float]:
     """(crops [N, visual, 3, S, S], median seconds of CPU per picture), made in this process."""
     made, seconds = [], []
-    pictures = Pictures(work.stimuli, work.clip.transform, work.views)
+    pictures = PictureViews(work.stimuli, work.clip.transform, work.views)
     for row in range(len(pictures)):
         started = time.process_time()
         made.append(pictures[row])

@@ -103,7 +103,7 @@ def clip_embeddings(n: int, seed: int) -> torch.Tensor:
         vectors = {
             name: clip.encode_pictures(torch.stack(crops)) for name, crops in found.items() if crops
         }
-        vectors["text"] = clip.encode_texts([pictures.caption(scene) for scene in scenes])
+        vectors["text"] = clip.encode_texts([pictures.scene_caption(scene) for scene in scenes])
     return torch.stack([vectors[name] for name in NAMES], dim=1)
 
 

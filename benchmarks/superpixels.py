@@ -30,7 +30,7 @@ import args
 from datafiles import superpixel
 from datafiles.pictures import read_picture
 from datafiles.stimuli import Stimulus
-from features.views import Pictures, Views
+from features.views import PictureViews, Views
 from miniworld import renders
 from modalities import MODALITIES, Slic
 from rundirs.environment import environment
@@ -145,7 +145,7 @@ def crops_made(stimuli: Sequence[Stimulus], size_px: int, processes: int) -> tup
     """(seconds by the clock, seconds of CPU of the processes) per picture, from file to crops."""
     from open_clip import image_transform
 
-    loader = Pictures(stimuli, image_transform(CROP_PX, is_train=False), Views(size_px)).ahead(
+    loader = PictureViews(stimuli, image_transform(CROP_PX, is_train=False), Views(size_px)).ahead(
         BATCH, processes
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

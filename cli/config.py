@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from cli.parser import STEERING, Parser, did_you_mean
 from rundirs.yaml_files import read_yaml
+
+_Settings = TypeVar("_Settings")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Options:
     def recorded(self) -> dict[str, Any]:
         """Values for ``options.json``, without the flags that only steer this call."""
         return {key: value for key, value in vars(self.values).items() if key not in STEERING}
+
+    def settings(self, kind: type[_Settings]) -> _Settings:
+        """What one part of a stage is asked: a dataclass whose fields are named as flags."""
+        asked = {field.name: getattr(self.values, field.name) for field in fields(kind)}
+        return kind(**asked)
 
 
 def config_tokens(parser: Parser, path: Path) -> list[str]:

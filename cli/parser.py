@@ -38,7 +38,7 @@ proper_share = _number(float, 0, 0.9, "a number in 0..0.9")
 seconds = _number(float, -10, 10, "a time in seconds")
 
 
-def picture_size(text: str) -> int:
+def divisible_by_8(text: str) -> int:
     """Pixels; SDXL's VAE halves three times."""
     size = positive_int(text)
     if size % 8:

@@ -25,7 +25,7 @@ from datafiles.eeg_files import (
 )
 from datafiles.electrodes import grade
 from datafiles.feature_bank import open_bank
-from datafiles.findings import NAMED, Findings, some, spread
+from datafiles.findings import NAMED, Findings, some, spaced
 from datafiles.pictures import PictureError, picture_size, read_picture
 from datafiles.published import parse_published
 from datafiles.stimuli import (
@@ -99,7 +99,7 @@ def _check_readable(
     """Headers of a sample, or all pictures whole."""
     from tqdm import tqdm
 
-    places = range(len(items)) if full else spread(len(items), SAMPLED_PICTURES)
+    places = range(len(items)) if full else spaced(len(items), SAMPLED_PICTURES)
     bad: list[PictureError] = []
     for place in tqdm(places, desc=f"{partition} pictures", unit="picture", leave=False):
         try:
@@ -266,7 +266,7 @@ def _check_times(recording: Recording, findings: Findings) -> None:
 def _check_values(recording: Recording, full: bool, findings: Findings) -> None:
     """NaN, flat channels and absurd amplitudes in a sample of the rows, or in all."""
     eeg = recording.eeg
-    rows = range(len(eeg)) if full else spread(len(eeg), max(4, SAMPLED_TRIALS // eeg.shape[1]))
+    rows = range(len(eeg)) if full else spaced(len(eeg), max(4, SAMPLED_TRIALS // eeg.shape[1]))
     bad, deviations = [], []
     for row in rows:
         trials = np.asarray(eeg[row], np.float64)
@@ -317,7 +317,7 @@ def _check_twice(own: dict[str, Recording], full: bool, findings: Findings) -> N
     twice = []
     for partition, item in own.items():
         rows, repetitions, channels, _ = item.eeg.shape
-        chosen = range(rows) if full else spread(rows, max(4, COMPARED_TRIALS // repetitions))
+        chosen = range(rows) if full else spaced(rows, max(4, COMPARED_TRIALS // repetitions))
         few = item.eeg[:, :, :: max(1, channels // 2), :16]  # three channels: three pages of a file
         for row in chosen:
             for repetition in range(repetitions):

@@ -46,6 +46,6 @@ def some(names: Sequence[object]) -> str:
     return ", ".join(map(str, names[:NAMED])) + more
 
 
-def spread(number: int, most: int) -> list[int]:
+def spaced(number: int, most: int) -> list[int]:
     """At most ``most`` of ``number`` places, evenly, with the first and the last."""
     return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(int)).tolist()

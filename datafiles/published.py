@@ -204,7 +204,7 @@ def condense(mapped: mmap.mmap, start: int) -> tuple[bytes, list[memoryview]]:
             raise pickle.UnpicklingError(f"cut short in {opcode.name} at byte {at:,}")
         if opcode.name in _REFUSED:
             raise pickle.UnpicklingError(f"refused: the file asks for {opcode.name}")
-        if opcode.name in _PUT and _number(mapped[begin:end], opcode.name) > count:
+        if opcode.name in _PUT and _memo_index(mapped[begin:end], opcode.name) > count:
             raise pickle.UnpicklingError(f"damaged {opcode.name} at byte {at:,}")
         if opcode.name in ("BINBYTES", "BINBYTES8", "BYTEARRAY8") and end - begin > _MAPPED:
             steps += b"J" + len(payloads).to_bytes(4, "little") + b"Q"  # BININT, BINPERSID
@@ -217,7 +217,7 @@ def condense(mapped: mmap.mmap, start: int) -> tuple[bytes, list[memoryview]]:
     raise pickle.UnpicklingError(f"more than {MOST_STEPS:,} steps")
 
 
-def _number(argument: bytes, name: str) -> int:
+def _memo_index(argument: bytes, name: str) -> int:
     return int(argument) if name == "PUT" else int.from_bytes(argument, "little")
 
 

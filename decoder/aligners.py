@@ -206,7 +206,7 @@ def spread_factors(
     }
 
 
-def predict(
+def predict_from_condition(
     aligner: TargetSpace,
     cond: torch.Tensor,
     seeds: Sequence[int],

@@ -49,7 +49,7 @@ def banked_embeddings(
     return {name: rows.mean(dim=0).expand(len(stimuli), -1) for name, rows in bank.features.items()}
 
 
-def predict(
+def predict_embeddings(
     decoder: Decoder,
     test: TestEEG,
     rows: Sequence[int],

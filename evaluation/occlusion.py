@@ -20,7 +20,7 @@ from datafiles import electrodes
 from dataset import TestEEG
 from decoder.decoder import Decoder
 
-WINDOW_S = 0.05
+OCCLUDED_S = 0.05
 HOW = (
     "encoder -> image among the test gallery; the channels or the window are set to their mean "
     "over all test stimuli; drop = whole - without, paired by stimulus, 95 % bootstrap over stimuli"
@@ -28,7 +28,7 @@ HOW = (
 
 
 @dataclass(frozen=True)
-class Part:
+class Occluded:
     """What is taken away: some ``rows`` of channels, from ``start`` to ``stop`` in samples."""
 
     kind: str  # "channel", "region" or "window"
@@ -38,30 +38,30 @@ class Part:
     stop: int
 
 
-def channel_parts(channels: Sequence[str], samples: int) -> list[Part]:
+def channel_parts(channels: Sequence[str], samples: int) -> list[Occluded]:
     """Every channel, then every region that has one."""
     whole = (0, samples)
-    singles = [Part("channel", name, (row,), *whole) for row, name in enumerate(channels)]
+    singles = [Occluded("channel", name, (row,), *whole) for row, name in enumerate(channels)]
     return singles + [
-        Part("region", name, tuple(channels.index(member) for member in members), *whole)
+        Occluded("region", name, tuple(channels.index(member) for member in members), *whole)
         for name, members in electrodes.regions_of(channels).items()
     ]
 
 
-def window_parts(channels: Sequence[str], times_s: Sequence[float]) -> list[Part]:
+def window_parts(channels: Sequence[str], times_s: Sequence[float]) -> list[Occluded]:
     """Windows of WINDOW_S from the first sample on; each sample is in one, by its time."""
     everywhere = tuple(range(len(channels)))
     # a microsecond is lent, so that a sample on an edge is in the later window in spite of rounding
-    number = [int((time - times_s[0] + 1e-6) / WINDOW_S) for time in times_s]
+    number = [int((time - times_s[0] + 1e-6) / OCCLUDED_S) for time in times_s]
     parts = []
     for window in dict.fromkeys(number):
-        start, first = number.index(window), times_s[0] + window * WINDOW_S
-        name = f"{first:.3f}-{first + WINDOW_S:.3f} s"
-        parts.append(Part("window", name, everywhere, start, start + number.count(window)))
+        start, first = number.index(window), times_s[0] + window * OCCLUDED_S
+        name = f"{first:.3f}-{first + OCCLUDED_S:.3f} s"
+        parts.append(Occluded("window", name, everywhere, start, start + number.count(window)))
     return parts
 
 
-def without(eeg: torch.Tensor, part: Part) -> torch.Tensor:
+def without(eeg: torch.Tensor, part: Occluded) -> torch.Tensor:
     """EEG [N, C, T] with the part replaced by its mean over the N stimuli."""
     occluded, rows = eeg.clone(), list(part.rows)
     there = eeg[:, rows, part.start : part.stop]

@@ -13,7 +13,7 @@ from datafiles.stimuli import list_stimuli
 from dataset import TestEEG, open_test
 from decoder.decoder import Decoder, model_file
 from evaluation import picture_scores, tables
-from evaluation.pairing import Group, list_pictures, pair
+from evaluation.pairing import Group, pair, stimuli_below
 from rundirs.files import file_hash, json_hash
 from rundirs.folds import runs_of
 from util import UserError
@@ -83,7 +83,7 @@ def open_pictures(values: Any, opened: Opened) -> None:
         check_folder("--weights_dir", values.weights_dir, "a folder of weight files")
     if values.truth:
         check_folder("--truth", values.truth, "the pictures that were seen")
-        stimuli = list_pictures(values.truth)
+        stimuli = stimuli_below(values.truth)
     else:
         stimuli = list_stimuli(values.data_path, "test")
     opened.groups = pair(list(chain(*folders.values())), stimuli)

@@ -36,7 +36,7 @@ class Group:
         return tuple((row + shift) % n for row in self.owner)
 
 
-def list_pictures(folder: Path) -> list[Stimulus]:
+def stimuli_below(folder: Path) -> list[Stimulus]:
     """Every picture below a folder, by name. Keys begin with the folder's own name.
 
     Raises DataError if there is none.
@@ -75,7 +75,7 @@ def pair_folder(images: Path, stimuli: Sequence[Stimulus]) -> Group:
     A picture may have its stimulus' path, its file name, or lie in a folder named like the
     stimulus' file or folder. Raises DataError for names that fit none.
     """
-    called, drawn = _called(stimuli), list_pictures(images)
+    called, drawn = _called(stimuli), stimuli_below(images)
     rows = [
         next((called[name] for name in _names(item.key) if name in called), None) for item in drawn
     ]

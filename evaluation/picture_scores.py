@@ -52,7 +52,7 @@ def _in_both(name: str) -> dict[str, str]:
     return dict.fromkeys(metrics.PROTOCOLS, name)
 
 
-_B1 = dict(zip(metrics.PROTOCOLS, ("efficientnet_b1_v2", "efficientnet_b1_v1"), strict=True))
+_B1_IN = dict(zip(metrics.PROTOCOLS, ("efficientnet_b1_v2", "efficientnet_b1_v1"), strict=True))
 _LITE0, _FID = _in_both("lite0"), _in_both("fid_inception")
 SCORES: Mapping[str, Score] = MappingProxyType(
     {
@@ -63,7 +63,7 @@ SCORES: Mapping[str, Score] = MappingProxyType(
         "alexnet5": Score("AlexNet(5)", "higher", "two_way", _in_both("alexnet"), "5"),
         "inception": Score("Inception", "higher", "two_way", _in_both("inception"), "avgpool"),
         "clip": Score("CLIP ViT-L/14", "higher", "two_way", _in_both("clip"), "embedding"),
-        "effnet": Score("EffNet-B1", "lower", "distance", _B1, "avgpool"),
+        "effnet": Score("EffNet-B1", "lower", "distance", _B1_IN, "avgpool"),
         "swav": Score("SwAV", "lower", "distance", _in_both("swav"), "avgpool"),
         "lite0": Score("EffNet-Lite0 two-way", "higher", "two_way", _LITE0, "avgpool"),
         "lite0_distance": Score("EffNet-Lite0 distance", "lower", "distance", _LITE0, "avgpool"),
@@ -75,7 +75,7 @@ SCORES: Mapping[str, Score] = MappingProxyType(
         "kid_lite0": Score("Kernel EffNet-Lite0", "lower", "kernel", _LITE0, "avgpool"),
     }
 )
-SPLITS: Mapping[str, int] = MappingProxyType({"is1": 1, "is10": 10})
+INCEPTION_SPLITS: Mapping[str, int] = MappingProxyType({"is1": 1, "is10": 10})
 PIXEL_SCORES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], np.ndarray]] = MappingProxyType(
     {"pixcorr": metrics.pix_corr, "ssim": metrics.ssim}
 )
@@ -153,7 +153,7 @@ def distribution_row(
                            "pictures": len(drawn), "other_stimulus": None}  # fmt: skip
     kind = SCORES[name].kind
     if kind == "inception":
-        splits, classes = SPLITS[name], drawn.shape[1]
+        splits, classes = INCEPTION_SPLITS[name], drawn.shape[1]
         row["splits"] = splits
         row["bound"] = metrics.inception_score_bound(len(drawn), classes, splits)
         if len(drawn) >= splits and len(truth) >= splits:
@@ -171,7 +171,7 @@ def distribution_row(
     return row
 
 
-def per_stimulus(values: np.ndarray, owner: Sequence[int], n: int) -> np.ndarray:
+def mean_per_stimulus(values: np.ndarray, owner: Sequence[int], n: int) -> np.ndarray:
     """Mean over the samples of each stimulus: [M] -> [n]. Never the best of them."""
     return np.bincount(owner, values, n) / np.bincount(owner, minlength=n)
 
@@ -179,7 +179,7 @@ def per_stimulus(values: np.ndarray, owner: Sequence[int], n: int) -> np.ndarray
 def paired_row(values: Values, group: Group, seed: int) -> dict[str, Any]:
     """Mean over stimuli with interval and control. NaNs are counted, and make the mean NaN."""
     n = len(group.stimuli)
-    own, other = (per_stimulus(part, group.owner, n) for part in (values.own, values.other))
+    own, other = (mean_per_stimulus(part, group.owner, n) for part in (values.own, values.other))
     return {
         "value": float(own.mean()),
         "interval": metrics.bootstrap_interval(own, seed),
@@ -270,7 +270,9 @@ def _result(
 def _lines(group: Group, values: Mapping[str, Values]) -> Iterator[dict[str, Any]]:
     n = len(group.stimuli)
     columns = {
-        name: per_stimulus(values[name].own, group.owner, n) for name in SCORES if name in values
+        name: mean_per_stimulus(values[name].own, group.owner, n)
+        for name in SCORES
+        if name in values
     }
     for row, item in enumerate(group.stimuli):
         yield {

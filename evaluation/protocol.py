@@ -9,7 +9,7 @@ from unet import PriorBank
 from util import CHECKOUT
 
 LITERATURE = CHECKOUT / "configs" / "literature.yaml"
-PROTOCOL = {
+RETRIEVAL_PROTOCOL = {
     "retrieval": "cosine, whole test gallery, EEG averaged over repetitions; "
     "k-way = exact expectation over distractors; MRR = mean reciprocal rank; back = from the "
     "gallery to the EEG; fused priors = cosines of the five, weighted by the registry's gains",
@@ -36,7 +36,7 @@ NETWORK_PROTOCOL = {
 
 def protocol_of(values: Any, opened: Opened) -> dict[str, str]:
     """What the numbers mean, for the table's foot."""
-    protocol = dict(PROTOCOL)
+    protocol = dict(RETRIEVAL_PROTOCOL)
     kinds = {model.bank.kind for model in opened.models.values() if model.bank is not None}
     if kinds - {PriorBank.kind}:
         protocol["prior"] = f"here what the model's own aligner predicts: {', '.join(kinds)}"

@@ -97,7 +97,7 @@ def subject_queries(
         gallery = decoder.gallery(true)
         found["encoder -> image"] = metrics.cosine_similarity(encoded, gallery)
     if decoder.bank is not None:
-        samples = controls.predict(
+        samples = controls.predict_embeddings(
             decoder, test, everything, sampling, seed, control, bank.path.parent
         )
         of = {name: metrics.cosine_similarity(samples[name], true[name]) for name in NAMES}

@@ -14,7 +14,7 @@ ARROWS = {"higher": "↑", "lower": "↓"}
 # ---------------------------------------------------------------- retrieval
 
 
-def retrieval_table(rows: Sequence[Row]) -> list[str]:
+def retrieval_lines(rows: Sequence[Row]) -> list[str]:
     """One line per query and subject; shuffled EEG and chance beside top-1 and top-5."""
     ways = [key for key in rows[0] if key.endswith("-way")]
     head = ["query", "subject", "N"]
@@ -63,7 +63,7 @@ def across_subjects_table(rows: Sequence[Row]) -> list[str]:
 # ---------------------------------------------------------------- pictures
 
 
-def picture_table(rows: Sequence[Row], about: Mapping[str, Row], *, paired: bool) -> list[str]:
+def picture_lines(rows: Sequence[Row], about: Mapping[str, Row], *, paired: bool) -> list[str]:
     """One line per recipe. ``paired``: scores with a value per picture, or of distributions."""
     names = [name for name, item in about.items() if item["paired"] == paired]
     if not names:
@@ -130,7 +130,7 @@ def skipped_lines(skipped: Sequence[Row]) -> list[str]:
 # ---------------------------------------------------------------- occlusion, comparison
 
 
-def occlusion_table(rows: Sequence[Row], largest: int = 8) -> list[str]:
+def occlusion_lines(rows: Sequence[Row], largest: int = 8) -> list[str]:
     """The parts whose loss costs most, per kind and subject."""
     lines = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -146,7 +146,7 @@ def occlusion_table(rows: Sequence[Row], largest: int = 8) -> list[str]:
     return table([*head, *(f"drop of {name} [95 %]" for name in rows[0]["drops"])], lines)
 
 
-def comparison_table(rows: Sequence[Row]) -> list[str]:
+def comparison_lines(rows: Sequence[Row]) -> list[str]:
     head = ["what", "score", "N", "A", "B", "A - B [95 %]", "p", "p, Holm"]
     lines = [
         [
@@ -175,16 +175,16 @@ def as_table(results: Row) -> str:
     if results["simulated"]:
         lines += ["**The EEG is simulated.**", ""]
     if results["retrieval"]:
-        lines += ["## Retrieval", "", *retrieval_table(results["retrieval"]), ""]
+        lines += ["## Retrieval", "", *retrieval_lines(results["retrieval"]), ""]
     if results["across_subjects"]:
         means = across_subjects_table(results["across_subjects"])
         lines += ["## Retrieval over subjects, mean ± SE", "", *means, ""]
     for title, paired in (("Pictures", True), ("Distributions of pictures", False)):
-        found = picture_table(results["pictures"], results["metrics"], paired=paired)
+        found = picture_lines(results["pictures"], results["metrics"], paired=paired)
         lines += [f"## {title}", "", *found, ""] if found else []
     if results["occlusion"]:
         rows = results["occlusion"]["rows"]
-        lines += ["## Occlusion", "", results["occlusion"]["how"], "", *occlusion_table(rows), ""]
+        lines += ["## Occlusion", "", results["occlusion"]["how"], "", *occlusion_lines(rows), ""]
     if results["skipped"]:
         lines += ["## Left out, for want of weights", "", *skipped_lines(results["skipped"]), ""]
     if results["pictures"]:
@@ -206,7 +206,7 @@ def as_comparison(comparison: Row) -> str:
         "",
         f"A = {comparison['a']}, B = {comparison['b']}",
         "",
-        *comparison_table(comparison["rows"]),
+        *comparison_lines(comparison["rows"]),
         "",
         *(f"- {key}: {text}" for key, text in comparison["protocol"].items()),
     ]

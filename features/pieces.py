@@ -14,7 +14,7 @@ from datafiles import superpixel
 from datafiles.pictures import PictureError
 from datafiles.stimuli import Stimulus
 from features.clip import Clip
-from features.views import TEXT, VISUAL, Pictures, Views
+from features.views import TEXT, VISUAL, PictureViews, Views
 from modalities import NAMES
 from rundirs.directory import RunDirectory
 from rundirs.files import write_json
@@ -71,7 +71,7 @@ def encode(
     from tqdm import tqdm
 
     stimuli = [item for piece in pieces for item in piece.stimuli]
-    made = iter(Pictures(stimuli, clip.transform, views).ahead(batch_size, num_workers))
+    made = iter(PictureViews(stimuli, clip.transform, views).ahead(batch_size, num_workers))
     header = {
         "clip": clip.identity,
         "normalised": False,

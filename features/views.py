@@ -33,7 +33,7 @@ class Views:
     png_folder: Path | None = None
 
 
-class Pictures(torch.utils.data.Dataset):
+class PictureViews(torch.utils.data.Dataset):
     """Crops [visual modalities, 3, S, S] per stimulus, or why it cannot be read."""
 
     def __init__(self, stimuli: Sequence[Stimulus], transform: Any, views: Views) -> None:

@@ -120,7 +120,7 @@ class Series:
         ]
 
 
-def render(
+def draw_series(
     series: Series,
     run: RunDirectory,
     renderer: Renderer,

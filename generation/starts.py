@@ -49,5 +49,5 @@ def encode_starts(
         large = low_level.enlarged(small[None], size_px)
         pixels = (large[0] * 255).round().byte().permute(1, 2, 0).numpy()
         save_picture(out / test.names[row] / marked("start", marks), pixels, note)
-        latents.append(sampler.encode_pictures(pipe, large))
+        latents.append(sampler.picture_latents(pipe, large))
     return torch.cat(latents)

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     scenes = pictures.write_stimuli(root / "data", planned, values.seed)
     repetitions = {"training": values.training_repetitions, "test": values.test_repetitions}
     features = {
-        name: eeg.features_of(rendered(items), items, values.seed) for name, items in scenes.items()
+        name: eeg.brain_features(rendered(items), items, values.seed)
+        for name, items in scenes.items()
     }
     for number in range(1, values.subjects + 1):
         util.LOG.info("simulating the EEG of sub-%02d at SNR %s", number, snr)

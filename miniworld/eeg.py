@@ -24,9 +24,9 @@ from PIL import Image
 
 from datafiles import electrodes
 from datafiles.eeg_files import SIMULATED_NOTE
+from datafiles.stimuli import PARTITIONS
 from miniworld.pictures import (
     COLOURS,
-    PARTITIONS,
     PATTERNS,
     SHAPES,
     SIZE_RANGE,
@@ -203,7 +203,7 @@ def _reference(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, std, np.cov((raw - mean) / std, rowvar=False)
 
 
-def features_of(images: Iterable[np.ndarray], scenes: Sequence[Scene], seed: int) -> np.ndarray:
+def brain_features(images: Iterable[np.ndarray], scenes: Sequence[Scene], seed: int) -> np.ndarray:
     """What drives the simulated brain: z-scored features [n, D] float32.
 
     images: uint8 [H, W, 3] each, may be a generator; scenes: the ground truth, same order.

@@ -16,7 +16,7 @@ from rundirs.tensors import load_tensors
 INPUT_PX = 64
 
 
-def _block(inputs: int, outputs: int) -> nn.Sequential:
+def _conv_block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1),
         nn.GroupNorm(8, outputs),
@@ -34,7 +34,7 @@ class Judge(nn.Module):
         super().__init__()
         widths = (3, 16, 32, 64, 96)
         self.body = nn.Sequential(
-            *(_block(a, b) for a, b in itertools.pairwise(widths)),
+            *(_conv_block(a, b) for a, b in itertools.pairwise(widths)),
             nn.Flatten(),  # 4 x 4 places
             nn.Linear(widths[-1] * 16, 192),
             nn.SiLU(),

@@ -50,7 +50,7 @@ class Size:
     prompt_tokens: int  # 77 in the real ones
 
 
-def _clip(embed_dim: int, context: int, vision: dict[str, Any]) -> dict[str, Any]:
+def _clip_config(embed_dim: int, context: int, vision: dict[str, Any]) -> dict[str, Any]:
     """The real vocabulary: open_clip's tokenizer knows no other."""
     return {
         "embed_dim": embed_dim,
@@ -67,7 +67,7 @@ def _clip(embed_dim: int, context: int, vision: dict[str, Any]) -> dict[str, Any
 
 CLIP_DIM = 64  # of the random miniature
 RANDOM = Size(
-    clip=_clip(CLIP_DIM, 77, {"patch_size": 8, "width": 128, "head_width": 32, "layers": 3}),
+    clip=_clip_config(CLIP_DIM, 77, {"patch_size": 8, "width": 128, "head_width": 32, "layers": 3}),
     channels=(32, 64, 96),
     heads=(1, 2, 4),
     vae_channels=(16, 24, 32, 48),
@@ -77,7 +77,7 @@ RANDOM = Size(
 )
 TRAINED = Size(
     # convolutions: a ViT needs far more than some thousand steps to tell shapes apart
-    clip=_clip(
+    clip=_clip_config(
         128, 32, {"layers": [1, 1, 1, 1], "patch_size": None, "width": 24, "head_width": 32}
     ),
     channels=(48, 80, 128),

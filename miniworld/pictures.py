@@ -18,9 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import util
+from datafiles.stimuli import PARTITIONS
 from rundirs.files import write_json
-
-PARTITIONS = ("training", "test")
 
 COLOURS = {  # sRGB, 0..255
     "red": (215, 35, 40),
@@ -41,7 +40,7 @@ PATTERNS = ("plain", "stripes", "checks", "dots", "rings", "waves")
 MAX_ROTATION_RAD = 0.45  # small enough that a turned square is still no diamond
 SIZE_RANGE = (0.40, 0.62)  # diameter of the shape's bounding circle / picture width
 FOLDS = 8
-SPLITS = {"test": 1, "validation": 0}  # folds of concepts that no world ever trains on
+HELD_OUT_FOLDS = {"test": 1, "validation": 0}  # folds of concepts that no world ever trains on
 SUPERSAMPLING = 3  # each output pixel averages 3 x 3 samples, which is the antialiasing
 
 
@@ -175,7 +174,7 @@ def concept_name(scene: Concept) -> str:
     return f"{scene.colour}_{scene.shape}_on_{scene.background}_{scene.pattern}"
 
 
-def caption(scene: Concept) -> str:
+def scene_caption(scene: Concept) -> str:
     """Plain English, e.g. "a red star on blue stripes"; places are not mentioned."""
     article = "an" if scene.colour[0] in "aeiou" else "a"
     thing = f"{article} {scene.colour} {SHAPE_WORDS.get(scene.shape, scene.shape)}"
@@ -269,7 +268,7 @@ def fold_of(concept: Concept) -> int:
     return zlib.crc32(concept_name(concept).encode()) % FOLDS
 
 
-def _draw(n: int, folds: Collection[int], rng: np.random.Generator) -> list[Concept]:
+def _draw_concepts(n: int, folds: Collection[int], rng: np.random.Generator) -> list[Concept]:
     """n different concepts of these folds, every attribute value equally often."""
     values = (list(SHAPES), list(COLOURS), list(COLOURS), list(PATTERNS))
     shapes, colours, backgrounds, patterns = (_Deck(v, rng) for v in values)
@@ -287,7 +286,9 @@ def _draw(n: int, folds: Collection[int], rng: np.random.Generator) -> list[Conc
 
 def split_of(concept: Concept) -> str:
     """``training``, ``validation`` (for choosing settings) or ``test``."""
-    return next((name for name, fold in SPLITS.items() if fold_of(concept) == fold), "training")
+    return next(
+        (name for name, fold in HELD_OUT_FOLDS.items() if fold_of(concept) == fold), "training"
+    )
 
 
 def sample_concepts(
@@ -301,7 +302,7 @@ def sample_concepts(
     """
     n_possible = len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1) * len(PATTERNS)
     most = n_possible // FOLDS // 2
-    others = [fold for fold in range(FOLDS) if fold not in SPLITS.values()]
+    others = [fold for fold in range(FOLDS) if fold not in HELD_OUT_FOLDS.values()]
     bounds = {
         "--training_concepts": (n_training, len(SHAPES), most * len(others)),
         "--test_concepts": (n_test, 0, most),
@@ -310,8 +311,10 @@ def sample_concepts(
         if not low <= asked <= high:
             why = "training shows every shape, and test concepts are new"
             raise util.UserError(flag, asked, f"{low} to {high}: {why}", "ask for as many")
-    training = _draw(n_training, others, np.random.default_rng([seed, 0]))
-    return training, _draw(n_test, [SPLITS[split]], np.random.default_rng([seed, 0, 1]))
+    training = _draw_concepts(n_training, others, np.random.default_rng([seed, 0]))
+    return training, _draw_concepts(
+        n_test, [HELD_OUT_FOLDS[split]], np.random.default_rng([seed, 0, 1])
+    )
 
 
 def sample_scene(concept: Concept, rng: np.random.Generator) -> Scene:
@@ -381,7 +384,9 @@ def write_stimuli(
     for path, scene in scenes.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(scene)).save(root / path)
-    write_json(root / "captions.json", {path: caption(scene) for path, scene in scenes.items()})
+    write_json(
+        root / "captions.json", {path: scene_caption(scene) for path, scene in scenes.items()}
+    )
     note = "SIMULATED: procedural pictures drawn by miniworld.pictures, no photographs"
     truth = {path: asdict(scene) for path, scene in scenes.items()}
     write_json(root / "scenes.json", {"note": note, "seed": seed, "scenes": truth})

@@ -48,7 +48,7 @@ NEUTRAL = ("", "best quality, high quality",
            "monochrome, lowres, bad anatomy, worst quality, low quality")  # fmt: skip
 
 
-class Part(Protocol):
+class Pretrained(Protocol):
     """Something to train: ``model`` holds all trained parameters."""
 
     name: str
@@ -69,7 +69,7 @@ class Part(Protocol):
 # ---------------------------------------------------------------- the loop
 
 
-def rate(step: int, steps: int) -> float:
+def rate_share(step: int, steps: int) -> float:
     """Share of the learning rate: linear warm-up, constant, linear cool-down."""
     left = (steps - step) / max(1, round(COOLDOWN * steps))
     return min(1.0, (step + 1) / WARMUP_STEPS, left)
@@ -78,7 +78,7 @@ def rate(step: int, steps: int) -> float:
 class Training:
     """Optimiser, averaged weights and step of a part, saved as one file."""
 
-    def __init__(self, part: Part, path: Path) -> None:
+    def __init__(self, part: Pretrained, path: Path) -> None:
         self.part, self.path, self.step = part, path, 0
         every = list(part.model.parameters())
         groups = [
@@ -118,7 +118,7 @@ class Training:
                 f"the last checkpoint is kept in {self.path}; lower the learning rate",
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.part.learning_rate * rate(self.step, steps)
+            group["lr"] = self.part.learning_rate * rate_share(self.step, steps)
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(self.part.model.parameters(), 1.0)
@@ -128,7 +128,7 @@ class Training:
         return losses
 
 
-def fit(part: Part, steps: int, folder: Path, seed: int, stops: Sequence[str]) -> None:
+def fit_part(part: Pretrained, steps: int, folder: Path, seed: int, stops: Sequence[str]) -> None:
     """Train to ``steps``, resuming; leaves the averaged weights in ``part.model``.
 
     ``stops``: signals received; Preempted is raised after saving. Raises DataError, too.
@@ -252,7 +252,7 @@ def grouped_contrast(
     return (F.cross_entropy(logits, mine) - back) / 2
 
 
-def spread(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def spread_penalties(rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """Penalties [] of rows [n, D]: columns off mean 0 and variance 1, and correlated columns.
 
     Without the second (VICReg's, arXiv:2105.04906) colours take most of it and shapes drown.
@@ -345,7 +345,7 @@ class ClipPart:
             renders.near_miss(concept, random) for concept in shown for _ in range(NEAR_MISSES)
         ]
         return self.model.encode_text(
-            self.tokenizer([pictures.caption(concept) for concept in [*shown, *missed]])
+            self.tokenizer([pictures.scene_caption(concept) for concept in [*shown, *missed]])
         )
 
     def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -367,7 +367,7 @@ class ClipPart:
             "own": grouped_contrast(view, seen[: 2 * len(rows)], 1, scale),
             "gap": F.mse_loss(average, text[: len(average)]),
             "pose": (seen @ self.axes - pose).nan_to_num().square().mean(),
-            **spread(text),
+            **spread_penalties(text),
         }
         return {"loss": sum(self.weights[name] * part for name, part in parts.items()), **parts}
 
@@ -459,7 +459,7 @@ class GeneratorPart:
         )  # fmt: skip
         self.embeddings = kept(
             data.folder, "embeddings", weights.clip_checkpoint,
-            lambda: encode_pictures(weights, data.small),
+            lambda: embed_pictures(weights, data.small),
         )  # fmt: skip
         self.importance = importance(data.scenes, self.object_weight)
         unique = sorted(set(data.captions))
@@ -560,7 +560,7 @@ def whitened_latents(vae: Any, whole: np.ndarray) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_pictures(weights: models.Models, small: np.ndarray) -> torch.Tensor:
+def embed_pictures(weights: models.Models, small: np.ndarray) -> torch.Tensor:
     """Un-normalised CLIP embeddings float32 [n, D] of uint8 [n, 64, 64, 3]."""
     from PIL import Image
     from tqdm import tqdm
@@ -588,7 +588,7 @@ def encode_texts(pipe: Any, texts: Sequence[str]) -> tuple[torch.Tensor, torch.T
 # ---------------------------------------------------------------- the stage
 
 
-def make_part(name: str, data: renders.Renders, weights: models.Models, values: Any) -> Part:
+def make_part(name: str, data: renders.Renders, weights: models.Models, values: Any) -> Pretrained:
     """A part with its data; the generator reads the exported VAE and CLIP."""
     if name == "vae":
         return VaePart(data, values.vae_steps, values.batch_size)
@@ -616,7 +616,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             torch.manual_seed(util.seed_for(values.seed, name, "weights"))
             part = make_part(name, data, weights, values)
-            fit(part, steps, run.path, values.seed, stops)
+            fit_part(part, steps, run.path, values.seed, stops)
             about = {"steps": steps, "seed": values.seed, "pictures": len(data)}
             part.export(weights, about | {"commit": commit()})
             write_json(trained, about)

@@ -45,7 +45,9 @@ def clip_retrieval(
     from PIL import Image
 
     clip = load_clip(str(weights.clip_config), str(weights.clip_checkpoint), torch.device("cpu"))
-    gallery = F.normalize(clip.encode_texts([pictures.caption(scene) for scene in scenes]), dim=1)
+    gallery = F.normalize(
+        clip.encode_texts([pictures.scene_caption(scene) for scene in scenes]), dim=1
+    )
     crops: dict[str, list[torch.Tensor]] = {}
     for scene in scenes:
         picture = pictures.render(scene)
@@ -104,7 +106,7 @@ def place_errors(drawn: np.ndarray, scenes: Sequence[pictures.Scene]) -> np.ndar
     return found
 
 
-def rate(values: np.ndarray, seed: int) -> str:
+def mean_and_interval(values: np.ndarray, seed: int) -> str:
     """``0.83 [0.75, 0.90]``: mean and 95 % bootstrap interval over stimuli."""
     low, high = metrics.bootstrap_interval(values.astype(float), seed)
     return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
@@ -150,6 +152,6 @@ def score_table(found: Verdicts, seed: int) -> str:
     names = list(next(iter(found.values())))
     lines = ["| recipe | N | " + " | ".join(names) + " |", "|" + "---|" * (2 + len(names))]
     for recipe, verdicts in found.items():
-        cells = " | ".join(rate(verdicts[name], seed) for name in names)
+        cells = " | ".join(mean_and_interval(verdicts[name], seed) for name in names)
         lines.append(f"| {recipe} | {len(verdicts[names[0]])} | {cells} |")
     return "\n".join(lines) + "\n"

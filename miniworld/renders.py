@@ -151,7 +151,7 @@ class Renders:
 
     @functools.cached_property
     def captions(self) -> list[str]:
-        return [pictures.caption(scene) for scene in self.scenes]
+        return [pictures.scene_caption(scene) for scene in self.scenes]
 
     @functools.cached_property
     def whole(self) -> np.ndarray:

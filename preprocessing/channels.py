@@ -88,7 +88,7 @@ def wanted_channels(choice: Sequence[str], available: Sequence[str]) -> list[str
 
 
 @dataclass(frozen=True)
-class Signal:
+class ChannelReader:
     """The wanted channels of a recording, read stretch by stretch.
 
     ``flat``, ``noisy``, ``bad`` (marked so in the file), ``rebuilt``: names, for people.
@@ -122,7 +122,7 @@ def prepare(
     interpolate: bool,
     reference: Sequence[str] | None,
     band_hz: Sequence[float] | None,
-) -> Signal:
+) -> ChannelReader:
     """Match channels by name; rebuild, re-reference and filter as asked. Raises DataError.
 
     Without any of the latter the recording is neither copied nor loaded.
@@ -149,7 +149,7 @@ def prepare(
     if band_hz:
         band_pass(raw, path, band_hz)
     picks = [raw.ch_names.index(actual.get(name.upper(), name)) for name in wanted]
-    return Signal(raw, list(wanted), picks, flat, noisy, bad, rebuilt)
+    return ChannelReader(raw, list(wanted), picks, flat, noisy, bad, rebuilt)
 
 
 def refuse_missing(

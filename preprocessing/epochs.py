@@ -61,7 +61,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Stretch:
     """A stretch of recording [C, S] in volts and the trials in it.
 
     ``onsets`` [n], samples from its beginning; ``rows`` [n], where each is written; ``weights``
@@ -74,7 +74,7 @@ class Piece:
     weights: np.ndarray | None
 
 
-def cut(piece: Piece, window: Window, dtype: str) -> Chunk:
+def cut_trials(piece: Stretch, window: Window, dtype: str) -> Chunk:
     """Cut, subtract the baseline and resample the trials of one piece."""
     epochs = _epochs(piece, window)
     data, times = epochs.get_data(copy=False), np.asarray(epochs.times)
@@ -89,7 +89,7 @@ def cut(piece: Piece, window: Window, dtype: str) -> Chunk:
     return Chunk(piece.rows, trials.astype(dtype), evoked, sigma, shown)
 
 
-def _epochs(piece: Piece, window: Window) -> object:
+def _epochs(piece: Stretch, window: Window) -> object:
     import mne
 
     info = mne.create_info(len(piece.signal), window.raw_hz, "eeg")
@@ -111,11 +111,11 @@ def _epochs(piece: Piece, window: Window) -> object:
     return epochs
 
 
-def cut_all(pieces: Iterator[Piece], window: Window, dtype: str, n_jobs: int) -> Iterator[Chunk]:
+def cut_all(pieces: Iterator[Stretch], window: Window, dtype: str, n_jobs: int) -> Iterator[Chunk]:
     """The chunks of all pieces in order, made by ``n_jobs`` processes, few of them at a time."""
     from joblib import Parallel, delayed, parallel_config
 
     # a process each: threads inside them would only be in each other's way
     with parallel_config(backend="loky", inner_max_num_threads=1):
         pool = Parallel(n_jobs=n_jobs, return_as="generator", pre_dispatch=n_jobs)
-    yield from pool(delayed(cut)(piece, window, dtype) for piece in pieces)
+    yield from pool(delayed(cut_trials)(piece, window, dtype) for piece in pieces)

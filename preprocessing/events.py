@@ -69,7 +69,7 @@ def read_table(path: Path) -> EventTable:
     return EventTable(path, kind, shown, skipped)
 
 
-def as_number(event: Shown, table: EventTable) -> float:
+def onset_of(event: Shown, table: EventTable) -> float:
     """The onset in s, or the sample. Raises DataError."""
     try:
         value = float(event.when)
@@ -144,7 +144,7 @@ class Pictures:
         return index
 
 
-def list_pictures(data_path: Path) -> Pictures:
+def pictures_by_partition(data_path: Path) -> Pictures:
     """Those of training_images/ and test_images/, whichever exist.
 
     Raises DataError where there are none.

@@ -16,14 +16,14 @@ from datafiles.eeg_files import EEG_FILE
 from datafiles.stimuli import PARTITIONS
 from preprocessing import quality
 from preprocessing.recordings import Subject
-from preprocessing.sessions import Part, Settings, part_path
+from preprocessing.sessions import SessionTrials, Settings, part_path
 from preprocessing.whitening import whitener
 from rundirs.directory import RunDirectory
 from rundirs.files import atomic_write
 from util import LOG, DataError
 
 
-def whiteners(parts: Mapping[str, Part]) -> dict[str, np.ndarray]:
+def whiteners(parts: Mapping[str, SessionTrials]) -> dict[str, np.ndarray]:
     """{session: W [C, C]} from each session's training trials.
 
     A session without any gets W of the mean covariance of the others. Raises DataError.
@@ -48,7 +48,7 @@ def whiteners(parts: Mapping[str, Part]) -> dict[str, np.ndarray]:
 
 
 def places(
-    parts: Sequence[Part], pictures: int | None, fixed: bool, seed: int, where: str
+    parts: Sequence[SessionTrials], pictures: int | None, fixed: bool, seed: int, where: str
 ) -> list[list[tuple[int, int]]]:
     """[picture][repetition] -> (part, row in it), sessions in order; all as often as the rarest.
 
@@ -80,17 +80,19 @@ def places(
             "%s: %d to %d trials of a picture, so %d of each are kept, drawn at random",
             where, min(counts), max(counts), min(counts),
         )  # fmt: skip
-    return [_draw(found[row], min(counts), seed, row) for row in range(expected)]
+    return [_chosen_repetitions(found[row], min(counts), seed, row) for row in range(expected)]
 
 
-def _draw(items: list[tuple[int, int]], number: int, seed: int, row: int) -> list[tuple[int, int]]:
+def _chosen_repetitions(
+    items: list[tuple[int, int]], number: int, seed: int, row: int
+) -> list[tuple[int, int]]:
     draw = util.numpy_generator_for(seed, "repetitions", row)
     chosen = draw.choice(len(items), number, replace=False) if number < len(items) else None
     return items if chosen is None else [items[index] for index in sorted(chosen)]
 
 
 def merged(
-    parts: Sequence[Part],
+    parts: Sequence[SessionTrials],
     matrices: Sequence[np.ndarray | None],
     at: Sequence[Sequence[tuple[int, int]]],
     settings: Settings,
@@ -153,7 +155,7 @@ def merge_subject(subject: Subject, settings: Settings, run: RunDirectory) -> No
     folder = run.path / "parts"
     parts = {
         partition: {
-            session.name: Part.load(part_path(folder, session, partition))
+            session.name: SessionTrials.load(part_path(folder, session, partition))
             for session in subject.sessions
             if part_path(folder, session, partition).exists()
         }
@@ -174,7 +176,7 @@ def merge_subject(subject: Subject, settings: Settings, run: RunDirectory) -> No
 def merge_partition(
     subject: Subject,
     partition: str,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, SessionTrials],
     matrices: Mapping[str, np.ndarray],
     settings: Settings,
     folder: Path,

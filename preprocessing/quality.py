@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datafiles import electrodes
-from preprocessing.channels import Signal
+from preprocessing.channels import ChannelReader
 from rundirs.files import atomic_write, read_json, write_json
 from rundirs.markdown import table
 
@@ -30,7 +30,7 @@ REGION_COLOURS = {
 def record(
     session: str,
     partition: str,
-    signal: Signal,
+    signal: ChannelReader,
     kept: int,
     dropped: Mapping[str, int],
     evoked: np.ndarray,
@@ -103,7 +103,7 @@ def write(
     lines += table(head, cells)
     with atomic_write(folder / TEXT) as file:
         file.write("\n".join(lines) + "\n")
-    draw(folder / FIGURE, f"{subject}{mark}", channels, parts)
+    draw_quality(folder / FIGURE, f"{subject}{mark}", channels, parts)
 
 
 def written_line(partition: str, shape: Sequence[int], parts: Mapping[str, Any]) -> str:
@@ -117,7 +117,7 @@ def written_line(partition: str, shape: Sequence[int], parts: Mapping[str, Any])
     )
 
 
-def draw(
+def draw_quality(
     path: Path, title: str, channels: Sequence[str], parts: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """The mean over all trials: every channel by region, and each session's global field power."""

@@ -17,7 +17,7 @@ from datafiles.eeg_files import RAW_FOLDER, SIMULATED_NOTE
 from datafiles.published import array_in, list_in, read_pickled_dict, refuse_missing_keys
 from datafiles.stimuli import PARTITIONS
 from preprocessing.channels import ALL, check_unique, rename_channels
-from preprocessing.events import EventTable, Pictures, as_number, list_pictures, read_table
+from preprocessing.events import EventTable, Pictures, onset_of, pictures_by_partition, read_table
 from rundirs.files import file_hash
 from util import DataError, UserError
 
@@ -241,7 +241,7 @@ class OwnTake:
         """Its header and events; the signal is read when asked for. Raises DataError."""
         raw = self._read()
         events = read_table(self.table)
-        shown, others = _shown(raw, events, self.path)
+        shown, others = _shown_pictures(raw, events, self.path)
         dropped = {"without picture": events.skipped, "other marker": others}
         rows = [(*self.pictures.find(event, events), onset) for event, onset in shown]
         trials = {}
@@ -254,12 +254,14 @@ class OwnTake:
         return Recorded(raw, self.path, trials, dropped)
 
 
-def _shown(raw: mne.io.BaseRaw, table: EventTable, path: Path) -> tuple[list[tuple[Any, int]], int]:
+def _shown_pictures(
+    raw: mne.io.BaseRaw, table: EventTable, path: Path
+) -> tuple[list[tuple[Any, int]], int]:
     """[(line of the table, onset sample)] and the number of markers that mean no picture."""
     if table.kind == "marker":
         return _by_marker(raw, table, path)
     scale = raw.info["sfreq"] if table.kind == "onset" else 1
-    shown = [(event, round(as_number(event, table) * scale)) for event in table.shown]
+    shown = [(event, round(onset_of(event, table) * scale)) for event in table.shown]
     latest, onset = max(shown, key=lambda pair: pair[1])
     if onset >= raw.n_times:
         raise DataError(
@@ -392,7 +394,7 @@ def own_subjects(
 
     Raises UserError / DataError.
     """
-    pictures = list_pictures(data_path)
+    pictures = pictures_by_partition(data_path)
     if len(files) == 1 and (files[0] / "dataset_description.json").is_file():
         return _bids_subjects(files[0], pictures, wanted)
     if len(wanted or []) != 1 or not re.fullmatch(r"sub-[A-Za-z0-9]+", wanted[0]):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from preprocessing import quality
-from preprocessing.channels import Signal, prepare
-from preprocessing.epochs import CHUNK, Piece, Window, cut_all
+from preprocessing.channels import ChannelReader, prepare
+from preprocessing.epochs import CHUNK, Stretch, Window, cut_all
 from preprocessing.recordings import Recorded, Session, Subject, Trials
 from preprocessing.whitening import condition_weights
 from rundirs.files import atomic_write, write_json
@@ -51,7 +51,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Part:
+class SessionTrials:
     """The kept trials of one session and partition, on disk.
 
     ``conditions`` [n]: 0-based picture row of each; ``sigma`` [C, C]: their mean covariance, zero
@@ -75,7 +75,7 @@ class Part:
             )
 
     @classmethod
-    def load(cls, trials: Path) -> Part:
+    def load(cls, trials: Path) -> SessionTrials:
         with np.load(trials.with_suffix(".npz"), allow_pickle=False) as file:
             return cls(trials, file["conditions"], file["sigma"], file["evoked"], file["times"])
 
@@ -104,8 +104,8 @@ def choose(trials: Trials, repetitions: int | None, seed: int, path: Path) -> np
 
 
 def pieces(
-    signal: Signal, trials: Trials, window: Window, weights: np.ndarray | None
-) -> Iterator[Piece]:
+    signal: ChannelReader, trials: Trials, window: Window, weights: np.ndarray | None
+) -> Iterator[Stretch]:
     """The recording around the trials, in the order of time, few trials and seconds at a time."""
     first, last = window.offsets
     order = np.argsort(trials.onsets)
@@ -117,7 +117,7 @@ def pieces(
         rows = order[begin : min(begin + CHUNK, max(int(reach), begin + 1))]
         onsets = trials.onsets[rows] - (start + first)
         stop = int(trials.onsets[rows[-1]]) + last + 1
-        yield Piece(
+        yield Stretch(
             signal.read(int(start) + first, stop),
             onsets,
             rows,
@@ -127,8 +127,8 @@ def pieces(
 
 
 def extract(
-    signal: Signal, trials: Trials, settings: Settings, path: Path, whiten: bool, label: str
-) -> Part:
+    signal: ChannelReader, trials: Trials, settings: Settings, path: Path, whiten: bool, label: str
+) -> SessionTrials:
     """Cut the trials of a partition into ``path`` [n, C, T], row by row."""
     from tqdm import tqdm
 
@@ -152,7 +152,7 @@ def extract(
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    return Part(path, trials.conditions, sigma, evoked / len(trials.onsets), times)
+    return SessionTrials(path, trials.conditions, sigma, evoked / len(trials.onsets), times)
 
 
 def process_session(
@@ -192,7 +192,7 @@ def _partition(
     subject: Subject,
     session: Session,
     recorded: Recorded,
-    signal: Signal,
+    signal: ChannelReader,
     partition: str,
     settings: Settings,
     folder: Path,

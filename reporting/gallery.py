@@ -12,7 +12,7 @@ import numpy as np
 from modalities import recipes
 from reporting.material import Drawing, Scores, World
 from reporting.thumbnails import Thumbnails
-from reporting.words import CONTROL_LABELS, HEADLINE_METRICS, as_number, recipe_labels, recipe_title
+from reporting.words import CONTROL_LABELS, HEADLINE_METRICS, finite, recipe_labels, recipe_title
 from util import CHECKOUT
 
 
@@ -51,7 +51,7 @@ def gallery_pictures(drawings: Sequence[Drawing], world: World) -> dict[Path, bo
     return wanted
 
 
-def per_stimulus(scores: Sequence[Scores], drawing: Drawing) -> dict[str, dict[str, dict]]:
+def scores_per_stimulus(scores: Sequence[Scores], drawing: Drawing) -> dict[str, dict[str, dict]]:
     """{recipe: {metric: {stimulus id: mean score over its pictures}}} of one run's pictures."""
     found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for item in scores:
@@ -59,7 +59,7 @@ def per_stimulus(scores: Sequence[Scores], drawing: Drawing) -> dict[str, dict[s
         for row in item.pictures if belongs(item, drawing) else []:
             if row["images"] in (drawing.run.label, drawing.run.path.resolve().name):
                 for metric in paired:
-                    value = as_number(row.get(metric))
+                    value = finite(row.get(metric))
                     if value is not None:
                         found[row["recipe"]][metric][int(row["stimulus"])].append(value)
     return {
@@ -164,6 +164,6 @@ def _gallery_run(
                 }
                 for metric, table in metrics.items()
             }
-            for recipe, metrics in per_stimulus(scores, drawing).items()
+            for recipe, metrics in scores_per_stimulus(scores, drawing).items()
         },
     }

@@ -11,12 +11,12 @@ from typing import Any
 import args
 from datafiles.eeg_files import EEG_FOLDER, eeg_file, is_simulated, list_subjects, locate_test_eeg
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, list_stimuli
-from reporting.words import MOST_SUBJECTS, marks_of
+from reporting.words import MOST_SUBJECTS, spoken_marks
 from rundirs.files import read_csv, read_json
 from rundirs.journal import read_journal
 from util import CHECKOUT, DataError, UserError
 
-STAGES = ("train", "retrieval", "generate", "evaluate")  # whose runs are shown
+SHOWN_STAGES = ("train", "retrieval", "generate", "evaluate")  # whose runs are shown
 
 
 # what a page is made from; not env.json, which grows with every start of a finished run
@@ -55,7 +55,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(path: Path, label: str) -> Run:
-    expected = f"a run directory of {', '.join(map(program, STAGES))}"
+    expected = f"a run directory of {', '.join(map(program, SHOWN_STAGES))}"
     cure = "name the --output_dir that the stage was given"
     if not (path / "options.json").is_file():
         found = "a folder without options.json" if path.is_dir() else "no such folder"
@@ -64,7 +64,7 @@ def _read_run(path: Path, label: str) -> Run:
     if not isinstance(recorded, dict) or not isinstance(recorded.get("options"), dict):
         raise DataError(path / "options.json", "something else", "the options of a run", cure)
     stage = recorded.get("stage")
-    if stage not in STAGES:
+    if stage not in SHOWN_STAGES:
         raise UserError("--runs", f"{path}: a run of {stage!r}", expected, cure)
 
     def optional(name: str, otherwise: Any) -> Any:
@@ -96,7 +96,7 @@ class Drawing:
 
     @property
     def marks(self) -> list[str]:
-        return marks_of(self.prompt_source, self.control)
+        return spoken_marks(self.prompt_source, self.control)
 
 
 def read_drawing(run: Run) -> Drawing | None:

@@ -40,7 +40,7 @@ from reporting.material import (
 )
 from reporting.tables import (
     comparison_table,
-    concept_of,
+    concept_in_key,
     confusion_pictures,
     confusions,
     headlines,
@@ -51,7 +51,7 @@ from reporting.tables import (
     skipped,
 )
 from reporting.thumbnails import Thumbnails
-from reporting.words import INTERVAL, MOST_SUBJECTS, marks_of, number, plain
+from reporting.words import INTERVAL, MOST_SUBJECTS, plain, shown_number, spoken_marks
 from rundirs.files import file_hash, json_hash, read_jsonl
 from sdxl import injection_map
 from util import CHECKOUT, StageError, UserError
@@ -67,7 +67,7 @@ def page_hash(
     beside = ("report", "args", "modalities", "sdxl/injection_map", "datafiles/electrodes")
     code = [CHECKOUT / f"{name}.py" for name in beside]
     code += sorted((CHECKOUT / "reporting").rglob("*.py"))
-    code += sorted([*TEMPLATES.iterdir(), *injection_map.PRESETS.glob("*.yaml")])
+    code += sorted([*TEMPLATES.iterdir(), *injection_map.MAP_FOLDER.glob("*.yaml")])
     records = {
         run.label: {
             str(path.relative_to(run.path)): file_hash(path)
@@ -134,7 +134,7 @@ def injection_maps(drawings: Sequence[Drawing]) -> list[dict[str, Any]]:
                 "figures": [map_figure(preset.name, kind, table) for kind, table in tables.items()],
                 "tables": {
                     kind: [
-                        (plain(n), [number(v) for v in row])
+                        (plain(n), [shown_number(v) for v in row])
                         for n, row in zip(NAMES, table, strict=True)
                     ]
                     for kind, table in tables.items()
@@ -200,7 +200,7 @@ def run_details(run: Run) -> dict[str, Any]:
         "program": program(run.stage),
         "finished": run.finished,
         "seed": run.options.get("seed"),
-        "marks": marks_of(run.options.get("prompt_source"), run.options.get("control")),
+        "marks": spoken_marks(run.options.get("prompt_source"), run.options.get("control")),
         "options": [
             (name, text(value), run.provenance.get(name, "")) for name, value in run.options.items()
         ],
@@ -241,12 +241,12 @@ def score_parts(item: Scores, world: World, thumbs: Thumbnails) -> dict[str, Any
     places = {key: thumbs.places[path] for key, path in confusion_pictures(found, world).items()}
 
     def shown(key: str) -> dict[str, Any]:
-        return {"concept": concept_of(key), "picture": places.get(key)}
+        return {"concept": concept_in_key(key), "picture": places.get(key)}
 
     return {
         "label": item.run.label,
         "results": item.results,
-        "marks": marks_of(None, item.results.get("control")),
+        "marks": spoken_marks(None, item.results.get("control")),
         "skipped": skipped(item),
         "pictures": picture_table(item),
         "retrieval": retrieval_table(item),

@@ -11,12 +11,12 @@ from modalities import recipes
 from reporting.material import Run, Scores, World
 from reporting.words import (
     HEADLINE_METRICS,
-    as_number,
     bracket,
-    marks_of,
-    number,
+    finite,
     percent,
     recipe_title,
+    shown_number,
+    spoken_marks,
 )
 from rundirs.files import read_json
 
@@ -49,22 +49,26 @@ def _score_cell(row: Mapping[str, Any], name: str, best: bool) -> dict[str, Any]
     if score is None:
         return table_cell("")
     notes = []
-    if as_number(score.get("other_stimulus")) is not None:
-        notes.append(f"other: {number(score['other_stimulus'])}")
-    if as_number(score.get("bound")) is not None:  # of IS: what N pictures can reach at most
-        notes.append(f"at most {number(score['bound'])}; stimuli {number(score.get('stimuli'))}")
+    if finite(score.get("other_stimulus")) is not None:
+        notes.append(f"other: {shown_number(score['other_stimulus'])}")
+    if finite(score.get("bound")) is not None:  # of IS: what N pictures can reach at most
+        notes.append(
+            f"at most {shown_number(score['bound'])}; stimuli {shown_number(score.get('stimuli'))}"
+        )
     if score.get("nan"):
         notes.append(f"NaN: {score['nan']} of {score.get('n', row['n'])}")
-    known = as_number(score["value"]) is not None
+    known = finite(score["value"]) is not None
     interval = bracket(score.get("interval")) if known else ""
-    return table_cell(number(score["value"]), interval, notes, best)
+    return table_cell(shown_number(score["value"]), interval, notes, best)
 
 
 def picture_table(scores: Scores) -> dict[str, Any]:
     """Rows of recipes, columns of metrics; controls last and marked."""
     rows = scores.results["pictures"]
     names = [name for name in scores.metrics if any(name in row["scores"] for row in rows)]
-    plainly = [row for row in rows if not marks_of(row.get("prompt_source"), row.get("control"))]
+    plainly = [
+        row for row in rows if not spoken_marks(row.get("prompt_source"), row.get("control"))
+    ]
     table = []
     order = {recipe.name: place for place, recipe in enumerate(recipes("all"))}
     for row in sorted(rows, key=lambda row: (row not in plainly, order.get(row["recipe"], 99))):
@@ -72,7 +76,7 @@ def picture_table(scores: Scores) -> dict[str, Any]:
             {
                 "name": recipe_title(row["recipe"]),
                 "images": row["images"],
-                "marks": marks_of(row.get("prompt_source"), row.get("control")),
+                "marks": spoken_marks(row.get("prompt_source"), row.get("control")),
                 "n": row["n"],
                 "samples": row.get("samples"),
                 "cells": [
@@ -116,7 +120,7 @@ def retrieval_table(scores: Scores) -> dict[str, Any]:
             "cells": [
                 *(top(row, k) for k in (1, 5)),
                 *(table_cell(percent(row.get(way))) for way in ways),
-                table_cell(number(row.get("mrr"))),
+                table_cell(shown_number(row.get("mrr"))),
                 *(top(row, k, "back_") for k in (1, 5)),
             ],
         }
@@ -139,7 +143,7 @@ def literature_tables(scores: Sequence[Scores]) -> list[dict[str, Any]]:
         body = [
             {
                 **{key: row.get(key, "") for key in ("system", "what", "source")},
-                "cells": [number(row[name]) if name in row else "" for name in names],
+                "cells": [shown_number(row[name]) if name in row else "" for name in names],
             }
             for row in rows
         ]
@@ -165,11 +169,11 @@ def comparison_table(run: Run) -> dict[str, Any] | None:
             "name": f"{row['what']}: {row['label']}",
             "cells": [
                 table_cell(str(row["n"])),
-                table_cell(number(row["a"])),
-                table_cell(number(row["b"])),
-                table_cell(number(row["difference"]), bracket(row["interval"])),
-                table_cell(number(row["p"], 4)),
-                table_cell(number(row["p_holm"], 4)),
+                table_cell(shown_number(row["a"])),
+                table_cell(shown_number(row["b"])),
+                table_cell(shown_number(row["difference"]), bracket(row["interval"])),
+                table_cell(shown_number(row["p"], 4)),
+                table_cell(shown_number(row["p_holm"], 4)),
             ],
         }
         for row in found["rows"]
@@ -210,19 +214,19 @@ def _picture_headlines(scores: Scores) -> Iterator[dict[str, Any]]:
             score, about = row["scores"][name], scores.metrics[name]
             control = shuffled["scores"].get(name, {}) if shuffled else {}
             text = (
-                f"shuffled EEG {number(control['value'])}"
-                if as_number(control.get("value")) is not None
-                else f"other stimulus {number(score.get('other_stimulus'))}"
+                f"shuffled EEG {shown_number(control['value'])}"
+                if finite(control.get("value")) is not None
+                else f"other stimulus {shown_number(score.get('other_stimulus'))}"
             )
             chance = about.get("chance")
             yield {
                 "title": f"{about['label']} {'↑' if about['better'] == 'higher' else '↓'}",
-                "value": number(score["value"]),
+                "value": shown_number(score["value"]),
                 "interval": bracket(score.get("interval")),
                 "control": text,
-                "chance": "" if chance is None else f"chance {number(chance)}",
+                "chance": "" if chance is None else f"chance {shown_number(chance)}",
                 "about": f"fused pictures, N = {row['n']}"
-                + "".join(f" · {mark}" for mark in marks_of(row.get("prompt_source"), None)),
+                + "".join(f" · {mark}" for mark in spoken_marks(row.get("prompt_source"), None)),
             }
 
 
@@ -249,7 +253,7 @@ def confusion_pictures(found: Mapping[str, Any], world: World) -> dict[str, Path
     return {item.key: item.path for item in world.stimuli if item.key in keys}
 
 
-def concept_of(key: str) -> str:
+def concept_in_key(key: str) -> str:
     return key.split("/")[1].split("_", 1)[-1].replace("_", " ") if "/" in key else key
 
 
@@ -262,7 +266,7 @@ def occlusion_table(scores: Scores) -> list[dict[str, Any]]:
             "subject": row["subject"],
             "n": row["n"],
             "drops": {
-                key: (number(drop["value"]), bracket(drop["interval"]))
+                key: (shown_number(drop["value"]), bracket(drop["interval"]))
                 for key, drop in row["drops"].items()
             },
         }

@@ -19,7 +19,7 @@ CONTROL_LABELS = {
 }
 
 
-def marks_of(prompt_source: str | None, control: str | None) -> list[str]:
+def spoken_marks(prompt_source: str | None, control: str | None) -> list[str]:
     """What must be said beside anything that does not show what was decoded from EEG alone."""
     oracle = [ORACLE] if "oracle" in (prompt_source or "") else []
     return oracle + ([CONTROLS.get(control, f"CONTROL: {control}")] if control else [])
@@ -46,7 +46,7 @@ def recipe_title(name: str) -> str:
     return f"{kind}: {label}" if label != name and label != kind else label
 
 
-def as_number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """A finite float, None for anything else (empty, NaN, text)."""
     try:
         number = float(value)
@@ -55,9 +55,9 @@ def as_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def number(value: Any, digits: int = 3) -> str:
+def shown_number(value: Any, digits: int = 3) -> str:
     """For people: three digits after the point, fewer for large ones; a dash for none or NaN."""
-    value = as_number(value)
+    value = finite(value)
     if value is None:
         return "–"
     kept = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else digits
@@ -65,19 +65,19 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def percent(value: Any) -> str:
-    value = as_number(value)
+    value = finite(value)
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def points(value: Any) -> str:
     """A difference of shares in percentage points."""
-    value = as_number(value)
+    value = finite(value)
     return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
 
 
-def bracket(interval: Any, show: Callable[[Any], str] = number) -> str:
+def bracket(interval: Any, show: Callable[[Any], str] = shown_number) -> str:
     """``[low, high]``, empty for None or NaN."""
-    if not interval or any(as_number(end) is None for end in interval):
+    if not interval or any(finite(end) is None for end in interval):
         return ""
     return f"[{show(interval[0])}, {show(interval[1])}]".replace(" %", "")
 

@@ -22,7 +22,7 @@ import modalities
 import util
 from rundirs.yaml_files import read_yaml
 
-PRESETS = util.CHECKOUT / "configs" / "injection"
+MAP_FOLDER = util.CHECKOUT / "configs" / "injection"
 # ---------------------------------------------------------------- sites and layers
 
 
@@ -84,11 +84,11 @@ def load_injection(preset_or_file: str) -> InjectionMap:
         return InjectionMap(
             "intent", "each modality at its own depth, as registered", "relative", sites
         )
-    path = PRESETS / f"{preset_or_file}.yaml"
+    path = MAP_FOLDER / f"{preset_or_file}.yaml"
     if not path.is_file():
         path = Path(preset_or_file)
     if not path.is_file():
-        presets = ["intent", *sorted(file.stem for file in PRESETS.glob("*.yaml"))]
+        presets = ["intent", *sorted(file.stem for file in MAP_FOLDER.glob("*.yaml"))]
         raise util.UserError(
             "--injection",
             preset_or_file,
@@ -102,7 +102,7 @@ def load_injection(preset_or_file: str) -> InjectionMap:
             path,
             f"not YAML ({error})",
             "an injection preset",
-            f"start from {PRESETS / 'uniform.yaml'}",
+            f"start from {MAP_FOLDER / 'uniform.yaml'}",
         ) from None
     return _parse_injection(path, content)
 

@@ -119,7 +119,7 @@ def _latent_moments(vae: Any) -> tuple[torch.Tensor | float, torch.Tensor | floa
 
 
 @torch.no_grad()
-def encode_pictures(pipe: StableDiffusionXLPipeline, pictures: torch.Tensor) -> torch.Tensor:
+def picture_latents(pipe: StableDiffusionXLPipeline, pictures: torch.Tensor) -> torch.Tensor:
     """Latents [B, 4, h, w] on the CPU of pictures [B, 3, H, W] in 0..1: the posterior's mode."""
     vae = pipe.vae
     mean, std = _latent_moments(vae)

@@ -412,3 +412,63 @@ def test_files_are_short():
         if lines > (LONGER | TO_BE_SPLIT).get(name, LONGEST_FILE):
             found.append(f"{name}: {lines} lines")
     assert found == []
+
+
+LONGEST_FUNCTION, MOST_PARAMETERS = 40, 8
+FUNCTIONS_TO_BE_SPLIT = {  # (lines, parameters) that they may have until then
+    "args.py:preprocess_parser": (50, 0),
+    "args.py:features_parser": (46, 0),
+    "args.py:train_parser": (45, 0),
+    "args.py:generate_parser": (92, 0),
+    "args.py:evaluate_parser": (59, 0),
+    "cli/parser.py:add": (26, 11),
+    "dataset.py:open_training": (44, 10),
+    "decoder/atms.py:__init__": (46, 14),
+    "decoder/encoders.py:__init__": (25, 9),
+    "generate.py:draw_run": (49, 7),
+    "generation/series.py:draw_series": (49, 8),
+    "rundirs/directory.py:start": (44, 6),
+    "subject_layers/transformer.py:__init__": (25, 10),
+    "training/loop.py:fit": (79, 8),
+    "training/loop.py:__init__": (25, 9),
+    "unet.py:__init__": (29, 9),
+}
+
+
+def _functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(_tree(path)) if isinstance(node, kinds)]
+
+
+def test_functions_are_short_and_take_few_parameters():
+    found = []
+    for path in _sources():
+        for function in _functions(path):
+            name = f"{path.relative_to(ROOT).as_posix()}:{function.name}"
+            most = FUNCTIONS_TO_BE_SPLIT.get(name, (LONGEST_FUNCTION, MOST_PARAMETERS))
+            given = function.args
+            taken = len(given.posonlyargs + given.args + given.kwonlyargs)
+            lines = function.end_lineno - function.lineno + 1
+            if lines > max(most[0], LONGEST_FUNCTION) or taken > max(most[1], MOST_PARAMETERS):
+                found.append(f"{name}: {lines} lines, {taken} parameters")
+    assert found == []
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """Names that a module defines at its top, other than for itself alone."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_name_means_one_thing():
+    homes: dict[str, list[str]] = {}
+    for path in _sources():
+        for name in _defined(_tree(path)) - {"main"}:
+            homes.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}

@@ -100,7 +100,7 @@ def test_the_quick_demo_scores_its_controls_and_explains_its_encoder(quick_demo)
     fused = {
         row["control"]: row["scores"] for row in results["pictures"] if row["recipe"] == "fused"
     }
-    assert set(fused) == {None, *demo.CONTROLS}
+    assert set(fused) == {None, *demo.DRAWN_CONTROLS}
     for scores in fused.values():
         assert {"pixcorr", "ssim", "lite0", "lite0_distance"} <= set(scores)
     ceiling, shuffled = (

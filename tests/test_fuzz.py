@@ -217,11 +217,11 @@ def _read_captions(path: Path) -> None:
 
 def _read_events(path: Path) -> None:
     table = events.read_table(path)
-    known = events.list_pictures(path.parent)
+    known = events.pictures_by_partition(path.parent)
     for event in table.shown:
         known.find(event, table)
         if table.kind != "marker":
-            events.as_number(event, table)
+            events.onset_of(event, table)
 
 
 def _read_picture(path: Path) -> None:

@@ -29,7 +29,7 @@ from training import monitor
 from training.checkpoints import Checkpoints
 from training.optimisation import Average, Schedule, copied, new_optimizer, set_learning_rate
 from training.processes import Processes
-from training.settings import Computing, Objective, masking_from, settings_from
+from training.settings import Computing, Objective, masking_from
 from util import Part
 
 HELD_SHARE = 0.5  # of a GPU's free memory that EEG may take with --data_on_device auto
@@ -67,7 +67,7 @@ def train(
 ) -> RunDirectory:
     """:func:`fit` in the run directory of a call, as its flags say."""
     values = options.values
-    schedule, computing = settings_from(Schedule, values), settings_from(Computing, values)
+    schedule, computing = options.settings(Schedule), options.settings(Computing)
     check_parts(data, schedule, computing, processes)
     parameters = describe_parameters(model)
     where = f"{processes.device} for {values.epochs} epochs"
@@ -294,7 +294,7 @@ def fit(
     first_epoch = training.step // steps
     if processes.first:
         _drop_later_records(run.path / "metrics.jsonl", training.step)
-    _tell(training, steps)
+    _announce(training, steps)
     training.train_mode()
     sanity = monitor.Sanity(training, data) if training.step == 0 else None
     with (
@@ -367,7 +367,7 @@ def on_device(data: TrainingData, wanted: str, device: torch.device) -> Training
     return data.held_on(device)
 
 
-def _tell(training: _Training, steps: int) -> None:
+def _announce(training: _Training, steps: int) -> None:
     processes = training.processes
     util.LOG.info(
         "training %s on %s%s: %d epochs of %d steps",

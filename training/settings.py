@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,11 +31,6 @@ class Computing:
     compile: bool
     data_on_device: str
     report_to: str
-
-
-def settings_from(kind: type, values: argparse.Namespace) -> Any:
-    """A dataclass whose fields are named as flags, from them."""
-    return kind(**{field.name: getattr(values, field.name) for field in fields(kind)})
 
 
 class Objective(Protocol):

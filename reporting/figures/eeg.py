@@ -13,7 +13,7 @@ import numpy as np
 from datafiles import electrodes
 from reporting.figures.scores import Bar, bars_figure
 from reporting.svg import INK, LINE, MUTED, OUTLINE, Figure, draw_svg, few_ticks
-from reporting.words import INTERVAL, MOST_SUBJECTS, as_number, bracket, points
+from reporting.words import INTERVAL, MOST_SUBJECTS, bracket, finite, points
 
 UNITS = "Whitened units (dimensionless)"  # as THINGS-EEG2's preprocessing leaves them
 TOPOMAP_TIMES_S = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
@@ -165,7 +165,7 @@ def occlusion_figures(results: Mapping[str, Any], key: str = "top1") -> list[Fig
                 Bar(
                     row["name"],
                     MUTED,
-                    as_number(row["drops"][key]["value"]),
+                    finite(row["drops"][key]["value"]),
                     row["drops"][key]["interval"],
                 )
                 for row in kinds["region"]
@@ -188,7 +188,7 @@ def _window_figure(rows: Sequence[Mapping[str, Any]], key: str, subject: str, ab
         axes = figure.subplots()
         axes.set_title(f"without a time window, {subject}")
         axes.axhline(0, color=LINE, linewidth=1)
-        values = [100 * (as_number(drop["value"]) or 0) for drop in drops]
+        values = [100 * (finite(drop["value"]) or 0) for drop in drops]
         axes.stairs(values, edges, color=INK, linewidth=1.8, baseline=None)
         for row, drop in zip(rows, drops, strict=True):
             if bracket(drop["interval"]):
@@ -207,7 +207,7 @@ def _window_figure(rows: Sequence[Mapping[str, Any]], key: str, subject: str, ab
 
 
 def _channel_figure(rows: Sequence[Mapping[str, Any]], key: str, about: str) -> list[Figure]:
-    drops = {row["channels"][0]: 100 * (as_number(row["drops"][key]["value"]) or 0) for row in rows}
+    drops = {row["channels"][0]: 100 * (finite(row["drops"][key]["value"]) or 0) for row in rows}
     names, info = placed(list(drops))
     if info is None:
         return []

@@ -14,13 +14,13 @@ from reporting.svg import ALERT, INK, LINE, MODALITY_COLOURS, MUTED, Figure, dra
 from reporting.words import (
     CONTROL_LABELS,
     HEADLINE_METRICS,
-    as_number,
     bracket,
-    marks_of,
-    number,
+    finite,
     percent,
     plain,
     recipe_labels,
+    shown_number,
+    spoken_marks,
 )
 
 
@@ -49,7 +49,7 @@ def draw_bars(
     bars: Sequence[Bar],
     title: str,
     chance: float | None,
-    show: Callable[[Any], str] = number,
+    show: Callable[[Any], str] = shown_number,
 ) -> None:
     """Horizontal bars with 95 % intervals, control ticks and the chance line."""
     axes = figure.subplots()
@@ -66,7 +66,7 @@ def draw_bars(
     axes.set_ylim(places[-1] + 0.6, -0.6)
     axes.set_xlim(min(ends) * 1.1, max(ends) * 1.24 or 1)
     axes.xaxis.set_major_locator(few_ticks())
-    if show is not number:  # shares, written in per cent
+    if show is not shown_number:  # shares, written in per cent
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}")
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
@@ -92,7 +92,7 @@ def _draw_bar(axes: Any, place: float, bar: Bar, show: Callable[[Any], str]) -> 
     return ends
 
 
-def said(bars: Sequence[Bar], show: Callable[[Any], str] = number) -> str:
+def said(bars: Sequence[Bar], show: Callable[[Any], str] = shown_number) -> str:
     """The bars in words, for alt texts."""
     return "; ".join(f"{bar.label} {show(bar.value)} {bracket(bar.interval, show)}" for bar in bars)
 
@@ -102,7 +102,7 @@ def bars_figure(
     bars: Sequence[Bar],
     caption: str,
     chance: float | None,
-    show: Callable[[Any], str] = number,
+    show: Callable[[Any], str] = shown_number,
 ) -> Figure:
     alt = f"Bars of {title}: {said(bars, show)}"
     draw = partial(draw_bars, bars=bars, title=title, chance=chance, show=show)
@@ -133,7 +133,7 @@ def _recipe_bars(
     order = {recipe.name: place for place, recipe in enumerate(recipes("all"))}
     rows = sorted(rows, key=lambda row: order[row["recipe"]])
     arrow = "↑ higher is better" if about["better"] == "higher" else "↓ lower is better"
-    oracle = "".join(f"{mark}. " for mark in marks_of(rows[0].get("prompt_source"), None))
+    oracle = "".join(f"{mark}. " for mark in spoken_marks(rows[0].get("prompt_source"), None))
     caption = (
         f"{about['label']} ({arrow}), {rows[0]['images']}, N = {rows[0]['n']} stimuli, seed "
         f"{results['seed']}. {oracle}“only”: drawn from one modality; 1 to 5: added one "
@@ -145,9 +145,9 @@ def _recipe_bars(
 
 def _recipe_bar(row: Mapping[str, Any], score: Mapping[str, Any]) -> Bar:
     values = (
-        as_number(score.get("value")),
+        finite(score.get("value")),
         score.get("interval"),
-        as_number(score.get("other_stimulus")),
+        finite(score.get("other_stimulus")),
     )
     control, added = row.get("control"), {item.name: item.active[-1] for item in recipes("all")}
     if control or row["recipe"] not in added:
@@ -174,14 +174,14 @@ def retrieval_bars(results: Mapping[str, Any], subject: str) -> Figure:
         Bar(
             plain(row["query"].removeprefix("prior ")).replace("encoder -> image", "encoder"),
             MODALITY_COLOURS.get(row["query"].removeprefix("prior "), MUTED),
-            as_number(row["top1"]),
+            finite(row["top1"]),
             row["top1_interval"],
-            as_number(row["top1_shuffled"]),
+            finite(row["top1_shuffled"]),
             row["top1_shuffled_range"],
         )
         for row in rows
     ]
-    mark = "".join(f"{text}. " for text in marks_of(None, results.get("control")))
+    mark = "".join(f"{text}. " for text in spoken_marks(None, results.get("control")))
     caption = (
         f"{mark}Retrieval of the right picture among {rows[0]['gallery']}, top-1, {subject}, "
         f"N = {rows[0]['n']} stimuli, seed {results['seed']}: each prior's sample asks its "

@@ -8,7 +8,7 @@ from typing import Any
 
 from modalities import NAMES
 from reporting.svg import INK, LINE, MODALITY_COLOURS, MUTED, Figure, draw_svg, few_ticks
-from reporting.words import as_number, number, plain
+from reporting.words import finite, plain, shown_number
 
 # title, key of the training loss, key of the held-out value, what it is
 CURVES = (
@@ -47,7 +47,7 @@ def training_figures(
         )
         svg = draw_svg(_curve_alt(label, title, held_out, records), 230, draw)
         figures.append(Figure(svg, f"{caption.format(gallery=gallery)} {about}"))
-    first, last = (number(record["loss"]) for record in (records[0], records[-1]))
+    first, last = (shown_number(record["loss"]) for record in (records[0], records[-1]))
     svg = draw_svg(
         f"{label}, total loss: from {first} to {last}", 230, partial(draw_totals, records=records)
     )
@@ -58,7 +58,7 @@ def training_figures(
 def _curve_alt(label: str, title: str, pattern: str, records: Sequence[Mapping[str, Any]]) -> str:
     last = [record for record in records if pattern.format(NAMES[0]) in record][-1:]
     ends = [
-        f"{plain(name)} {number(record.get(pattern.format(name)))}"
+        f"{plain(name)} {shown_number(record.get(pattern.format(name)))}"
         for record in last
         for name in NAMES
     ]
@@ -66,7 +66,7 @@ def _curve_alt(label: str, title: str, pattern: str, records: Sequence[Mapping[s
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    pairs = [(r["epoch"], as_number(r[key])) for r in records if as_number(r.get(key)) is not None]
+    pairs = [(r["epoch"], finite(r[key])) for r in records if finite(r.get(key)) is not None]
     return [epoch for epoch, _ in pairs], [value for _, value in pairs]
 
 

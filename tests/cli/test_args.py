@@ -258,12 +258,12 @@ def test_a_preset_sets_what_was_not_given():
     assert (plain.steps, plain.guidance, plain.size, plain.scheduler) == (30, 5.0, 768, None)
 
 
-@pytest.mark.parametrize("preset", args.PRESETS)
+@pytest.mark.parametrize("preset", args.MODEL_PRESETS)
 def test_presets_name_flags_and_schedulers_that_exist(preset):
     import diffusers
 
-    assert args.PRESETS[preset].keys() <= args.STAGES["generate"]().actions().keys()
-    scheduler = args.PRESETS[preset].get("scheduler")
+    assert args.MODEL_PRESETS[preset].keys() <= args.STAGES["generate"]().actions().keys()
+    scheduler = args.MODEL_PRESETS[preset].get("scheduler")
     assert scheduler is None or hasattr(diffusers, scheduler)
 
 

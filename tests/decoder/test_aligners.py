@@ -218,7 +218,7 @@ def predicted(
 ) -> dict[str, torch.Tensor]:
     how = Sampling(ONCE.steps, ONCE.guidance, ONCE.sampler, draws, restore)
     held_out = 0.3 * normal(64, D, seed=7)
-    return aligners.predict(aligner, cond, range(len(cond)), how, 0, held_out)
+    return aligners.predict_from_condition(aligner, cond, range(len(cond)), how, 0, held_out)
 
 
 @pytest.mark.parametrize(("kind", "draws"), [("mlp", 1), ("none", 1), ("prior", 8)])
@@ -247,7 +247,7 @@ def test_the_factor_is_measured_on_held_out_rows_alone() -> None:
 def test_models_without_held_out_rows_cannot_restore() -> None:
     how = Sampling(1, 1.0, "ddim", restore_variance=True)
     with pytest.raises(util.UserError, match="val_fraction"):
-        aligners.predict(untrained("mlp"), normal(2, D), [0, 1], how, 0, None)
+        aligners.predict_from_condition(untrained("mlp"), normal(2, D), [0, 1], how, 0, None)
 
 
 def test_held_out_rows_are_few_and_from_everywhere() -> None:

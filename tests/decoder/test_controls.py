@@ -36,7 +36,7 @@ def predicted(chain: Chain, opened, control: str | None, seed: int = 0) -> dict[
     decoder, test = opened
     rows = range(len(test.eeg))
     sampling = Sampling(3, 1.0, "ddim")
-    return controls.predict(decoder, test, rows, sampling, seed, control, chain.features)
+    return controls.predict_embeddings(decoder, test, rows, sampling, seed, control, chain.features)
 
 
 def test_shuffling_leaves_nobody_their_own_eeg(opened) -> None:

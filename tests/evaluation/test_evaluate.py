@@ -217,7 +217,7 @@ def trained_on_simulated_eeg(tmp_path_factory: pytest.TempPathFactory) -> tuple[
     shown = {
         name: [pictures.render(scene, 96) for scene in items] for name, items in scenes.items()
     }
-    features = {name: eeg.features_of(shown[name], scenes[name], 0) for name in scenes}
+    features = {name: eeg.brain_features(shown[name], scenes[name], 0) for name in scenes}
     eeg.write_subject(
         root / "data", "sub-01", features, {"training": 4, "test": 8}, eeg.DEFAULT_SNR, 0
     )
@@ -346,7 +346,7 @@ def test_occlusion_finds_the_simulated_sources(
 
 def test_occlusion_takes_away_what_tells_stimuli_apart_and_nothing_else() -> None:
     read = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
-    part = occlusion.Part("window", "x", (0, 2), 2, 5)
+    part = occlusion.Occluded("window", "x", (0, 2), 2, 5)
     found = occlusion.without(read, part)
     there = torch.zeros(3, 8, dtype=torch.bool)
     there[[0, 2], 2:5] = True

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from evaluation import comparison, networks
-from evaluation.pairing import list_pictures, pair_folder
+from evaluation.pairing import pair_folder, stimuli_below
 from rundirs.files import read_csv
 from util import DataError
 
@@ -113,7 +113,7 @@ def test_names_that_fit_no_stimulus_are_refused(tmp_path, truth, capsys):
 def test_a_name_of_two_stimuli_pairs_with_neither(tmp_path):
     for folder in ("a", "b"):
         write(tmp_path / "truth" / folder / "same.png", photo(0))
-    stimuli = list_pictures(tmp_path / "truth")
+    stimuli = stimuli_below(tmp_path / "truth")
     write(tmp_path / "theirs" / "same.png", photo(0))
     with pytest.raises(DataError, match="named after no stimulus"):
         pair_folder(tmp_path / "theirs", stimuli)
@@ -222,10 +222,10 @@ def test_only_shared_stimuli_are_compared(tmp_path, truth, two_runs):
 
 def test_a_system_with_one_recipe_meets_each_of_ours():
     ours = {
-        (recipe, "ssim"): comparison.Series("SSIM", "higher", {"1": 0.5})
+        (recipe, "ssim"): comparison.StimulusScores("SSIM", "higher", {"1": 0.5})
         for recipe in ("fused", "x")
     }
-    theirs = {("pictures", "ssim"): comparison.Series("SSIM", "higher", {"1": 0.4})}
+    theirs = {("pictures", "ssim"): comparison.StimulusScores("SSIM", "higher", {"1": 0.4})}
     found = [what for what, _, _ in comparison.matched(ours, theirs)]
     assert found == ["fused against pictures", "x against pictures"]
 

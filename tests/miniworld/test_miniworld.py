@@ -72,9 +72,9 @@ def test_a_world_that_cannot_be_is_refused_before_anything_is_written(flag, tmp_
 def test_words():
     star = pictures.Concept("star", "red", "blue", "stripes")
     assert pictures.concept_name(star) == "red_star_on_blue_stripes"
-    assert pictures.caption(star) == "a red star on blue stripes"
+    assert pictures.scene_caption(star) == "a red star on blue stripes"
     plain = pictures.Concept("half_disc", "orange", "grey", "plain")
-    assert pictures.caption(plain) == "an orange half disc on a plain grey background"
+    assert pictures.scene_caption(plain) == "an orange half disc on a plain grey background"
 
 
 def test_scenes_of_one_concept_differ_in_place_only():
@@ -133,7 +133,7 @@ def test_written_stimuli_sort_into_scene_order(tmp_path):
         for file, scene in zip(files, expected, strict=True):
             key = file.relative_to(tmp_path).as_posix()
             assert file.parent.name[6:] == pictures.concept_name(scene)
-            assert captions[key] == pictures.caption(scene)
+            assert captions[key] == pictures.scene_caption(scene)
             assert truth["scenes"][key] == dataclasses.asdict(scene)
             assert (np.asarray(Image.open(file)) == pictures.render(scene)).all()
 
@@ -153,7 +153,7 @@ def test_stimuli_of_another_world_are_not_mixed_in(tmp_path):
 def features() -> np.ndarray:
     """Features [400, D] of 400 pictures."""
     scenes = _scenes(400)
-    return eeg.features_of((pictures.render(s, 96) for s in scenes), scenes, SEED)
+    return eeg.brain_features((pictures.render(s, 96) for s in scenes), scenes, SEED)
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def test_written_subject_has_the_published_format(tmp_path):
     plan = pictures.plan_scenes(16, 1, 2, SEED)
     scenes = {partition: list(part.values()) for partition, part in plan.items()}
     features = {
-        name: eeg.features_of([pictures.render(scene, 96) for scene in items], items, SEED)
+        name: eeg.brain_features([pictures.render(scene, 96) for scene in items], items, SEED)
         for name, items in scenes.items()
     }
     repetitions = {"training": 2, "test": 3}

@@ -94,7 +94,7 @@ def test_clip_learns_the_pose_of_pictures_rivals_and_superpixels(trained: Path) 
     assert rival > 1000 and own == pytest.approx(2 * rival, rel=0.3)
 
 
-@pytest.mark.parametrize("split", list(pictures.SPLITS))
+@pytest.mark.parametrize("split", list(pictures.HELD_OUT_FOLDS))
 def test_unseen_scenes_are_of_their_split(split: str) -> None:
     scenes = renders.unseen_scenes(split, 40, seed=0)
     assert {pictures.split_of(scene) for scene in scenes} == {split}
@@ -195,11 +195,11 @@ def test_a_stopped_part_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> No
         torch.manual_seed(torch_seed)
         if stops:
             with pytest.raises(util.Preempted):
-                pretrain.fit(pretrain.JudgePart(data, 8), 3, folder, 0, stops)
+                pretrain.fit_part(pretrain.JudgePart(data, 8), 3, folder, 0, stops)
             assert torch.load(folder / "judge" / "state.pt", weights_only=True)["step"] == 1
             torch.manual_seed(99)  # other initial weights, replaced by the saved ones
         part = pretrain.JudgePart(data, 8)
-        pretrain.fit(part, 3, folder, 0, [])
+        pretrain.fit_part(part, 3, folder, 0, [])
         finals.append(part.model.state_dict())
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 

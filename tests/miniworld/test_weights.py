@@ -41,7 +41,7 @@ def embeddings(scenes) -> torch.Tensor:
         made = dict(zip(shown, clip.encode_pictures(crops), strict=True))
         made |= dict.fromkeys(
             (m.name for m in MODALITIES if m.source == "text"),
-            clip.encode_texts([pictures.caption(scene)])[0],
+            clip.encode_texts([pictures.scene_caption(scene)])[0],
         )
         rows.append(torch.stack([made[name] for name in NAMES]))
     return torch.stack(rows)

@@ -35,7 +35,7 @@ CODES = [1, 2, 3, 4] * 3  # 1-based places in PICTURES
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch) -> None:
     """Drawing is two thirds of so small a run; test_preprocess.noisy draws for all."""
-    monkeypatch.setattr(quality, "draw", lambda *_: None)
+    monkeypatch.setattr(quality, "draw_quality", lambda *_: None)
 
 
 def write_data(root: Path) -> Path:

@@ -58,7 +58,7 @@ def noisy(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch) -> None:
     """Drawing is two thirds of so small a run; test_preprocess.noisy draws for all."""
-    monkeypatch.setattr(quality, "draw", lambda *_: None)
+    monkeypatch.setattr(quality, "draw_quality", lambda *_: None)
 
 
 def _refused(capsys, code: int, root: Path, *flags: object, sessions: int = 1) -> str:

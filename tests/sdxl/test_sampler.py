@@ -72,7 +72,7 @@ def test_unguided_steps_read_the_positive_rows(injected, prompt):
 def start(injected) -> torch.Tensor:
     picture = torch.zeros(1, 3, SIZE, SIZE)
     picture[:, 0, :, : SIZE // 2] = 1
-    return sampler.encode_pictures(injected[0], picture)
+    return sampler.picture_latents(injected[0], picture)
 
 
 class _Still(torch.nn.Module):
@@ -123,11 +123,11 @@ def test_pictures_come_back_from_their_latents(injected, monkeypatch):
     """Also with a VAE whose config has latents' moments, which diffusers' pipelines undo."""
     vae = injected[0].vae
     picture = torch.rand(2, 3, SIZE, SIZE, generator=util.generator_for(0, "picture"))
-    plain = sampler.encode_pictures(injected[0], picture)
+    plain = sampler.picture_latents(injected[0], picture)
     back = sampler.decode_latents(injected[0], plain)
     config = dict(vae.config) | {"latents_mean": [0.5, -1, 0, 2.0], "latents_std": [1, 2, 3, 0.5]}
     monkeypatch.setattr(vae, "_internal_dict", type(vae.config)(config))
-    moved = sampler.encode_pictures(injected[0], picture)
+    moved = sampler.picture_latents(injected[0], picture)
     assert (moved - plain).abs().max() > 0.1
     torch.testing.assert_close(sampler.decode_latents(injected[0], moved), back, atol=1e-4, rtol=0)
 

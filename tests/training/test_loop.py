@@ -27,7 +27,7 @@ from training import loop, monitor, optimisation
 from training.checkpoints import Checkpoints
 from training.optimisation import Schedule
 from training.processes import Processes
-from training.settings import Computing, settings_from
+from training.settings import Computing
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +233,5 @@ def test_dataclasses_take_their_flags():
     import args
 
     words = ["--data_path", "D", "--clip_feature_path", "F", "--output_dir", "O"]
-    values = args.resolve("train", words).values
-    schedule = settings_from(Schedule, values)
+    schedule = args.resolve("train", words).settings(Schedule)
     assert schedule == replace(schedule, learning_rate=1e-4, schedule="constant", lr_eeg=None)
