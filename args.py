@@ -177,6 +177,28 @@ def _superpixel_size(group: FlagGroup) -> None:
 # ---------------------------------------------------------------- the stages
 
 
+def _signal(parser: Parser) -> None:
+    group = parser.flags("signal")
+    group.add("--channels", nargs="+", metavar="NAME",
+        help="by name, in this order; or things (the 63), posterior (the 17 of parietal and "
+        "occipital cortex), all; default: things, with --raw all EEG channels")
+    group.switch("--interpolate_missing",
+        help="channels that are missing, flat or marked as bad: spherical splines from the rest")
+    group.add("--reference", nargs="+", metavar="NAME",
+        help="average, or channels whose mean is subtracted; default: as recorded")
+    group.add("--band_pass", nargs=2, type=non_negative, metavar=("LOW_HZ", "HIGH_HZ"),
+        help="zero-phase FIR of the continuous recording, LOW 0 = low-pass; default: none")
+    group.add("--epoch", nargs=2, type=seconds, default=[-0.2, 1.0], metavar=("START_S", "END_S"),
+        help="around the onset; the mean before the onset is subtracted, what follows it is kept")
+    group.add("--rate", type=positive, default=250.0, metavar="HZ", help="sampling rate written")
+    group.switch("--whiten", default=True,
+        help="multivariate noise normalisation, per session, from its training trials")
+    group.add("--dtype", choices=("float64", "float32"), default="float64",
+        help="of the file: as published, or half the size")
+    group.add("--seed", type=count, default=20200220,
+        help="of the choice and the order of repetitions")
+
+
 def preprocess_parser() -> Parser:
     parser = Parser(
         "preprocess",
@@ -203,25 +225,7 @@ def preprocess_parser() -> Parser:
     group.add("--events", type=Path, nargs="+", metavar="TABLE", per_call=True,
         help="CSV or TSV per recording: column stimulus (a picture of DATA) beside onset (s), "
         "sample or marker; default: *_events.tsv beside the recording, as in BIDS")
-    group = parser.flags("signal")
-    group.add("--channels", nargs="+", metavar="NAME",
-        help="by name, in this order; or things (the 63), posterior (the 17 of parietal and "
-        "occipital cortex), all; default: things, with --raw all EEG channels")
-    group.switch("--interpolate_missing",
-        help="channels that are missing, flat or marked as bad: spherical splines from the rest")
-    group.add("--reference", nargs="+", metavar="NAME",
-        help="average, or channels whose mean is subtracted; default: as recorded")
-    group.add("--band_pass", nargs=2, type=non_negative, metavar=("LOW_HZ", "HIGH_HZ"),
-        help="zero-phase FIR of the continuous recording, LOW 0 = low-pass; default: none")
-    group.add("--epoch", nargs=2, type=seconds, default=[-0.2, 1.0], metavar=("START_S", "END_S"),
-        help="around the onset; the mean before the onset is subtracted, what follows it is kept")
-    group.add("--rate", type=positive, default=250.0, metavar="HZ", help="sampling rate written")
-    group.switch("--whiten", default=True,
-        help="multivariate noise normalisation, per session, from its training trials")
-    group.add("--dtype", choices=("float64", "float32"), default="float64",
-        help="of the file: as published, or half the size")
-    group.add("--seed", type=count, default=20200220,
-        help="of the choice and the order of repetitions")
+    _signal(parser)
     group = parser.flags("work")
     group.add("--n_jobs", type=positive_int, default=1, metavar="N", per_call=True,
         help="processes that cut and resample trials")
@@ -249,6 +253,19 @@ def check_parser() -> Parser:
         help="also whether this output of clip_feature_extractor.py belongs to the pictures")
     _common(parser, device=False, writes=False)
     return parser
+
+
+def _encoding_work(parser: Parser) -> None:
+    group = parser.flags("work")
+    group.add("--shard", type=shard, default="1/1", metavar="i/n", per_call=True,
+        help="encode the i-th of n parts, for SLURM arrays: jobs with one --output_path share the "
+        "work; the last one joins the bank, or a call without --shard")
+    group.add("--num_workers", type=count, metavar="N", per_call=True,
+        help="superpixel processes, which stay two batches ahead of CLIP; 0 = in this process; "
+        "default: cores - 1, at least 1")
+    group.add("--shard_size", type=positive_int, default=256, metavar="PICTURES",
+        help="a restart loses at most this many")
+    group.switch("--save_superpixels", help="also write the superpixel PNGs to look at")
 
 
 def features_parser() -> Parser:
@@ -285,18 +302,31 @@ def features_parser() -> Parser:
     _precision(group, "CLIP's products; weights stay float32. The others are faster on a GPU and "
         "a little off: models and banks of another precision are not mixed")
     _superpixel_size(parser.flags("superpixels"))
-    group = parser.flags("work")
-    group.add("--shard", type=shard, default="1/1", metavar="i/n", per_call=True,
-        help="encode the i-th of n parts, for SLURM arrays: jobs with one --output_path share the "
-        "work; the last one joins the bank, or a call without --shard")
-    group.add("--num_workers", type=count, metavar="N", per_call=True,
-        help="superpixel processes, which stay two batches ahead of CLIP; 0 = in this process; "
-        "default: cores - 1, at least 1")
-    group.add("--shard_size", type=positive_int, default=256, metavar="PICTURES",
-        help="a restart loses at most this many")
-    group.switch("--save_superpixels", help="also write the superpixel PNGs to look at")
+    _encoding_work(parser)
     _common(parser)
     return parser
+
+
+def _joint_loss(parser: Parser) -> None:
+    group = parser.flags("loss")
+    group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
+        help="weight of the CLIP contrastive loss beside the priors' loss")
+    _contrast(group)
+    group.add("--aligner", choices=("prior", "mlp", "none"), default="prior",
+        help="what makes the five embeddings of the encoder's output: a diffusion prior for each, "
+        "a regression with a shared trunk, or nothing (the output is taken for each of them)")
+    group.add("--prior_predicts", choices=QUANTITIES, default="velocity",
+        help="what the priors' networks put out")
+    group.add("--prior_loss", choices=QUANTITIES,
+        help="what 0.7 MSE + 0.3 (1 - cos) of the priors compares; default: what they predict, "
+        "from which they learned faster on simulated EEG than from the noise, as published")
+    group.add("--noise_draws", type=positive_int, default=4, metavar="N",
+        help="timesteps and noises at which the priors see each sample of a batch: cheap beside "
+        "the encoder, and they learn faster")
+    group.add("--loss_weights", choices=("fixed", "uncertainty"), default="fixed",
+        help="of the five modalities: the registry's, or learned log-variances")
+    group.add("--condition_dropout", type=share, default=0.1, metavar="P",
+        help="share of samples a prior sees without EEG, for guidance")
 
 
 def train_parser() -> Parser:
@@ -319,25 +349,7 @@ def train_parser() -> Parser:
     group.switch("--low_level", per_call=True,
         help="at the end also fit the linear head that predicts a coarse picture, for "
         "generate.py --init superpixel; on a finished run fit only that")
-    group = parser.flags("loss")
-    group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
-        help="weight of the CLIP contrastive loss beside the priors' loss")
-    _contrast(group)
-    group.add("--aligner", choices=("prior", "mlp", "none"), default="prior",
-        help="what makes the five embeddings of the encoder's output: a diffusion prior for each, "
-        "a regression with a shared trunk, or nothing (the output is taken for each of them)")
-    group.add("--prior_predicts", choices=QUANTITIES, default="velocity",
-        help="what the priors' networks put out")
-    group.add("--prior_loss", choices=QUANTITIES,
-        help="what 0.7 MSE + 0.3 (1 - cos) of the priors compares; default: what they predict, "
-        "from which they learned faster on simulated EEG than from the noise, as published")
-    group.add("--noise_draws", type=positive_int, default=4, metavar="N",
-        help="timesteps and noises at which the priors see each sample of a batch: cheap beside "
-        "the encoder, and they learn faster")
-    group.add("--loss_weights", choices=("fixed", "uncertainty"), default="fixed",
-        help="of the five modalities: the registry's, or learned log-variances")
-    group.add("--condition_dropout", type=share, default=0.1, metavar="P",
-        help="share of samples a prior sees without EEG, for guidance")
+    _joint_loss(parser)
     group = parser.flags("validation")
     group.add("--val_every", type=positive_int, default=1, metavar="EPOCHS",
         help="epochs between validations")
@@ -395,6 +407,71 @@ def _control(group: FlagGroup) -> None:
         "embedding, or the stimulus' own embeddings (the ceiling); marked in every output")
 
 
+def _drawing_work(parser: Parser) -> None:
+    group = parser.flags("work")
+    group.add("--batch_size", type=batch_size, default=4, metavar="N|auto", per_call=True,
+        help="pictures drawn at once; auto = as many as fit")
+    group.switch("--offload", per_call=True,
+        help="keep the models in main memory and bring each to the GPU only while it computes")
+    group.switch("--compile", per_call=True,
+        help="compile the U-Net with torch.compile: minutes once, then faster on a GPU")
+    group.add("--shard", type=shard, default="1/1", metavar="i/n", per_call=True,
+        help="draw the i-th of n parts of the stimuli, for SLURM arrays")
+
+
+def _denoising(group: FlagGroup) -> None:
+    group.add("--size", type=divisible_by_8, default=768, metavar="PX", help="width and height")
+    group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
+    group.add("--guidance", type=non_negative, default=5.0, metavar="SCALE",
+        help="SDXL classifier-free guidance; up to 1 = none")
+    group.add("--guidance_interval", nargs=2, type=share, default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="guide only at noise levels between these, 0 = picture, 1 = pure noise; a step "
+        "without guidance takes half the time")
+    group.add("--scheduler", metavar="NAME",
+        help="a diffusers scheduler by its class, e.g. DPMSolverMultistepScheduler; default: the "
+        "model's own")
+    group.add("--timestep_spacing", choices=("leading", "trailing", "linspace"),
+        help="of the scheduler; default: the model's own")
+    group.add("--init", choices=("none", "superpixel"), default="none",
+        help="superpixel: begin from a coarse picture of 16 x 16 superpixels that a linear head "
+        "predicts from the EEG (train.py --low_level)")
+    group.add("--init_strength", type=share, default=0.8, metavar="SHARE",
+        help="of the denoising steps that are left to go from there; 1 forgets the coarse picture")
+    group.add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
+        help="auto = fp16 on CUDA, fp32 on CPU")
+    group.add(
+        "--seed", type=count, default=0, help="noise depends on this and on the stimulus only")
+
+
+def _injection(group: FlagGroup) -> None:
+    group.add("--preset", choices=tuple(MODEL_PRESETS), default="sdxl",
+        help="steps, guidance, size and scheduler for SDXL or for a model distilled from it; each "
+        "can still be given by its own flag")
+    group.add("--mode", choices=modalities.MODES, default="fused", help="which recipes to draw")
+    group.add("--sweep", choices=("sites", "modality", "scale"),
+        help="draw a grid instead of a mode, on one labelled sheet: each modality at each site, "
+        "each one alone and left out, or the fused picture at growing scale")
+    group.add("--injection", default="intent", metavar="PRESET|FILE",
+        help="where each modality enters: intent, uniform, published, content_style or a YAML file")
+    group.add("--fusion_strength", type=positive, default=1.0, metavar="SCALE",
+        help="total IP-Adapter scale at a site, shared among the active modalities by their gains")
+    group.add("--fusion_weights", choices=("fixed", "validated", "confidence"), default="fixed",
+        help="gains where modalities meet: the registry's, each one's skill on held-out concepts, "
+        "or per stimulus from the agreement of several prior samples")
+    group.add("--prompt_source", choices=("neutral", "oracle"), default="neutral",
+        help="oracle gives SDXL the stimulus' own caption: leaks the answer, "
+        "marked in every output")
+    group.add("--prompt", default="best quality, high quality", metavar="TEXT",
+        help="neutral prompt, the same for all pictures (IP-Adapter's own default)")
+    group.add("--negative_prompt",
+        default="monochrome, lowres, bad anatomy, worst quality, low quality", metavar="TEXT",
+        help="for guidance, the same for all pictures (IP-Adapter's own default)")
+    group.add("--captions", type=Path, per_call=True, metavar="CSV|JSON",
+        help="captions for --prompt_source oracle")
+    _superpixel_size(group)
+
+
 def generate_parser() -> Parser:
     parser = Parser(
         "generate",
@@ -428,65 +505,43 @@ def generate_parser() -> Parser:
     group.add("--vae_path", per_call=True, metavar="FILE|DIR",
         help="another VAE, e.g. an fp16-safe one, or TAESDXL for quick previews")
     group = parser.flags("pictures")
-    group.add("--preset", choices=tuple(MODEL_PRESETS), default="sdxl",
-        help="steps, guidance, size and scheduler for SDXL or for a model distilled from it; each "
-        "can still be given by its own flag")
-    group.add("--mode", choices=modalities.MODES, default="fused", help="which recipes to draw")
-    group.add("--sweep", choices=("sites", "modality", "scale"),
-        help="draw a grid instead of a mode, on one labelled sheet: each modality at each site, "
-        "each one alone and left out, or the fused picture at growing scale")
-    group.add("--injection", default="intent", metavar="PRESET|FILE",
-        help="where each modality enters: intent, uniform, published, content_style or a YAML file")
-    group.add("--fusion_strength", type=positive, default=1.0, metavar="SCALE",
-        help="total IP-Adapter scale at a site, shared among the active modalities by their gains")
-    group.add("--fusion_weights", choices=("fixed", "validated", "confidence"), default="fixed",
-        help="gains where modalities meet: the registry's, each one's skill on held-out concepts, "
-        "or per stimulus from the agreement of several prior samples")
-    group.add("--prompt_source", choices=("neutral", "oracle"), default="neutral",
-        help="oracle gives SDXL the stimulus' own caption: leaks the answer, "
-        "marked in every output")
-    group.add("--prompt", default="best quality, high quality", metavar="TEXT",
-        help="neutral prompt, the same for all pictures (IP-Adapter's own default)")
-    group.add("--negative_prompt",
-        default="monochrome, lowres, bad anatomy, worst quality, low quality", metavar="TEXT",
-        help="for guidance, the same for all pictures (IP-Adapter's own default)")
-    group.add("--captions", type=Path, per_call=True, metavar="CSV|JSON",
-        help="captions for --prompt_source oracle")
-    _superpixel_size(group)
-    group.add("--size", type=divisible_by_8, default=768, metavar="PX", help="width and height")
-    group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
-    group.add("--guidance", type=non_negative, default=5.0, metavar="SCALE",
-        help="SDXL classifier-free guidance; up to 1 = none")
-    group.add("--guidance_interval", nargs=2, type=share, default=[0.0, 1.0],
-        metavar=("LOW", "HIGH"),
-        help="guide only at noise levels between these, 0 = picture, 1 = pure noise; a step "
-        "without guidance takes half the time")
-    group.add("--scheduler", metavar="NAME",
-        help="a diffusers scheduler by its class, e.g. DPMSolverMultistepScheduler; default: the "
-        "model's own")
-    group.add("--timestep_spacing", choices=("leading", "trailing", "linspace"),
-        help="of the scheduler; default: the model's own")
-    group.add("--init", choices=("none", "superpixel"), default="none",
-        help="superpixel: begin from a coarse picture of 16 x 16 superpixels that a linear head "
-        "predicts from the EEG (train.py --low_level)")
-    group.add("--init_strength", type=share, default=0.8, metavar="SHARE",
-        help="of the denoising steps that are left to go from there; 1 forgets the coarse picture")
-    group.add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
-        help="auto = fp16 on CUDA, fp32 on CPU")
-    group.add(
-        "--seed", type=count, default=0, help="noise depends on this and on the stimulus only")
+    _injection(group)
+    _denoising(group)
     _prior_sampling(parser)
-    group = parser.flags("work")
-    group.add("--batch_size", type=batch_size, default=4, metavar="N|auto", per_call=True,
-        help="pictures drawn at once; auto = as many as fit")
-    group.switch("--offload", per_call=True,
-        help="keep the models in main memory and bring each to the GPU only while it computes")
-    group.switch("--compile", per_call=True,
-        help="compile the U-Net with torch.compile: minutes once, then faster on a GPU")
-    group.add("--shard", type=shard, default="1/1", metavar="i/n", per_call=True,
-        help="draw the i-th of n parts of the stimuli, for SLURM arrays")
+    _drawing_work(parser)
     _common(parser)
     return parser
+
+
+def _scored_pictures(parser: Parser) -> None:
+    group = parser.flags("pictures")
+    group.add("--images", type=Path, per_call=True, metavar="RUN|DIR",
+        help="score the pictures of this generate.py run, or of any folder whose files or folders "
+        "are named after the stimuli")
+    group.add("--control_images", type=Path, nargs="+", per_call=True, metavar="RUN|DIR",
+        help="score these beside them: runs of generate.py --control ..., or other systems'")
+    group.add("--truth", type=Path, per_call=True, metavar="DIR",
+        help="the pictures that were seen; default: DATA/test_images")
+    group.add("--protocol", choices=("mindeye", "braindiffuser"), default="mindeye",
+        help="sizes, resizing and weights of the published scores; the two give other numbers")
+    group.add("--weights_dir", type=Path, per_call=True, metavar="DIR",
+        help="official weight files by their official names (or in DIR/checkpoints); scores whose "
+        "file is missing are left out and named with where the file comes from")
+    group.add("--batch_size", type=positive_int, default=16, per_call=True,
+        help="pictures in a network at once")
+    group.add("--score_cache", type=Path, per_call=True, metavar="DIR",
+        help="where the stimuli's features live; default: score_cache beside --output_dir")
+
+
+def _scoring(parser: Parser) -> None:
+    group = parser.flags("all")
+    group.add("--data_path", type=Path, per_call=True, metavar="DATA",
+        help="folder with the test EEG and test_images/")
+    group.add("--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
+        help="run directory for results.json, table.md, ranks.csv and pictures.csv")
+    group.add(
+        "--seed", type=count, default=0,
+        help="of the prior samples, the controls and the intervals")
 
 
 def evaluate_parser() -> Parser:
@@ -518,34 +573,11 @@ def evaluate_parser() -> Parser:
         "without each 50-ms window")
     _control(group)
     _prior_sampling(parser)
-    group = parser.flags("pictures")
-    group.add("--images", type=Path, per_call=True, metavar="RUN|DIR",
-        help="score the pictures of this generate.py run, or of any folder whose files or folders "
-        "are named after the stimuli")
-    group.add("--control_images", type=Path, nargs="+", per_call=True, metavar="RUN|DIR",
-        help="score these beside them: runs of generate.py --control ..., or other systems'")
-    group.add("--truth", type=Path, per_call=True, metavar="DIR",
-        help="the pictures that were seen; default: DATA/test_images")
-    group.add("--protocol", choices=("mindeye", "braindiffuser"), default="mindeye",
-        help="sizes, resizing and weights of the published scores; the two give other numbers")
-    group.add("--weights_dir", type=Path, per_call=True, metavar="DIR",
-        help="official weight files by their official names (or in DIR/checkpoints); scores whose "
-        "file is missing are left out and named with where the file comes from")
-    group.add("--batch_size", type=positive_int, default=16, per_call=True,
-        help="pictures in a network at once")
-    group.add("--score_cache", type=Path, per_call=True, metavar="DIR",
-        help="where the stimuli's features live; default: score_cache beside --output_dir")
+    _scored_pictures(parser)
     group = parser.flags("two runs of this stage")
     group.add("--compare", type=Path, nargs=2, per_call=True, metavar=("RUN_A", "RUN_B"),
         help="instead: differences of every score they share, paired by stimulus, with tests")
-    group = parser.flags("all")
-    group.add("--data_path", type=Path, per_call=True, metavar="DATA",
-        help="folder with the test EEG and test_images/")
-    group.add("--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
-        help="run directory for results.json, table.md, ranks.csv and pictures.csv")
-    group.add(
-        "--seed", type=count, default=0,
-        help="of the prior samples, the controls and the intervals")
+    _scoring(parser)
     _common(parser)
     return parser
 

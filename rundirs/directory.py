@@ -106,17 +106,7 @@ class RunDirectory:
         self.check(options, inputs, fixed)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / "options.json").exists():
-                write_json(
-                    self.path / "options.json",
-                    {
-                        "stage": self.stage,
-                        "options": _plain(options),
-                        "provenance": dict(provenance),
-                    },
-                )
-            if not (self.path / "inputs.json").exists():  # killed before it was written
-                write_json(self.path / "inputs.json", _plain(inputs))
+            self._write_records(options, provenance, inputs)
             start_log(self.path / "log.txt")
             if not shared:
                 claim_log()
@@ -134,6 +124,16 @@ class RunDirectory:
         starts = read_json(self.path / "env.json") if (self.path / "env.json").exists() else []
         write_json(self.path / "env.json", [*starts, environment()])
         LOG.info("%s: %s", self.stage, self.path)
+
+    def _write_records(
+        self, options: Mapping[str, Any], provenance: Mapping[str, str], inputs: Mapping[str, Any]
+    ) -> None:
+        """What the run was asked and given; a kill may have come between the two."""
+        if not (self.path / "options.json").exists():
+            asked = {"options": _plain(options), "provenance": dict(provenance)}
+            write_json(self.path / "options.json", {"stage": self.stage, **asked})
+        if not (self.path / "inputs.json").exists():
+            write_json(self.path / "inputs.json", _plain(inputs))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         write_json(self._done, {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **summary})

@@ -416,18 +416,12 @@ def test_files_are_short():
 
 LONGEST_FUNCTION, MOST_PARAMETERS = 40, 8
 FUNCTIONS_TO_BE_SPLIT = {  # (lines, parameters) that they may have until then
-    "args.py:preprocess_parser": (50, 0),
-    "args.py:features_parser": (46, 0),
-    "args.py:train_parser": (45, 0),
-    "args.py:generate_parser": (92, 0),
-    "args.py:evaluate_parser": (59, 0),
     "cli/parser.py:add": (26, 11),
     "dataset.py:open_training": (44, 10),
     "decoder/atms.py:__init__": (46, 14),
     "decoder/encoders.py:__init__": (25, 9),
     "generate.py:draw_run": (49, 7),
     "generation/series.py:draw_series": (49, 8),
-    "rundirs/directory.py:start": (44, 6),
     "subject_layers/transformer.py:__init__": (25, 10),
     "training/loop.py:fit": (79, 8),
     "training/loop.py:__init__": (25, 9),
