@@ -13,6 +13,7 @@ import numpy as np
 
 import util
 from miniworld import eeg, models, pictures
+from miniworld.brain_features import brain_features
 from rundirs.directory import open_run
 
 
@@ -46,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scenes = pictures.write_stimuli(root / "data", planned, values.seed)
     repetitions = {"training": values.training_repetitions, "test": values.test_repetitions}
     features = {
-        name: eeg.brain_features(rendered(items), items, values.seed)
-        for name, items in scenes.items()
+        name: brain_features(rendered(items), items, values.seed) for name, items in scenes.items()
     }
     for number in range(1, values.subjects + 1):
         util.LOG.info("simulating the EEG of sub-%02d at SNR %s", number, snr)

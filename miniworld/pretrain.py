@@ -7,11 +7,10 @@ from (seed, part, step). What is trained is exported to ``RUN/weights`` by the s
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import args
 
@@ -27,19 +26,18 @@ import modalities
 import util
 from features.clip import load_clip
 from miniworld import judge, models, pictures, renders
+from miniworld.clip_losses import grouped_contrast, spread_penalties
+from miniworld.fitting import Pretrained, fit_part
 from rundirs.directory import open_run
 from rundirs.environment import commit
-from rundirs.files import append_jsonl, file_hash, read_json, write_json
-from rundirs.tensors import load_tensors, save_tensors, save_torch
+from rundirs.files import file_hash, read_json, write_json
+from rundirs.tensors import load_tensors, save_tensors
 from sdxl import sampler
 from sdxl.adapter_file import IPAdapterWeights
 from sdxl.attention import Injector
 from sdxl.loading import load_sdxl
-from training import loop, optimisation
+from training import loop
 
-SAVE_EVERY_S = 30
-WARMUP_STEPS = 100
-COOLDOWN = 0.3  # share of the steps over which the learning rate falls to nothing
 L1_WEIGHT = 0.125  # beside the squared error: edges a little sharper
 NEAR_MISSES = 6  # wrong captions for each picture of a CLIP batch
 STATISTICS_OF = 512  # pictures that give the latents' mean and standard deviation
@@ -48,116 +46,7 @@ NEUTRAL = ("", "best quality, high quality",
            "monochrome, lowres, bad anatomy, worst quality, low quality")  # fmt: skip
 
 
-class Pretrained(Protocol):
-    """Something to train: ``model`` holds all trained parameters."""
-
-    name: str
-    model: nn.Module
-    learning_rate: float
-    weight_decay: float  # of matrices and kernels; norms and biases have none
-    ema_decay: float
-
-    def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
-        """Losses of a batch, the total under ``loss``; torch's global generator is seeded."""
-        ...
-
-    def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
-        """Write the model, trained, where its users expect it."""
-        ...
-
-
-# ---------------------------------------------------------------- the loop
-
-
-def rate_share(step: int, steps: int) -> float:
-    """Share of the learning rate: linear warm-up, constant, linear cool-down."""
-    left = (steps - step) / max(1, round(COOLDOWN * steps))
-    return min(1.0, (step + 1) / WARMUP_STEPS, left)
-
-
-class Training:
-    """Optimiser, averaged weights and step of a part, saved as one file."""
-
-    def __init__(self, part: Pretrained, path: Path) -> None:
-        self.part, self.path, self.step = part, path, 0
-        every = list(part.model.parameters())
-        groups = [
-            {"params": [p for p in every if p.ndim > 1], "weight_decay": part.weight_decay},
-            {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, part.learning_rate, betas=(0.9, 0.98), fused=True
-        )
-        self.average = optimisation.Average(part.model, part.ema_decay)
-        if path.exists():
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            part.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average.values = state["average"]
-            self.step = state["step"]
-
-    def save(self) -> None:
-        state = {
-            "model": self.part.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.values,
-            "step": self.step,
-        }
-        save_torch(self.path, state)
-
-    def update(self, steps: int, seed: int) -> dict[str, torch.Tensor]:
-        """One optimiser step; returns its losses."""
-        torch.manual_seed(util.seed_for(seed, self.part.name, self.step))
-        random = util.numpy_generator_for(seed, self.part.name, "batch", self.step)
-        losses = self.part.losses(self.step, random)
-        if not torch.isfinite(losses["loss"]):
-            raise util.DataError(
-                f"{self.part.name}, step {self.step}",
-                "a loss that is not finite",
-                "finite numbers",
-                f"the last checkpoint is kept in {self.path}; lower the learning rate",
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.part.learning_rate * rate_share(self.step, steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(self.part.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        self.average.update(self.part.model, self.step)
-        return losses
-
-
-def fit_part(part: Pretrained, steps: int, folder: Path, seed: int, stops: Sequence[str]) -> None:
-    """Train to ``steps``, resuming; leaves the averaged weights in ``part.model``.
-
-    ``stops``: signals received; Preempted is raised after saving. Raises DataError, too.
-    """
-    from tqdm import tqdm
-
-    training = Training(part, folder / part.name / "state.pt")
-    saved, sums, first = time.monotonic(), {}, training.step
-    part.model.train()
-    with tqdm(total=steps, initial=first, desc=part.name, unit="step") as bar:
-        while training.step < steps:
-            for name, value in training.update(steps, seed).items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-            bar.update()
-            late = time.monotonic() - saved > SAVE_EVERY_S
-            if late or stops or training.step == steps:
-                training.save()
-                means = {name: value / (training.step - first) for name, value in sums.items()}
-                record = {"part": part.name, "step": training.step, **means}
-                append_jsonl(folder / "metrics.jsonl", record)
-                bar.set_postfix(loss=f"{means['loss']:.4f}")
-                saved, sums, first = time.monotonic(), {}, training.step
-            if stops and training.step < steps:
-                raise util.Preempted(
-                    f"{part.name}: saved at step {training.step} of {steps}; "
-                    "the same command goes on"
-                )
-    training.average.write_to(part.model)
-    part.model.eval()
+# ---------------------------------------------------------------- as stored
 
 
 def halved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -237,34 +126,6 @@ def set_latent_statistics(vae: Any, pictures: np.ndarray) -> None:
 
 
 # ---------------------------------------------------------------- CLIP
-
-
-def grouped_contrast(
-    first: torch.Tensor, second: torch.Tensor, group: int, scale: torch.Tensor
-) -> torch.Tensor:
-    """CLIP's loss. ``first`` [group * c, D]: ``group`` rows each for the first c of ``second``.
-
-    ``second`` [>= c, D]: what follows the first c is wrong for every row.
-    """
-    logits = scale * F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
-    mine = torch.arange(len(first)) // group
-    back = logits.T.log_softmax(dim=1)[mine, torch.arange(len(first))].mean()
-    return (F.cross_entropy(logits, mine) - back) / 2
-
-
-def spread_penalties(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Penalties [] of rows [n, D]: columns off mean 0 and variance 1, and correlated columns.
-
-    Without the second (VICReg's, arXiv:2105.04906) colours take most of it and shapes drown.
-    """
-    centred = rows - rows.mean(dim=0)
-    covariance = centred.T @ centred / (len(rows) - 1)
-    columns = covariance.diagonal()
-    off = covariance.square().sum() - columns.square().sum()
-    moments = (
-        rows.mean(dim=0).square().mean() + (columns.clamp(min=1e-6).sqrt() - 1).square().mean()
-    )
-    return {"moments": moments, "overlap": off / rows.shape[1]}
 
 
 POSE = {  # of a scene: (mean, standard deviation) over the training scenes

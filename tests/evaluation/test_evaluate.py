@@ -24,6 +24,7 @@ from decoder.decoder import Decoder
 from evaluation import occlusion
 from evaluation.retrieval import Query, retrieval_row, subject_queries
 from miniworld import eeg, pictures
+from miniworld.brain_features import SOURCES, brain_features
 from modalities import MODALITIES, NAMES
 from rundirs.files import append_jsonl, read_csv
 from rundirs.tensors import save_tensors
@@ -217,7 +218,7 @@ def trained_on_simulated_eeg(tmp_path_factory: pytest.TempPathFactory) -> tuple[
     shown = {
         name: [pictures.render(scene, 96) for scene in items] for name, items in scenes.items()
     }
-    features = {name: eeg.brain_features(shown[name], scenes[name], 0) for name in scenes}
+    features = {name: brain_features(shown[name], scenes[name], 0) for name in scenes}
     eeg.write_subject(
         root / "data", "sub-01", features, {"training": 4, "test": 8}, eeg.DEFAULT_SNR, 0
     )
@@ -327,14 +328,14 @@ def test_occlusion_finds_the_simulated_sources(
     rows = scores(tmp_path / "scores")["occlusion"]["rows"]
     assert len([row for row in rows if row["kind"] == "channel"]) == 63
     assert len([row for row in rows if row["kind"] == "window"]) == 12
-    homes = {electrodes.region(name) for source in eeg.SOURCES for name in source.channels}
+    homes = {electrodes.region(name) for source in SOURCES for name in source.channels}
     largest = occlusion.largest(rows, "region")
     (front,) = [row for row in rows if (row["kind"], row["name"]) == ("region", "frontal")]
     assert homes == {"occipital", "parietal", "temporal"} and largest["name"] in homes
     assert front["drops"]["mrr"]["interval"][1] < largest["drops"]["mrr"]["interval"][0]
     assert electrodes.region(occlusion.largest(rows, "channel")["name"]) in homes
     window = occlusion.largest(rows, "window")
-    latencies = [source.latency_s for source in eeg.SOURCES]
+    latencies = [source.latency_s for source in SOURCES]
     assert min(latencies) - 0.05 <= window["start_s"] < window["end_s"] <= max(latencies) + 0.05
     assert window["drops"]["mrr"]["interval"][0] > 0
     late = [row for row in rows if row["kind"] == "window" and row["start_s"] >= 0.45]

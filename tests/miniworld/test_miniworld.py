@@ -14,6 +14,7 @@ from PIL import Image
 import util
 from miniworld import eeg, pictures
 from miniworld.__main__ import main as build_world
+from miniworld.brain_features import SOURCES, brain_features, feature_slices
 
 SEED = 3
 SNR = 0.3
@@ -153,7 +154,7 @@ def test_stimuli_of_another_world_are_not_mixed_in(tmp_path):
 def features() -> np.ndarray:
     """Features [400, D] of 400 pictures."""
     scenes = _scenes(400)
-    return eeg.brain_features((pictures.render(s, 96) for s in scenes), scenes, SEED)
+    return brain_features((pictures.render(s, 96) for s in scenes), scenes, SEED)
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +202,9 @@ def test_no_feature_and_no_source_is_dead(features):
     assert (features.std(axis=0) > 0.5).all()
     assert np.abs(features.mean(axis=0)).max() < 0.5
     assert 60 <= features.shape[1] <= 100
-    assert len(eeg.SOURCES) >= 8
-    assert all(0.08 <= source.latency_s <= 0.4 for source in eeg.SOURCES)
-    for name, columns in eeg.feature_slices().items():
+    assert len(SOURCES) >= 8
+    assert all(0.08 <= source.latency_s <= 0.4 for source in SOURCES)
+    for name, columns in feature_slices().items():
         only = np.zeros_like(features[:20])
         only[:, columns] = features[:20, columns]
         response = eeg.evoked(only, subject=1, snr=SNR, seed=SEED)
@@ -211,7 +212,7 @@ def test_no_feature_and_no_source_is_dead(features):
 
 
 def test_retinotopy_is_crossed():
-    grid = next(source for source in eeg.SOURCES if source.name == "luminance_grid")
+    grid = next(source for source in SOURCES if source.name == "luminance_grid")
     x, _, z = eeg.source_directions(grid).reshape(4, 4, 3).transpose(2, 0, 1)
     assert (x[:, 0] > 0).all() and (x[:, -1] < 0).all()  # left field, right hemisphere
     assert (z[0] < z[-1]).all()  # upper field below
@@ -282,13 +283,13 @@ def test_stimulus_information_is_decodable_and_gone_when_shuffled(features, tria
     mean = trials.mean(axis=1)
     order = np.random.default_rng(0).permutation(len(features))
     for name in ("luminance_grid", "red_green_grid", "shape", "object_colour"):
-        target = features[:, eeg.feature_slices()[name]]
+        target = features[:, feature_slices()[name]]
         assert _decode(mean, target) > 0.4, name
         assert abs(_decode(mean, target[order])) < 0.15, name
 
 
 def test_information_is_where_and_when_the_sources_are(features, trials):
-    luminance = features[:, eeg.feature_slices()["luminance_grid"]]
+    luminance = features[:, feature_slices()["luminance_grid"]]
     mean = trials.mean(axis=1)
     late, posterior_only = mean.copy(), mean.copy()
     late[:, :, :50] = np.random.default_rng(0).standard_normal((400, 63, 50))  # 0-200 ms
@@ -303,7 +304,7 @@ def test_written_subject_has_the_published_format(tmp_path):
     plan = pictures.plan_scenes(16, 1, 2, SEED)
     scenes = {partition: list(part.values()) for partition, part in plan.items()}
     features = {
-        name: eeg.brain_features([pictures.render(scene, 96) for scene in items], items, SEED)
+        name: brain_features([pictures.render(scene, 96) for scene in items], items, SEED)
         for name, items in scenes.items()
     }
     repetitions = {"training": 2, "test": 3}

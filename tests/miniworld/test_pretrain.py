@@ -13,6 +13,8 @@ import modalities
 import util
 from features.clip import load_clip
 from miniworld import judge, models, pictures, pretrain, renders
+from miniworld.clip_losses import grouped_contrast
+from miniworld.fitting import fit_part
 from rundirs.tensors import load_tensors
 from sdxl.adapter_file import read_ip_adapter
 from sdxl.attention import Injector
@@ -195,11 +197,11 @@ def test_a_stopped_part_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> No
         torch.manual_seed(torch_seed)
         if stops:
             with pytest.raises(util.Preempted):
-                pretrain.fit_part(pretrain.JudgePart(data, 8), 3, folder, 0, stops)
+                fit_part(pretrain.JudgePart(data, 8), 3, folder, 0, stops)
             assert torch.load(folder / "judge" / "state.pt", weights_only=True)["step"] == 1
             torch.manual_seed(99)  # other initial weights, replaced by the saved ones
         part = pretrain.JudgePart(data, 8)
-        pretrain.fit_part(part, 3, folder, 0, [])
+        fit_part(part, 3, folder, 0, [])
         finals.append(part.model.state_dict())
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
@@ -210,9 +212,7 @@ def test_grouped_contrast_is_clip_s_loss_without_groups() -> None:
     random = torch.Generator().manual_seed(0)
     a, b = torch.randn(6, 8, generator=random), torch.randn(6, 8, generator=random)
     scale = torch.tensor(10.0)
-    torch.testing.assert_close(
-        pretrain.grouped_contrast(a, b, 1, scale), loss.clip_loss(a, b, scale)
-    )
+    torch.testing.assert_close(grouped_contrast(a, b, 1, scale), loss.clip_loss(a, b, scale))
 
 
 def test_wrong_captions_raise_the_loss_and_swapped_groups_too() -> None:
@@ -220,7 +220,7 @@ def test_wrong_captions_raise_the_loss_and_swapped_groups_too() -> None:
     text = torch.randn(3, 8, generator=random)
     shown = text.repeat_interleave(2, dim=0)
     scale = torch.tensor(20.0)
-    right = pretrain.grouped_contrast(shown, text, 2, scale)
+    right = grouped_contrast(shown, text, 2, scale)
     near = torch.cat([text, text[:1] + 0.1])
-    assert pretrain.grouped_contrast(shown, near, 2, scale) > right
-    assert pretrain.grouped_contrast(shown.roll(2, dims=0), text, 2, scale) > right + 1
+    assert grouped_contrast(shown, near, 2, scale) > right
+    assert grouped_contrast(shown.roll(2, dims=0), text, 2, scale) > right + 1
