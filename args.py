@@ -307,6 +307,11 @@ def features_parser() -> Parser:
     return parser
 
 
+def _validation(parser: Parser) -> None:
+    parser.flags("validation").add("--val_every", type=positive_int, default=1, metavar="EPOCHS",
+        help="epochs between validations")
+
+
 def _joint_loss(parser: Parser) -> None:
     group = parser.flags("loss")
     group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
@@ -350,9 +355,7 @@ def train_parser() -> Parser:
         help="at the end also fit the linear head that predicts a coarse picture, for "
         "generate.py --init superpixel; on a finished run fit only that")
     _joint_loss(parser)
-    group = parser.flags("validation")
-    group.add("--val_every", type=positive_int, default=1, metavar="EPOCHS",
-        help="epochs between validations")
+    _validation(parser)
     _masks(parser)
     _common(parser)
     return parser
@@ -367,13 +370,9 @@ def retrieval_parser() -> Parser:
     )
     _training_data(parser.flags("data"))
     _encoder(parser)
-    group = parser.flags("optimisation")
-    _training(group)
-    group = parser.flags("loss")
-    _contrast(group)
-    group = parser.flags("validation")
-    group.add("--val_every", type=positive_int, default=1, metavar="EPOCHS",
-        help="epochs between validations")
+    _training(parser.flags("optimisation"))
+    _contrast(parser.flags("loss"))
+    _validation(parser)
     _masks(parser)
     _common(parser)
     return parser

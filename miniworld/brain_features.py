@@ -22,8 +22,6 @@ from miniworld.pictures import (
 )
 
 FEATURE_PX = 96  # low-level features see the picture at this width
-
-
 N_REFERENCE = 400  # pictures that define mean, std and covariance of the features
 
 
@@ -56,8 +54,6 @@ SOURCES = (
     Source("size", 2, 0.250, 0.035, ("P4", "P3"), 0.35),
     Source("shape_late", 8, 0.310, 0.050, ("P8", "P7", "TP8", "TP7"), 0.95),
 )
-
-
 _CATEGORICAL = {  # source name -> (scene attribute, its values)
     "pattern": ("pattern", tuple(PATTERNS)),
     "object_colour": ("colour", tuple(COLOURS)),

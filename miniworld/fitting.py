@@ -18,11 +18,7 @@ from rundirs.tensors import save_torch
 from training import optimisation
 
 SAVE_EVERY_S = 30
-
-
 WARMUP_STEPS = 100
-
-
 COOLDOWN = 0.3  # share of the steps over which the learning rate falls to nothing
 
 
