@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import args
 
@@ -27,18 +27,30 @@ from rundirs.files import read_json, write_json
 from util import LOG, DataError, UserError
 
 
-def find_subjects(values: Any) -> list[Subject]:
-    """Whose recordings the flags mean. Raises UserError / DataError."""
-    if values.raw:
-        return own_subjects(values.data_path, values.raw, values.events, values.subjects)
-    return published_subjects(values.data_path, values.subjects, values.sessions)
+@dataclass(frozen=True)
+class RecordingSource:
+    """Which recordings the flags of these names mean; without ``raw``, those of THINGS-EEG2."""
+
+    data_path: Path
+    raw: list[Path] | None
+    events: list[Path] | None
+    subjects: list[str] | None
+    sessions: int
 
 
-def find_channels(values: Any, subjects: Sequence[Subject]) -> list[str]:
+def find_subjects(source: RecordingSource) -> list[Subject]:
+    """Whose recordings they are. Raises UserError / DataError."""
+    if source.raw:
+        return own_subjects(source.data_path, source.raw, source.events, source.subjects)
+    return published_subjects(source.data_path, source.subjects, source.sessions)
+
+
+def find_channels(
+    asked: Settings, source: RecordingSource, subjects: Sequence[Subject]
+) -> list[str]:
     """The channels of the file; own recordings' headers and tables are checked on the way."""
-    first = subjects[0]
-    choice = values.channels or [first.default_channels]
-    if not values.raw:
+    choice = asked.channels or [subjects[0].default_channels]
+    if not source.raw:
         return wanted_channels(choice, THINGS_CHANNELS)
     names: list[str] = []
     for subject in subjects:
@@ -48,13 +60,13 @@ def find_channels(values: Any, subjects: Sequence[Subject]) -> list[str]:
                 recorded = take.open()
                 eeg = eeg_names(recorded.raw)
                 names = names or wanted_channels(choice, eeg)
-                if not values.interpolate_missing:
+                if not asked.interpolate_missing:
                     has = {name.upper() for name in eeg}
                     lost = [name for name in names if name.upper() not in has]
                     refuse_missing(take.path, names, lost, eeg)
                 for partition, trials in recorded.trials.items():
                     seen[partition] |= set(trials.conditions.tolist())
-        check_all_shown(subject, seen, values.data_path)
+        check_all_shown(subject, seen, source.data_path)
     return names
 
 
@@ -72,20 +84,11 @@ def check_all_shown(subject: Subject, seen: Mapping[str, set[int]], data_path: P
             )
 
 
-def session_settings(values: Any, channels: Sequence[str]) -> Settings:
-    """Raises UserError for what later stages would take for another kind of file."""
-    settings = Settings(
-        list(channels),
-        values.interpolate_missing,
-        values.reference,
-        values.band_pass,
-        values.epoch,
-        values.rate,
-        values.whiten,
-        values.dtype,
-        values.seed,
-        values.n_jobs,
-    )
+def session_settings(
+    asked: Settings, source: RecordingSource, subjects: Sequence[Subject]
+) -> Settings:
+    """With the channels found. Raises UserError for what later stages take for another file."""
+    settings = replace(asked, channels=find_channels(asked, source, subjects))
     if (len(settings.channels), settings.kept) == OSF_SHAPE:
         raise UserError(
             "--channels, --rate, --epoch",
@@ -95,7 +98,7 @@ def session_settings(values: Any, channels: Sequence[str]) -> Settings:
         )
     if not settings.kept:
         raise UserError(
-            "--rate", f"{settings.rate_hz:g} Hz: no sample in --epoch", "some", "give more"
+            "--rate", f"{settings.rate:g} Hz: no sample in --epoch", "some", "give more"
         )
     return settings
 
@@ -130,14 +133,14 @@ def forget_if_fresh(run: RunDirectory) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Preprocess all subjects, or go on, or do nothing for those that are finished."""
     options = args.resolve("preprocess", argv)
-    values = options.values
-    subjects = find_subjects(values)
-    settings = session_settings(values, find_channels(values, subjects))
-    root = Path(values.output_path or values.data_path) / EEG_FOLDER
+    source = options.settings(RecordingSource)
+    subjects = find_subjects(source)
+    settings = session_settings(options.settings(Settings), source, subjects)
+    root = Path(options.values.output_path or source.data_path) / EEG_FOLDER
     inputs = {subject.name: subject.inputs() for subject in subjects}
     plan = [
         f"{subject.name}: cut {len(subject.sessions)} sessions to {len(settings.channels)} "
-        f"channels x {settings.kept} samples at {settings.rate_hz:g} Hz, {settings.dtype}"
+        f"channels x {settings.kept} samples at {settings.rate:g} Hz, {settings.dtype}"
         for subject in subjects
     ]
     for subject in subjects:  # refuse before the first hour of work

@@ -24,26 +24,30 @@ PIECE_S = 120.0  # longest stretch of recording that is cut at once
 
 @dataclass(frozen=True)
 class Settings:
-    """What is done to every session."""
+    """What is done to every session, by the names of the flags.
 
-    channels: list[str]
-    interpolate: bool
+    ``channels``: as asked, until they are found in the recordings; ``band_pass`` and ``rate`` in
+    Hz, ``epoch`` in s around the onset.
+    """
+
+    channels: list[str] | None
+    interpolate_missing: bool
     reference: list[str] | None
-    band_hz: list[float] | None
-    epoch_s: list[float]
-    rate_hz: float
+    band_pass: list[float] | None
+    epoch: list[float]
+    rate: float
     whiten: bool
     dtype: str
     seed: int
     n_jobs: int
 
     def window(self, raw_hz: float) -> Window:
-        return Window(self.epoch_s[0], self.epoch_s[1], raw_hz, self.rate_hz)
+        return Window(self.epoch[0], self.epoch[1], raw_hz, self.rate)
 
     @property
     def kept(self) -> int:
         """Samples of a trial that are written."""
-        return self.window(self.rate_hz).kept
+        return self.window(self.rate).kept
 
     @property
     def trial_bytes(self) -> int:
@@ -166,16 +170,16 @@ def process_session(
             recorded.raw,
             recorded.path,
             settings.channels,
-            settings.interpolate,
+            settings.interpolate_missing,
             settings.reference,
-            settings.band_hz,
+            settings.band_pass,
         )
-        if signal.rate_hz < settings.rate_hz:
+        if signal.rate_hz < settings.rate:
             LOG.warning(
                 "%s: recorded at %g Hz, written at --rate %g: nothing above %g Hz is in it",
                 recorded.path,
                 signal.rate_hz,
-                settings.rate_hz,
+                settings.rate,
                 signal.rate_hz / 2,
             )
         for partition in recorded.trials:
@@ -206,7 +210,7 @@ def _partition(
         raise DataError(
             recorded.path,
             f"no whole {partition} trial among {len(trials.onsets)}",
-            f"{settings.epoch_s[0]:g} to {settings.epoch_s[1]:g} s of recording around an event",
+            f"{settings.epoch[0]:g} to {settings.epoch[1]:g} s of recording around an event",
             "shorten --epoch, or check the onsets",
         )
     kept = choose(fitting, subject.repetitions.get(partition), settings.seed, recorded.path)
