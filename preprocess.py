@@ -20,7 +20,8 @@ from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
 from preprocessing import quality
 from preprocessing.channels import THINGS_CHANNELS, eeg_names, refuse_missing, wanted_channels
 from preprocessing.merging import merge_subject
-from preprocessing.recordings import Subject, own_subjects, published_subjects
+from preprocessing.own_recordings import own_subjects
+from preprocessing.recordings import Subject, published_subjects
 from preprocessing.sessions import Settings, process_session
 from rundirs.directory import RunDirectory, open_run
 from rundirs.files import read_json, write_json

@@ -38,7 +38,7 @@ from PIL import Image, PngImagePlugin
 import args
 from datafiles import eeg_files, feature_bank, pictures, published, stimuli
 from datafiles.captions import read_captions
-from preprocessing import events, recordings
+from preprocessing import events, reading, recordings
 from rundirs.directory import RunDirectory
 from rundirs.files import json_line, read_json, read_jsonl, write_json
 from rundirs.tensors import load_tensors
@@ -273,7 +273,7 @@ READERS = {
     "copy": Reader("found.npy", lambda folder: _copy(folder, ".npy"), _read_copy),
     "copy.json": Reader("found.json", lambda folder: _copy(folder, ".json"), _read_copy),
     "injection": Reader("i.yaml", _presets, lambda p: injection_map.load_injection(str(p))),
-    "vhdr": Reader("a.vhdr", _header, recordings.read_raw),
+    "vhdr": Reader("a.vhdr", _header, reading.read_raw),
 }
 
 

@@ -1,0 +1,192 @@
+"""Users' own recordings: files and tables of events, or a BIDS folder, as sessions of trials."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datafiles.eeg_files import SIMULATED_NOTE
+from preprocessing.channels import ALL
+from preprocessing.events import EventTable, Pictures, onset_of, pictures_by_partition, read_table
+from preprocessing.reading import import_mne_bids, raw_files, read_raw
+from preprocessing.recordings import Recorded, Session, Subject, Trials, check_onsets
+from util import DataError, UserError
+
+if TYPE_CHECKING:
+    import mne
+
+
+@dataclass(frozen=True)
+class OwnTake:
+    """A file that MNE reads, its table of events, and the pictures that it names.
+
+    ``bids``: the folder, if it lies in one.
+    """
+
+    path: Path
+    table: Path
+    pictures: Pictures
+    bids: Path | None = None
+
+    def files(self) -> list[Path]:
+        markers = self.path.with_suffix(".vmrk")  # BrainVision has three files, MNE names one
+        read = [self.path, *map(Path, raw_files(self._read())), self.table]
+        return list(dict.fromkeys([*read, markers] if markers.exists() else read))
+
+    def _read(self) -> mne.io.BaseRaw:
+        return read_raw(self.path, self.bids)
+
+    def open(self) -> Recorded:
+        """Its header and events; the signal is read when asked for. Raises DataError."""
+        raw = self._read()
+        events = read_table(self.table)
+        shown, others = _shown_pictures(raw, events, self.path)
+        dropped = {"without picture": events.skipped, "other marker": others}
+        rows = [(*self.pictures.find(event, events), onset) for event, onset in shown]
+        trials = {}
+        for name in self.pictures.rows:
+            own = [(onset, row) for partition, row, onset in rows if partition == name]
+            if own:
+                onsets, conditions = np.array(sorted(own), np.int64).T
+                trials[name] = Trials(onsets, conditions)
+                check_onsets(self.table, trials[name])
+        return Recorded(raw, self.path, trials, dropped)
+
+
+def _shown_pictures(
+    raw: mne.io.BaseRaw, table: EventTable, path: Path
+) -> tuple[list[tuple[Any, int]], int]:
+    """[(line of the table, onset sample)] and the number of markers that mean no picture."""
+    if table.kind == "marker":
+        return _by_marker(raw, table, path)
+    scale = raw.info["sfreq"] if table.kind == "onset" else 1
+    shown = [(event, round(onset_of(event, table) * scale)) for event in table.shown]
+    latest, onset = max(shown, key=lambda pair: pair[1])
+    if onset >= raw.n_times:
+        raise DataError(
+            f"{table.path}, line {latest.line}",
+            f"{table.kind} {latest.when}, after the end of {path.name}",
+            f"less than {raw.n_times / raw.info['sfreq']:.1f} s ({raw.n_times} samples)",
+            "give onset in seconds, or name the column sample; is it this recording's table?",
+        )
+    return shown, 0
+
+
+def _by_marker(
+    raw: mne.io.BaseRaw, table: EventTable, path: Path
+) -> tuple[list[tuple[Any, int]], int]:
+    of = {event.when: event for event in table.shown}
+    if len(of) != len(table.shown):
+        raise DataError(
+            table.path, "a marker twice", "one picture per marker", "use onset or sample instead"
+        )
+    marks = _markers(raw)
+    shown = [(of[text], onset) for text, onset in marks if text in of]
+    if not shown:
+        there = sorted({text for text, _ in marks})
+        raise DataError(
+            table.path,
+            f"none of its markers in {path.name}, which has {', '.join(there[:8]) or 'none'}",
+            "markers as the recording has them",
+            "mend the column marker, or use onset or sample instead",
+        )
+    return shown, len(marks) - len(shown)
+
+
+def _markers(raw: mne.io.BaseRaw) -> list[tuple[str, int]]:
+    """(text, onset sample) of the annotations and of a stimulus channel."""
+    import mne
+
+    events, ids = mne.events_from_annotations(raw, event_id=None, verbose="error")
+    text = {number: str(name) for name, number in ids.items()}
+    marks = [(text[code], int(onset - raw.first_samp)) for onset, _, code in events]
+    if len(mne.pick_types(raw.info, stim=True)):
+        found = mne.find_events(raw, shortest_event=1, verbose="error")
+        marks += [(str(code), int(onset - raw.first_samp)) for onset, _, code in found]
+    return marks
+
+
+def own_subjects(
+    data_path: Path,
+    files: Sequence[Path],
+    tables: Sequence[Path] | None,
+    wanted: Sequence[str] | None,
+) -> list[Subject]:
+    """One subject with a session per file, or the subjects of a BIDS folder.
+
+    Raises UserError / DataError.
+    """
+    pictures = pictures_by_partition(data_path)
+    if len(files) == 1 and (files[0] / "dataset_description.json").is_file():
+        return _bids_subjects(files[0], pictures, wanted)
+    if len(wanted or []) != 1 or not re.fullmatch(r"sub-[A-Za-z0-9]+", wanted[0]):
+        raise UserError(
+            "--subjects",
+            " ".join(wanted or ["(none)"]),
+            "one name, as sub-01: --raw names one subject's recordings",
+            "give --subjects sub-01",
+        )
+    tables = tables or [beside(path) for path in files]
+    sessions = [
+        Session(f"ses-{number:02d}", [OwnTake(path, table, pictures)])
+        for number, (path, table) in enumerate(zip(files, tables, strict=True), start=1)
+    ]
+    notes = [path.parent / SIMULATED_NOTE for path in files]
+    simulated = next((note for note in notes if note.exists()), None)
+    return [_own_subject(wanted[0], sessions, pictures, simulated)]
+
+
+def beside(path: Path) -> Path:
+    """``x_eeg.vhdr`` or ``x.vhdr`` -> ``x_events.tsv``. Raises UserError where there is none."""
+    table = path.with_name(re.sub(r"_eeg$", "", path.stem) + "_events.tsv")
+    if not table.is_file():
+        raise UserError(
+            "--events",
+            f"not given, and no {table}",
+            "a table of events for each recording",
+            "name them with --events; see docs/own_recordings.md",
+        )
+    return table
+
+
+def _bids_subjects(root: Path, pictures: Pictures, wanted: Sequence[str] | None) -> list[Subject]:
+    mne_bids = import_mne_bids()
+    found = mne_bids.find_matching_paths(
+        root,
+        datatypes="eeg",
+        suffixes="eeg",
+        extensions=[".vhdr", ".edf", ".bdf", ".set", ".fif"],
+        ignore_nosub=True,
+    )
+    by_subject: dict[str, list[OwnTake]] = {}
+    for path in sorted(item.fpath for item in found):
+        name = path.name.split("_")[0]
+        by_subject.setdefault(name, []).append(OwnTake(path, beside(path), pictures, root))
+    lost = [name for name in wanted or [] if name not in by_subject]
+    if lost or not by_subject:
+        raise UserError(
+            "--subjects",
+            ", ".join(lost) or f"no EEG in {root}",
+            f"some of {', '.join(by_subject) or 'sub-01, sub-02, ...'}",
+            "check the folder and the names",
+        )
+    note = root / SIMULATED_NOTE
+    subjects = []
+    for name in wanted or by_subject:
+        takes = enumerate(by_subject[name], start=1)
+        sessions = [Session(f"ses-{number:02d}", [take]) for number, take in takes]
+        subjects.append(_own_subject(name, sessions, pictures, note if note.exists() else None))
+    return subjects
+
+
+def _own_subject(
+    name: str, sessions: Sequence[Session], pictures: Pictures, simulated: Path | None
+) -> Subject:
+    return Subject(
+        name, sessions, ALL, rows=pictures.counts, pictures=pictures.hash, simulated=simulated
+    )
