@@ -8,7 +8,7 @@ PY     := $(VENV)/bin/python
 help:
 	@echo "make demo   the whole chain on the embedded miniature world, into demo_output/"
 	@echo "make test   the test suite"
-	@echo "make lint   ruff"
+	@echo "make lint   ruff and mypy"
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,3 +31,4 @@ test: $(VENV)/installed $(VENV)/browser
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .
+	$(PY) -m mypy

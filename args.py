@@ -16,10 +16,12 @@ from typing import Any
 import modalities
 from cli.checks import check_combinations
 from cli.config import Options, as_yaml, config_tokens
+from cli.miniature import demo_parser, pretrain_parser, world_parser
 from cli.parser import (
     FlagGroup,
     Parser,
     batch_size,
+    common_flags,
     contrast_layer,
     count,
     divisible_by_8,
@@ -44,32 +46,25 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags d
 CHECKS = ("quick", "full")  # of dataset.py: how closely
 
 
-
-
 # ---------------------------------------------------------------- flags shared by stages
 
 
-def _common(parser: Parser, *, device: bool = True, writes: bool = True) -> None:
-    group = parser.flags("this call")
-    group.add("--config", type=Path, metavar="FILE", per_call=True,
-        help="YAML or JSON with option names as keys, or the options.json of a run")
-    if writes:
-        group.switch("--dry_run", per_call=True,
-            help="check everything, say what would be done, write nothing")
-    group.switch(
-        "--print_config", help="print the resolved options as YAML and stop", per_call=True)
-    if device:
-        group.add("--device", default="auto", metavar="auto|cpu|cuda[:N]", per_call=True,
-            help="where to compute")
-
-
 def _eeg_selection(group: FlagGroup) -> None:
-    group.add("--channels", nargs="+", metavar="NAME",
+    group.several("--channels", metavar="NAME",
         help="EEG channels by name; default: all in the file")
-    group.add("--time_window", nargs=2, type=seconds, metavar=("START_S", "END_S"),
+    group.several("--time_window", type=seconds, metavar=("START_S", "END_S"),
         help="seconds after stimulus onset, end exclusive; default: all in the file")
+    _cache_dir(group)
+
+
+def _cache_dir(group: FlagGroup, default: str = "DATA/eeg_cache") -> None:
     group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
-        help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
+        help=f"where the float32 copies of the EEG live; default: {default}")
+
+
+def _checkpoint(group: FlagGroup) -> None:
+    group.choose("--checkpoint", choices=("best", "latest"), default="best",
+        help="best on held-out training concepts, or the last one")
 
 
 def _training(group: FlagGroup) -> None:
@@ -78,7 +73,7 @@ def _training(group: FlagGroup) -> None:
     group.add("--learning_rate", type=positive, default=1e-4, help="AdamW peak learning rate")
     group.add("--lr_eeg", type=positive, metavar="RATE",
         help="peak learning rate of the EEG encoder; default: --learning_rate")
-    group.add("--schedule", choices=("constant", "cosine"), default="constant",
+    group.choose("--schedule", choices=("constant", "cosine"), default="constant",
         help="of the learning rates after the warm-up: as they are, or down to 0 at the end")
     group.add("--weight_decay", type=non_negative, default=0.01, help="AdamW weight decay")
     group.add("--warmup_steps", type=count, default=0, help="linear warm-up")
@@ -96,9 +91,9 @@ def _training(group: FlagGroup) -> None:
         help="epochs between checkpoints")
     group.switch("--compile", help="torch.compile the networks: slow to start, then faster",
         per_call=True)
-    group.add("--data_on_device", choices=(AUTO, "yes", "no"), default=AUTO, per_call=True,
+    group.choose("--data_on_device", choices=(AUTO, "yes", "no"), default=AUTO, per_call=True,
         help="keep the EEG on the GPU; auto: if it takes at most half of its free memory")
-    group.add("--report_to", choices=("none", "wandb", "trackio"), default="none", per_call=True,
+    group.choose("--report_to", choices=("none", "wandb", "trackio"), default="none", per_call=True,
         help="also tell this tracker, which has to be installed; TensorBoard is always told")
 
 
@@ -110,7 +105,7 @@ def _training_data(group: FlagGroup) -> None:
     group.add(
         "--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
         help="run directory")
-    group.add("--subjects", nargs="+", metavar="SUB",
+    group.several("--subjects", metavar="SUB",
         help="e.g. sub-01 sub-08; default: all that are there")
     group.add("--leave_out", metavar=f"SUB|{EACH}",
         help="train without this subject, whose EEG is never opened, to score it as a stranger; "
@@ -118,7 +113,7 @@ def _training_data(group: FlagGroup) -> None:
     group.add("--subject_dropout", type=share, metavar="P",
         help="probability that whose EEG a sample is stays unknown, which trains the token for "
         "strangers; default: 0.2 with --leave_out, else 0")
-    group.add("--trials", choices=("average", "single", "random"), default="random",
+    group.choose("--trials", choices=("average", "single", "random"), default="random",
         help="a sample is the mean of all repetitions, one repetition, "
         "or the mean of a random subset")
     group.add("--val_fraction", type=proper_share, default=0.05,
@@ -148,10 +143,10 @@ def _masks(parser: Parser) -> None:
 def _contrast(group: FlagGroup) -> None:
     group.add("--text_contrast", type=share, default=0.01, metavar="SHARE",
         help="share of text in the contrastive loss; images get the rest")
-    group.add("--contrast_normalise", choices=("both", "targets"), default="both",
+    group.choose("--contrast_normalise", choices=("both", "targets"), default="both",
         help="what the contrastive loss brings to unit length; targets: the EEG side keeps its "
         "own, as in ATM's published code")
-    group.add("--contrast_positives", choices=("pair", "concept"), default="pair",
+    group.choose("--contrast_positives", choices=("pair", "concept"), default="pair",
         help="which rows of a batch the contrastive loss draws together: an EEG and its own "
         "target, or all of the same concept; the rest is pushed apart")
     group.add("--contrast_layer", type=contrast_layer, metavar=f"N|{FINAL}",
@@ -165,7 +160,7 @@ def _contrast(group: FlagGroup) -> None:
 
 
 def _precision(group: FlagGroup, what: str) -> None:
-    group.add("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
+    group.choose("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
         help=f"of {what}")
 
 
@@ -179,21 +174,21 @@ def _superpixel_size(group: FlagGroup) -> None:
 
 def _signal(parser: Parser) -> None:
     group = parser.flags("signal")
-    group.add("--channels", nargs="+", metavar="NAME",
+    group.several("--channels", metavar="NAME",
         help="by name, in this order; or things (the 63), posterior (the 17 of parietal and "
         "occipital cortex), all; default: things, with --raw all EEG channels")
     group.switch("--interpolate_missing",
         help="channels that are missing, flat or marked as bad: spherical splines from the rest")
-    group.add("--reference", nargs="+", metavar="NAME",
+    group.several("--reference", metavar="NAME",
         help="average, or channels whose mean is subtracted; default: as recorded")
-    group.add("--band_pass", nargs=2, type=non_negative, metavar=("LOW_HZ", "HIGH_HZ"),
+    group.several("--band_pass", type=non_negative, metavar=("LOW_HZ", "HIGH_HZ"),
         help="zero-phase FIR of the continuous recording, LOW 0 = low-pass; default: none")
-    group.add("--epoch", nargs=2, type=seconds, default=[-0.2, 1.0], metavar=("START_S", "END_S"),
+    group.several("--epoch", type=seconds, default=[-0.2, 1.0], metavar=("START_S", "END_S"),
         help="around the onset; the mean before the onset is subtracted, what follows it is kept")
     group.add("--rate", type=positive, default=250.0, metavar="HZ", help="sampling rate written")
     group.switch("--whiten", default=True,
         help="multivariate noise normalisation, per session, from its training trials")
-    group.add("--dtype", choices=("float64", "float32"), default="float64",
+    group.choose("--dtype", choices=("float64", "float32"), default="float64",
         help="of the file: as published, or half the size")
     group.add("--seed", type=count, default=20200220,
         help="of the choice and the order of repetitions")
@@ -214,22 +209,22 @@ def preprocess_parser() -> Parser:
         help="folder with Raw_data/, or with --raw your training_images/ and test_images/")
     group.add("--output_path", type=Path, per_call=True, metavar="DIR",
         help="Preprocessed_data_250Hz/ is written here; default: DATA")
-    group.add("--subjects", nargs="+", metavar="SUB", per_call=True,
+    group.several("--subjects", metavar="SUB", per_call=True,
         help="e.g. sub-01 sub-08; default: all that are there. With --raw FILE: its name")
     group.add("--sessions", type=positive_int, default=4, metavar="N",
         help="of each subject of THINGS-EEG2: ses-01 to ses-0N")
     group = parser.flags("your own recordings")
-    group.add("--raw", type=Path, nargs="+", metavar="FILE|DIR", per_call=True,
+    group.several("--raw", type=Path, metavar="FILE|DIR", per_call=True,
         help="one subject's recordings in order (.vhdr, .edf, .bdf, .set, .fif, ...), or one BIDS "
         "folder, which takes mne-bids")
-    group.add("--events", type=Path, nargs="+", metavar="TABLE", per_call=True,
+    group.several("--events", type=Path, metavar="TABLE", per_call=True,
         help="CSV or TSV per recording: column stimulus (a picture of DATA) beside onset (s), "
         "sample or marker; default: *_events.tsv beside the recording, as in BIDS")
     _signal(parser)
     group = parser.flags("work")
     group.add("--n_jobs", type=positive_int, default=1, metavar="N", per_call=True,
         help="processes that cut and resample trials")
-    _common(parser, device=False)
+    common_flags(parser, device=False)
     return parser
 
 
@@ -243,15 +238,15 @@ def check_parser() -> Parser:
     group = parser.flags("check")
     group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
         help="folder with Preprocessed_data_250Hz/, training_images/, test_images/")
-    group.add("--check", nargs="?", choices=CHECKS, const=CHECKS[0], default=CHECKS[0],
+    group.choose("--check", nargs="?", choices=CHECKS, default=CHECKS[0],
         help="how closely: headers and samples, in seconds, or every value of every file")
-    group.add("--subjects", nargs="+", metavar="SUB",
+    group.several("--subjects", metavar="SUB",
         help="e.g. sub-01 sub-08; default: all that are there")
     group.add("--captions", type=Path, metavar="FILE",
         help="also whether these captions belong to the pictures")
     group.add("--clip_feature_path", type=Path, metavar="DIR",
         help="also whether this output of clip_feature_extractor.py belongs to the pictures")
-    _common(parser, device=False, writes=False)
+    common_flags(parser, device=False, writes=False)
     return parser
 
 
@@ -295,7 +290,7 @@ def features_parser() -> Parser:
     group.add("--target_blur", type=non_negative, default=0.0, metavar="SIGMA_PX",
         help="blur the picture before CLIP, for the image modality only: EEG holds little fine "
         "detail, and what is drawn from such targets holds less; 0 = off")
-    group.add("--image_layers", type=positive_int, nargs="+", metavar="N",
+    group.several("--image_layers", type=positive_int, metavar="N",
         help="also keep these layers of CLIP's image side, averaged over the picture, for "
         "train.py --contrast_layer: transformer blocks from 1 on (ViT-H-14 has 32), or the stem "
         "and the 4 stages of a ResNet")
@@ -303,7 +298,7 @@ def features_parser() -> Parser:
         "a little off: models and banks of another precision are not mixed")
     _superpixel_size(parser.flags("superpixels"))
     _encoding_work(parser)
-    _common(parser)
+    common_flags(parser)
     return parser
 
 
@@ -317,18 +312,18 @@ def _joint_loss(parser: Parser) -> None:
     group.add("--contrast_weight", type=non_negative, default=1.0, metavar="LAMBDA",
         help="weight of the CLIP contrastive loss beside the priors' loss")
     _contrast(group)
-    group.add("--aligner", choices=("prior", "mlp", "none"), default="prior",
+    group.choose("--aligner", choices=("prior", "mlp", "none"), default="prior",
         help="what makes the five embeddings of the encoder's output: a diffusion prior for each, "
         "a regression with a shared trunk, or nothing (the output is taken for each of them)")
-    group.add("--prior_predicts", choices=QUANTITIES, default="velocity",
+    group.choose("--prior_predicts", choices=QUANTITIES, default="velocity",
         help="what the priors' networks put out")
-    group.add("--prior_loss", choices=QUANTITIES,
+    group.choose("--prior_loss", choices=QUANTITIES,
         help="what 0.7 MSE + 0.3 (1 - cos) of the priors compares; default: what they predict, "
         "from which they learned faster on simulated EEG than from the noise, as published")
     group.add("--noise_draws", type=positive_int, default=4, metavar="N",
         help="timesteps and noises at which the priors see each sample of a batch: cheap beside "
         "the encoder, and they learn faster")
-    group.add("--loss_weights", choices=("fixed", "uncertainty"), default="fixed",
+    group.choose("--loss_weights", choices=("fixed", "uncertainty"), default="fixed",
         help="of the five modalities: the registry's, or learned log-variances")
     group.add("--condition_dropout", type=share, default=0.1, metavar="P",
         help="share of samples a prior sees without EEG, for guidance")
@@ -349,7 +344,7 @@ def train_parser() -> Parser:
         help="start from the encoder of an ATMS_retrieval.py run")
     group.add("--adapt_from", type=Path, per_call=True, metavar="RUN",
         help="go on from this model as it is, with --subjects that it does not know")
-    group.add("--trainable", choices=("subject_layers", "encoder", "all"), default="all",
+    group.choose("--trainable", choices=("subject_layers", "encoder", "all"), default="all",
         help="what changes with --adapt_from: the new subjects' layer and token, the encoder, all")
     group.switch("--low_level", per_call=True,
         help="at the end also fit the linear head that predicts a coarse picture, for "
@@ -357,7 +352,7 @@ def train_parser() -> Parser:
     _joint_loss(parser)
     _validation(parser)
     _masks(parser)
-    _common(parser)
+    common_flags(parser)
     return parser
 
 
@@ -374,15 +369,14 @@ def retrieval_parser() -> Parser:
     _contrast(parser.flags("loss"))
     _validation(parser)
     _masks(parser)
-    _common(parser)
+    common_flags(parser)
     return parser
 
 
 def _model(group: FlagGroup) -> None:
     group.add("--model_path", type=Path, required=True, per_call=True, metavar="RUN",
         help="output of train.py")
-    group.add("--checkpoint", choices=("best", "latest"), default="best",
-        help="best on held-out training concepts, or the last one")
+    _checkpoint(group)
 
 
 def _prior_sampling(parser: Parser) -> None:
@@ -393,7 +387,7 @@ def _prior_sampling(parser: Parser) -> None:
         help="classifier-free guidance; 1 = off")
     group.add("--prior_draws", type=positive_int, default=8, metavar="N",
         help="a prediction is the mean of so many samples, nearer to the truth than a single one")
-    group.add(
+    group.choose(
         "--prior_sampler", choices=("dpm", "ddim"), default="dpm", help="DPM-Solver++ or DDIM")
     group.switch("--restore_variance",
         help="stretch predictions, which shrink towards the mean, until each modality spreads as "
@@ -401,7 +395,7 @@ def _prior_sampling(parser: Parser) -> None:
 
 
 def _control(group: FlagGroup) -> None:
-    group.add("--control", choices=tuple(CONTROLS),
+    group.choose("--control", choices=tuple(CONTROLS),
         help="instead of the EEG's own predictions: EEG of other stimuli, noise, the mean training "
         "embedding, or the stimulus' own embeddings (the ceiling); marked in every output")
 
@@ -423,42 +417,42 @@ def _denoising(group: FlagGroup) -> None:
     group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
     group.add("--guidance", type=non_negative, default=5.0, metavar="SCALE",
         help="SDXL classifier-free guidance; up to 1 = none")
-    group.add("--guidance_interval", nargs=2, type=share, default=[0.0, 1.0],
+    group.several("--guidance_interval", type=share, default=[0.0, 1.0],
         metavar=("LOW", "HIGH"),
         help="guide only at noise levels between these, 0 = picture, 1 = pure noise; a step "
         "without guidance takes half the time")
     group.add("--scheduler", metavar="NAME",
         help="a diffusers scheduler by its class, e.g. DPMSolverMultistepScheduler; default: the "
         "model's own")
-    group.add("--timestep_spacing", choices=("leading", "trailing", "linspace"),
+    group.choose("--timestep_spacing", choices=("leading", "trailing", "linspace"),
         help="of the scheduler; default: the model's own")
-    group.add("--init", choices=("none", "superpixel"), default="none",
+    group.choose("--init", choices=("none", "superpixel"), default="none",
         help="superpixel: begin from a coarse picture of 16 x 16 superpixels that a linear head "
         "predicts from the EEG (train.py --low_level)")
     group.add("--init_strength", type=share, default=0.8, metavar="SHARE",
         help="of the denoising steps that are left to go from there; 1 forgets the coarse picture")
-    group.add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
+    group.choose("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
         help="auto = fp16 on CUDA, fp32 on CPU")
     group.add(
         "--seed", type=count, default=0, help="noise depends on this and on the stimulus only")
 
 
 def _injection(group: FlagGroup) -> None:
-    group.add("--preset", choices=tuple(MODEL_PRESETS), default="sdxl",
+    group.choose("--preset", choices=tuple(MODEL_PRESETS), default="sdxl",
         help="steps, guidance, size and scheduler for SDXL or for a model distilled from it; each "
         "can still be given by its own flag")
-    group.add("--mode", choices=modalities.MODES, default="fused", help="which recipes to draw")
-    group.add("--sweep", choices=("sites", "modality", "scale"),
+    group.choose("--mode", choices=modalities.MODES, default="fused", help="which recipes to draw")
+    group.choose("--sweep", choices=("sites", "modality", "scale"),
         help="draw a grid instead of a mode, on one labelled sheet: each modality at each site, "
         "each one alone and left out, or the fused picture at growing scale")
     group.add("--injection", default="intent", metavar="PRESET|FILE",
         help="where each modality enters: intent, uniform, published, content_style or a YAML file")
     group.add("--fusion_strength", type=positive, default=1.0, metavar="SCALE",
         help="total IP-Adapter scale at a site, shared among the active modalities by their gains")
-    group.add("--fusion_weights", choices=("fixed", "validated", "confidence"), default="fixed",
+    group.choose("--fusion_weights", choices=("fixed", "validated", "confidence"), default="fixed",
         help="gains where modalities meet: the registry's, each one's skill on held-out concepts, "
         "or per stimulus from the agreement of several prior samples")
-    group.add("--prompt_source", choices=("neutral", "oracle"), default="neutral",
+    group.choose("--prompt_source", choices=("neutral", "oracle"), default="neutral",
         help="oracle gives SDXL the stimulus' own caption: leaks the answer, "
         "marked in every output")
     group.add("--prompt", default="best quality, high quality", metavar="TEXT",
@@ -486,8 +480,7 @@ def generate_parser() -> Parser:
     group.add("--subject", metavar="SUB", help="whose EEG; default: read from the path")
     group.add("--data_path", type=Path, per_call=True, metavar="DATA",
         help="folder with test_images/; default: found above --eeg_data")
-    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
-        help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
+    _cache_dir(group)
     group.add("--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
         help="run directory for the pictures")
     group.add("--max_stimuli", type=positive_int, metavar="N",
@@ -508,7 +501,7 @@ def generate_parser() -> Parser:
     _denoising(group)
     _prior_sampling(parser)
     _drawing_work(parser)
-    _common(parser)
+    common_flags(parser)
     return parser
 
 
@@ -517,11 +510,11 @@ def _scored_pictures(parser: Parser) -> None:
     group.add("--images", type=Path, per_call=True, metavar="RUN|DIR",
         help="score the pictures of this generate.py run, or of any folder whose files or folders "
         "are named after the stimuli")
-    group.add("--control_images", type=Path, nargs="+", per_call=True, metavar="RUN|DIR",
+    group.several("--control_images", type=Path, per_call=True, metavar="RUN|DIR",
         help="score these beside them: runs of generate.py --control ..., or other systems'")
     group.add("--truth", type=Path, per_call=True, metavar="DIR",
         help="the pictures that were seen; default: DATA/test_images")
-    group.add("--protocol", choices=("mindeye", "braindiffuser"), default="mindeye",
+    group.choose("--protocol", choices=("mindeye", "braindiffuser"), default="mindeye",
         help="sizes, resizing and weights of the published scores; the two give other numbers")
     group.add("--weights_dir", type=Path, per_call=True, metavar="DIR",
         help="official weight files by their official names (or in DIR/checkpoints); scores whose "
@@ -557,27 +550,25 @@ def evaluate_parser() -> Parser:
     group = parser.flags("retrieval")
     group.add("--model_path", type=Path, per_call=True, metavar="RUN",
         help="score the retrieval of this train.py or ATMS_retrieval.py run")
-    group.add("--checkpoint", choices=("best", "latest"), default="best",
-        help="best on held-out training concepts, or the last one")
+    _checkpoint(group)
     group.add("--clip_feature_path", type=Path, per_call=True, metavar="DIR",
         help="output of clip_feature_extractor.py")
-    group.add("--subjects", nargs="+", metavar="SUB",
+    group.several("--subjects", metavar="SUB",
         help="default: the subjects the model was trained on")
-    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
-        help="where the float32 copies of the EEG live; default: DATA/eeg_cache")
+    _cache_dir(group)
     group.add("--permutations", type=positive_int, default=200, metavar="N",
         help="shuffles of the EEG in the control")
-    group.add("--occlusion", nargs="+", choices=("channels", "time"),
+    group.choose("--occlusion", nargs="+", choices=("channels", "time"),
         help="also explain the encoder: what retrieval loses without each channel and region, or "
         "without each 50-ms window")
     _control(group)
     _prior_sampling(parser)
     _scored_pictures(parser)
     group = parser.flags("two runs of this stage")
-    group.add("--compare", type=Path, nargs=2, per_call=True, metavar=("RUN_A", "RUN_B"),
+    group.several("--compare", type=Path, per_call=True, metavar=("RUN_A", "RUN_B"),
         help="instead: differences of every score they share, paired by stimulus, with tests")
     _scoring(parser)
-    _common(parser)
+    common_flags(parser)
     return parser
 
 
@@ -588,88 +579,14 @@ def report_parser() -> Parser:
         "python report.py --runs OUT/model OUT/images OUT/shuffled_eeg OUT/scores",
     )
     group = parser.flags("report")
-    group.add("--runs", type=Path, nargs="+", required=True, per_call=True, metavar="RUN",
+    group.several("--runs", type=Path, required=True, per_call=True, metavar="RUN",
         help="run directories of train, ATMS_retrieval, generate and evaluate, in any order")
     group.add("--output", type=Path, per_call=True, metavar="FILE",
         help="the page; default: report.html beside the first run")
     group.add("--data_path", type=Path, per_call=True, metavar="DATA",
         help="folder with test_images/ and the test EEG; default: as the runs recorded it")
-    group.add("--cache_dir", type=Path, metavar="DIR", per_call=True,
-        help="where the float32 copies of the EEG live; default: as the runs recorded it")
-    _common(parser, device=False)
-    return parser
-
-
-def world_parser() -> Parser:
-    parser = Parser(
-        "world",
-        "Write the embedded world: procedural pictures, SIMULATED EEG, miniature models.",
-        "python -m miniworld --output_path demo/world",
-    )
-    group = parser.flags("world")
-    group.add("--output_path", type=Path, required=True, per_call=True, metavar="DIR",
-        help="gets data/ and models/")
-    group.add("--subjects", type=positive_int, default=2, metavar="N", help="simulated people")
-    group.add("--training_concepts", type=positive_int, default=300, metavar="N",
-        help="concepts to train on")
-    group.add("--images_per_concept", type=positive_int, default=4, metavar="N",
-        help="pictures of each of them")
-    group.add("--test_concepts", type=positive_int, default=200, metavar="N",
-        help="unseen concepts, one picture each")
-    group.add("--test_split", choices=("test", "validation"), default="test",
-        help="validation: other unseen concepts, to choose settings by; never for results")
-    group.add("--training_repetitions", type=positive_int, default=4, metavar="N",
-        help="EEG trials per training picture")
-    group.add("--test_repetitions", type=positive_int, default=20, metavar="N",
-        help="EEG trials per test picture")
-    group.add("--snr", type=positive, metavar="RATIO",
-        help="std of evoked signal / std of trial noise; default: the simulator's")
-    group.add(
-        "--seed", type=count, default=0, help="of concepts, pictures, people, noise and weights")
-    group.add("--weights", choices=("trained", "random"), default="trained",
-        help="the shipped miniature models, or untrained ones that only show that the chain works")
-    _common(parser, device=False)
-    return parser
-
-
-PRETRAIN_STEPS = {"vae": 8000, "clip": 6600, "judge": 1500, "generator": 33000}
-
-
-def pretrain_parser() -> Parser:
-    parser = Parser(
-        "pretrain",
-        "Train the miniature CLIP, SDXL and IP-Adapter and the judge on rendered pictures.",
-        "python -m miniworld.pretrain --output_path OUT/pretrain",
-    )
-    group = parser.flags("training")
-    group.add("--output_path", type=Path, required=True, per_call=True, metavar="RUN",
-        help="run directory: cache/, a checkpoint per part and weights/")
-    group.add("--part", choices=("all", *PRETRAIN_STEPS), default="all", per_call=True,
-        help="what to train; the generator needs the trained vae and clip")
-    for part, steps in PRETRAIN_STEPS.items():
-        group.add(f"--{part}_steps", type=count, default=steps, metavar="N", per_call=True,
-            help=f"optimiser steps of the {part}; more than before: it goes on")
-    group.add("--pictures", type=positive_int, default=12000, metavar="N",
-        help="rendered pictures to train on, two of each concept")
-    group.add("--batch_size", type=positive_int, metavar="N",
-        help="pictures per step, for tests; default: each part's own")
-    group.add("--seed", type=count, default=0, help="of pictures, weights, order and noise")
-    _common(parser, device=False)
-    return parser
-
-
-def demo_parser() -> Parser:
-    parser = Parser(
-        "demo",
-        "The whole chain on the embedded miniature world: CPU, no downloads, simulated EEG.",
-        "python demo.py",
-    )
-    group = parser.flags("demo")
-    group.add("--output_path", type=Path, metavar="DIR",
-        help="everything goes here; default: demo_output, with --quick demo_output_quick")
-    group.switch("--quick", help="a smaller world and fewer epochs, for a smoke test")
-    group.add("--seed", type=count, default=0, help="of the world and of every stage")
-    _common(parser, device=False)
+    _cache_dir(group, "as the runs recorded it")
+    common_flags(parser, device=False)
     return parser
 
 
@@ -686,6 +603,7 @@ STAGES: dict[str, Callable[[], Parser]] = {
     "pretrain": pretrain_parser,
     "demo": demo_parser,
 }
+
 # ---------------------------------------------------------------- resolving
 
 

@@ -6,14 +6,19 @@ import argparse
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
 
 from cli.parser import STEERING, Parser, did_you_mean
 from rundirs.yaml_files import read_yaml
 
-_Settings = TypeVar("_Settings")
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+_Settings = TypeVar("_Settings", bound=_Dataclass)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from modalities import AUTO, FINAL
@@ -123,21 +124,55 @@ class FlagGroup:
         metavar: str | None = None,
         default: Any = None,
         required: bool = False,
-        choices: Sequence[str] | None = None,
-        nargs: str | int | None = None,
-        const: Any = None,
         per_call: bool = False,
     ) -> None:
+        """One value."""
+        self._group.add_argument(
+            flag, type=type, help=help, metavar=metavar, default=default, required=required
+        )
+        self._note(flag, per_call)
+
+    def several(
+        self,
+        flag: str,
+        *,
+        type: Callable[[str], Any] = str,
+        help: str,
+        metavar: str | tuple[str, ...],
+        default: Any = None,
+        required: bool = False,
+        per_call: bool = False,
+    ) -> None:
+        """Several values: as many as ``metavar`` names, or one and more where it is one word."""
         self._group.add_argument(
             flag,
             type=type,
+            nargs="+" if isinstance(metavar, str) else len(metavar),
             help=help,
             metavar=metavar,
             default=default,
             required=required,
+        )
+        self._note(flag, per_call)
+
+    def choose(
+        self,
+        flag: str,
+        *,
+        choices: Sequence[str],
+        help: str,
+        default: str | None = None,
+        nargs: str | None = None,
+        per_call: bool = False,
+    ) -> None:
+        """One of a few words; ``nargs``: ``+`` for some of them, ``?`` for one or none."""
+        self._group.add_argument(
+            flag,
             choices=choices,
+            help=help,
+            default=default,
             nargs=nargs,
-            const=const,
+            const=choices[0] if nargs == "?" else None,
         )
         self._note(flag, per_call)
 
@@ -152,6 +187,35 @@ class FlagGroup:
     def _note(self, flag: str, per_call: bool) -> None:
         if per_call:
             self._parser.per_call.add(flag.removeprefix("--"))
+
+
+def common_flags(parser: Parser, *, device: bool = True, writes: bool = True) -> None:
+    """Flags that every stage takes: how this call is steered, not what it computes."""
+    group = parser.flags("this call")
+    group.add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        per_call=True,
+        help="YAML or JSON with option names as keys, or the options.json of a run",
+    )
+    if writes:
+        group.switch(
+            "--dry_run",
+            per_call=True,
+            help="check everything, say what would be done, write nothing",
+        )
+    group.switch(
+        "--print_config", help="print the resolved options as YAML and stop", per_call=True
+    )
+    if device:
+        group.add(
+            "--device",
+            default="auto",
+            metavar="auto|cpu|cuda[:N]",
+            per_call=True,
+            help="where to compute",
+        )
 
 
 def did_you_mean(found: str, known: Sequence[str]) -> str:

@@ -128,7 +128,7 @@ def _write_float32(path: Path, eeg: np.ndarray, channels: Sequence[str], source:
                     "finite values",
                     "preprocess the recording again",
                 )
-            file.write(trials)
+            file.write(trials.data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -83,7 +83,8 @@ def open_bank(folder: Path, partition: str, layers: Collection[str | None] = ())
             f"{', '.join(NAMES)} and stimulus ids",
             "run clip_feature_extractor.py again",
         )
-    wanted = [*NAMES, *(name for name in sorted({*layers} - {None, *NAMES}))]
+    beside = {layer for layer in layers if layer is not None} - {*NAMES}
+    wanted = [*NAMES, *sorted(beside)]
     if lost := [name for name in wanted if name not in stored]:
         raise DataError(
             path,

@@ -90,8 +90,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(path, f"{image.width} x {image.height} pixels")
-            if image.format == "PNG" and image.is_animated:
-                raise PictureError(path, f"an animation of {image.n_frames} frames")
+            frames = getattr(image, "n_frames", 1)
+            if image.format == "PNG" and frames > 1:
+                raise PictureError(path, f"an animation of {frames} frames")
             yield image
     except PictureError:
         raise

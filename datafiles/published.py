@@ -11,7 +11,7 @@ import re
 import tokenize
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ MOST_STEPS = 10_000  # opcodes of a pickle; a published file has some hundred
 _MAPPED = 4096  # bytes; a shorter array is read, a longer one stays in the file
 _PUT = ("PUT", "BINPUT", "LONG_BINPUT")
 _REFUSED = ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4")
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _LENGTH_BYTES = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
     pickletools.TAKEN_FROM_ARGUMENT4: 4,
@@ -39,7 +40,8 @@ class _Dtype:
     def __init__(self, name: object = "", *_flags: object) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"b1|O8?|[iufc]\d\d?|[SU]\d{1,9}", name):
             raise pickle.UnpicklingError(f"arrays of type {name!r:.80}")
-        self.name, self.order = name, "<"
+        self.name = name
+        self.order: Literal["<", ">", "|", "="] = "<"
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
@@ -55,8 +57,8 @@ class _Array:
     """Stands in for numpy.ndarray; checked and built afterwards."""
 
     def __init__(self, *_reconstruct: object) -> None:
-        self.content: tuple[object, ...] = ()
-        self.axes: object = None
+        self.content: tuple[Any, ...] = ()  # of the file: NumPy refuses what does not fit
+        self.axes: Any = None
 
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
@@ -82,7 +84,7 @@ class _Array:
 
 
 def _from_buffer(
-    raw: object, dtype: object, shape: object, order: object, axes: object = None
+    raw: object, dtype: object, shape: object, order: object, axes: Any = None
 ) -> _Array:
     """``axes``: protocol 5's way to store a transposed view, as stored and then transposed."""
     array = _Array()
@@ -194,9 +196,10 @@ def condense(mapped: mmap.mmap, start: int) -> tuple[bytes, list[memoryview]]:
     Nothing is built of what lengths and memo places claim before they were checked. Raises
     UnpicklingError.
     """
-    steps, payloads, at = bytearray(), [], start
+    steps, at = bytearray(), start
+    payloads: list[memoryview] = []
     for count in range(MOST_STEPS):
-        opcode = pickletools.code2op.get(chr(mapped[at])) if at < len(mapped) else None
+        opcode = _OPCODES.get(chr(mapped[at])) if at < len(mapped) else None
         if opcode is None:
             raise pickle.UnpicklingError(f"no pickle, or cut short, at byte {at:,}")
         begin, end = _argument(mapped, at + 1, opcode)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import modalities
 import util
+from cli.miniature import PRETRAIN_STEPS
 from features.clip import load_clip
 from miniworld import judge, models, pictures, renders
 from miniworld.clip_losses import grouped_contrast, spread_penalties
@@ -463,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, in turn, and export each part as soon as it is trained."""
     options = args.resolve("pretrain", argv)
     values = options.values
-    names = args.PRETRAIN_STEPS if values.part == "all" else (values.part,)
+    names = PRETRAIN_STEPS if values.part == "all" else (values.part,)
     plan = [f"train {name} to step {getattr(values, f'{name}_steps')}" for name in names]
     run = open_run(options, values.output_path, {}, plan)
     data = renders.Renders(run.path / "cache", values.pictures, values.seed)
