@@ -16,15 +16,18 @@ if __name__ == "__main__":
 import torch
 
 import util
+from cli.config import Options
 from datafiles.feature_bank import layer_name
 from dataset import Batch, TrainingData
+from decoder.atms import ATMS as ATMS  # where users of the public code look for it
 from decoder.decoder import Decoder, check_encoder, new_encoder
 from decoder.projector import new_projector
 from loss import Contrast
 from training import loop
-from training.objectives import contrast_from, global_losses, validation_retrieval
-from training.processes import Processes
-from training.settings import folds, open_data
+from training.objectives import global_losses, validation_retrieval
+from training.optimisation import Schedule
+from training.processes import Processes, open_together
+from training.settings import Computing, DataChoice, Disturbance, Fold, Procedure, folds, open_data
 from util import WHOLE, Part
 
 
@@ -38,7 +41,7 @@ class ContrastiveObjective:
         self, batch: Batch, generator: torch.Generator, part: Part = WHOLE
     ) -> dict[str, torch.Tensor]:
         decoder = self.decoder
-        groups = self.data.groups(batch.stimulus, self.contrast.positives)
+        groups = self.data.groups(batch.stimulus, self.contrast.contrast_positives)
         embedding = decoder.encoder(batch.eeg, batch.subject)
         return global_losses(decoder, embedding, batch.targets, self.contrast, groups, 1.0, part)
 
@@ -58,16 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = args.resolve("retrieval", argv)
     check_encoder(options.values.encoder)
     processes = Processes.join(options.values.device)
-    for fold in folds(options):
-        values = fold.values
-        layer = layer_name(values.contrast_layer)
-        data = open_data(values, layer)
-        encoder = new_encoder(data, values.seed, values.encoder)
-        projector = new_projector(layer, data.targets, data.train_rows, values.seed)
-        decoder = Decoder(encoder, None, data.signal, data.clip, projector)
-        objective = ContrastiveObjective(decoder, data, contrast_from(values))
-        loop.train(fold, decoder, objective, data, processes)
+    for fold in folds(options.settings(Fold)):
+        pretrain(options.changed(fold), processes)
     return 0
+
+
+def pretrain(options: Options, processes: Processes) -> None:
+    """One encoder."""
+    values = options.values
+    layer = layer_name(values.contrast_layer)
+    data = open_data(options.settings(DataChoice), layer)
+    encoder = new_encoder(data, values.seed, values.encoder)
+    projector = new_projector(layer, data.targets, data.train_rows, values.seed)
+    decoder = Decoder(encoder, None, data.signal, data.clip, projector)
+    objective = ContrastiveObjective(decoder, data, options.settings(Contrast))
+    how = Procedure(
+        options.settings(Schedule),
+        options.settings(Computing),
+        options.settings(Disturbance).masking(),
+    )
+    plan = loop.plan(decoder, data, how, processes)
+    run = open_together(options, data.hashes, plan, processes)
+    loop.fit(run, decoder, objective, data, how, processes)
 
 
 if __name__ == "__main__":

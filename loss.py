@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from modalities import MODALITIES
+from modalities import MODALITIES, NAMES
 
 MSE_SHARE, COSINE_SHARE = 0.7, 0.3  # the published prior loss: 0.7 MSE + 0.3 (1 - cos)
 
@@ -45,6 +45,12 @@ def stacked_prior_loss(predicted: torch.Tensor, target: torch.Tensor) -> LossTer
     mse = (predicted - target).square().mean(dim=(1, 2))
     cosine = F.cosine_similarity(predicted, target, dim=2).mean(dim=1)
     return LossTerms(MSE_SHARE * mse + COSINE_SHARE * (1 - cosine), mse, cosine)
+
+
+def terms_of(terms: LossTerms) -> dict[str, LossTerms]:
+    """{modality: its scalars} of terms [M]."""
+    parts = zip(terms.total, terms.mse, terms.cosine, strict=True)
+    return {name: LossTerms(*part) for name, part in zip(NAMES, parts, strict=True)}
 
 
 def prior_total(
@@ -91,15 +97,15 @@ def clip_loss(
 
 @dataclass(frozen=True)
 class Contrast:
-    """How EEG embeddings are drawn to their targets: the flags of ``args.py``, in short.
+    """How EEG embeddings are drawn to their targets; names as the flags of ``args.py``.
 
-    ``positives`` (``pair`` or ``concept``): which rows :func:`clip_loss` groups; ``target_mse``:
-    weight of the MSE to the un-normalised image target.
+    ``contrast_positives`` (``pair`` or ``concept``): which rows :func:`clip_loss` groups;
+    ``target_mse``: weight of the MSE to the un-normalised image target.
     """
 
-    text_share: float
-    normalise: str = "both"
-    positives: str = "pair"
+    text_contrast: float
+    contrast_normalise: str = "both"
+    contrast_positives: str = "pair"
     target_mse: float = 0.0
 
 
@@ -110,12 +116,12 @@ def contrastive_total(
     how: Contrast,
     groups: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(1 - text_share) x CLIP loss to images + text_share x CLIP loss to texts. ATM uses 0.01."""
-    to_images = clip_loss(eeg, targets["image"], scale, how.normalise, groups)
-    if how.text_share == 0:
+    """(1 - text_contrast) x CLIP loss to images + text_contrast x that to texts. ATM uses 0.01."""
+    to_images = clip_loss(eeg, targets["image"], scale, how.contrast_normalise, groups)
+    if how.text_contrast == 0:
         return to_images
-    to_texts = clip_loss(eeg, targets["text"], scale, how.normalise, groups)
-    return (1 - how.text_share) * to_images + how.text_share * to_texts
+    to_texts = clip_loss(eeg, targets["text"], scale, how.contrast_normalise, groups)
+    return (1 - how.text_contrast) * to_images + how.text_contrast * to_texts
 
 
 def embedding_losses(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import args
 
@@ -15,20 +13,20 @@ import torch
 
 import util
 from cli.config import Options
-from datafiles.feature_bank import check_clip, layer_name
+from datafiles.feature_bank import layer_name
 from datafiles.stimuli import list_stimuli
 from dataset import Batch, TrainingData
 from decoder import aligners, fusion, low_level
-from decoder.atms import ATMS
-from decoder.decoder import Decoder, check_encoder, model_file, new_encoder
-from decoder.projector import new_projector
+from decoder.aligners import Alignment
+from decoder.decoder import Decoder, check_encoder, model_file
 from loss import Contrast, prior_total
 from modalities import NAMES
-from rundirs.files import file_hash
 from training import loop
-from training.objectives import contrast_from, global_losses, validation_retrieval
-from training.processes import Processes
-from training.settings import folds, open_data
+from training.objectives import global_losses, validation_retrieval
+from training.optimisation import Schedule
+from training.processes import Processes, open_together
+from training.settings import Computing, DataChoice, Disturbance, Fold, Procedure, folds, open_data
+from training.starting import adapted, new_decoder
 from util import WHOLE, Part
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
@@ -76,7 +74,7 @@ class JointObjective:
             embedding,
             targets,
             self.contrast,
-            self.data.groups(stimulus, self.contrast.positives),
+            self.data.groups(stimulus, self.contrast.contrast_positives),
             self.contrast_weight,
             part,
         )
@@ -122,101 +120,13 @@ class JointObjective:
         return fusion.calibrate(samples, truth)
 
 
-def new_decoder(
-    data: TrainingData,
-    seed: int,
-    alignment: aligners.Alignment,
-    init_from: Path | None,
-    encoder_name: str = ATMS.__name__,
-    layer: str | None = None,
-) -> Decoder:
-    """A fresh decoder, its aligner standardised on the training rows.
-
-    ``init_from``: a run of ATMS_retrieval.py whose encoder, and projector of CLIP's ``layer``, it
-    starts from. Raises UserError.
-    """
-    encoder = new_encoder(data, seed, encoder_name)
-    projector = new_projector(layer, data.targets, data.train_rows, seed)
-    width = data.targets["image"].shape[1]
-    bank = aligners.new_aligner(width, encoder.embed_dim, alignment, seed)
-    bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
-    decoder = Decoder(encoder, bank, data.signal, data.clip, projector)
-    if init_from is not None:
-        start_from(Decoder.load(init_from, "best"), decoder)
-    return decoder
-
-
-def start_from(donor: Decoder, decoder: Decoder) -> None:
-    """Take over a pre-trained encoder and projector. Raises UserError unless all of them fit."""
-    found, needed = (
-        [one.encoder.name, one.encoder.config, one.layer, one.signal] for one in (donor, decoder)
-    )
-    if found != needed:
-        raise util.UserError(
-            "--init_from",
-            _start(donor),
-            _start(decoder),
-            "pre-train with the same --encoder, --contrast_layer, subjects, channels and time "
-            "window",
-        )
-    decoder.encoder.load_state_dict(donor.encoder.state_dict())
-    if decoder.projector is not None:
-        decoder.projector.load_state_dict(donor.projector.state_dict())
-
-
-def _start(one: Decoder) -> str:
-    """What has to be the same to start from another model, for a message."""
-    how = "as they are" if one.projector is None else "projected"
-    return (
-        f"{one.encoder.name} for {one.encoder.config} of {one.signal['subjects']}, compared with "
-        f"{one.picture_features} features {how}"
-    )
-
-
-def adapted(
-    decoder: Decoder, run: Path, data: TrainingData, features: Path, trainable: str
-) -> tuple[TrainingData, Decoder]:
-    """(the data with the model's numbering of subjects, the model of ``run`` with them added).
-
-    New subjects begin as an unknown one is computed: with the mean layer and the shared token.
-    ``trainable``: subject_layers, encoder or all; the rest stays as it is. Raises UserError for
-    subjects that the model knows already, and for another signal, DataError for another CLIP.
-    """
-    known, new = decoder.signal["subjects"], data.signal["subjects"]
-    for name in ("channels", "times"):
-        if decoder.signal[name] != data.signal[name]:
-            raise util.UserError(
-                f"--adapt_from {run}",
-                f"{name} {decoder.signal[name][:3]}..., {len(decoder.signal[name])} of them",
-                f"{data.signal[name][:3]}..., {len(data.signal[name])} as in the data",
-                "choose the model's own with --channels and --time_window",
-            )
-    if set(known) & set(new):
-        raise util.UserError(
-            "--subjects",
-            f"{', '.join(sorted(set(known) & set(new)))}: in the model already",
-            f"subjects other than {', '.join(known)}",
-            "name the new ones alone",
-        )
-    check_clip(data.clip, features, decoder.clip, run)
-    decoder.encoder.add_subjects(len(new))
-    decoder.signal["subjects"] = [*known, *new]
-    decoder.train_only(trainable)
-    return replace(
-        data,
-        signal=data.signal | {"subjects": decoder.signal["subjects"]},
-        first_subject=len(known),
-        hashes=data.hashes | {"adapt_from": file_hash(model_file(run, "best"))},
-    ), decoder
-
-
 @util.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, or go on training, or do nothing when the run is finished."""
     options = args.resolve("train", argv)
     processes = Processes.join(options.values.device)
-    for fold in folds(options):
-        train_one(fold, processes)
+    for fold in folds(options.settings(Fold)):
+        train_one(options.changed(fold), processes)
     return 0
 
 
@@ -226,12 +136,12 @@ def train_one(options: Options, processes: Processes) -> None:
     check_encoder(values.encoder)
     known = Decoder.load(values.adapt_from, "best") if values.adapt_from else None
     layer = known.layer if known else layer_name(values.contrast_layer)
-    data = open_data(values, layer)
+    data = open_data(options.settings(DataChoice), layer)
     if known:
         features = values.clip_feature_path
         data, decoder = adapted(known, values.adapt_from, data, features, values.trainable)
     else:
-        alignment = aligners.Alignment(
+        alignment = Alignment(
             values.aligner,
             values.loss_weights == "uncertainty",
             values.condition_dropout,
@@ -240,9 +150,16 @@ def train_one(options: Options, processes: Processes) -> None:
         )
         decoder = new_decoder(data, values.seed, alignment, values.init_from, values.encoder, layer)
     objective = JointObjective(
-        decoder, data, contrast_from(values), values.contrast_weight, values.noise_draws
+        decoder, data, options.settings(Contrast), values.contrast_weight, values.noise_draws
     )
-    run = loop.train(options, decoder, objective, data, processes)
+    how = Procedure(
+        options.settings(Schedule),
+        options.settings(Computing),
+        options.settings(Disturbance).masking(),
+    )
+    plan = loop.plan(decoder, data, how, processes)
+    run = open_together(options, data.hashes, plan, processes)
+    loop.fit(run, decoder, objective, data, how, processes)
     if not processes.first:
         return
     if values.low_level and not (run.path / low_level.FILE).exists():

@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loss import LossTerms, stacked_prior_loss
+from loss import LossTerms, stacked_prior_loss, terms_of
 from modalities import NAMES, QUANTITIES
 from subject_layers.dropout import Dropout
 from subject_layers.stacked import keep_separate_state, stacked
-from util import WHOLE, Part, generator_for
+from subject_layers.timesteps import TimeEmbedding, distinct_timesteps, timestep_features
+from util import WHOLE, Part, generator_for, grouped
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -34,40 +34,6 @@ NOISE_SCHEDULE = {
     "beta_schedule": "linear",
     "prediction_type": "v_prediction",  # see PriorBank.velocity_from
 }
-
-
-def timestep_features(t: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoids of integer timesteps t [...] -> float32 [..., width]: cosines, then sines."""
-    half = width // 2
-    frequency = torch.exp(
-        torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(1e4) / half)
-    )
-    angle = t[..., None].float() * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-
-def distinct_timesteps(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Timesteps t [..., B] -> (each row's different ones [..., K], the place of each t [..., B]).
-
-    Rows with fewer than K repeat step 0. Places count through all rows' K one after another.
-    """
-    found = [row.unique(return_inverse=True) for row in t.reshape(-1, t.shape[-1])]
-    most = max(len(values) for values, _ in found)
-    distinct = torch.stack([F.pad(values, (0, most - len(values))) for values, _ in found])
-    place = torch.stack([number * most + inverse for number, (_, inverse) in enumerate(found)])
-    return distinct.reshape(*t.shape[:-1], most), place.reshape(t.shape)
-
-
-class TimeEmbedding(nn.Module):
-    """Timestep features [B, width_in] -> [B, width]."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width_in, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(F.silu(self.linear_1(features)))
 
 
 def _mlp_block(width_in: int, width_out: int, dropout: float) -> nn.Sequential:
@@ -261,6 +227,11 @@ class TargetSpace(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(embed_dim))
             self.register_buffer(f"{name}_std", torch.ones(embed_dim))
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TargetSpace:
+        """An empty aligner from another's ``config``, without its kind."""
+        return cls(**config)
+
     @property
     def config(self) -> dict[str, Any]:
         """What rebuilds an empty aligner of this kind and shape; each kind adds its own."""
@@ -314,6 +285,27 @@ class TargetSpace(nn.Module):
             )
 
 
+@dataclass(frozen=True)
+class PriorTask:
+    """``predicts``: what the networks put out; ``loss_on``: what the losses compare.
+
+    Each is one of QUANTITIES, else ValueError. ``condition_dropout``: share of samples that priors
+    see without their condition.
+    """
+
+    condition_dropout: float = 0.1
+    loss_on: str = "velocity"
+    predicts: str = "velocity"
+
+    def __post_init__(self) -> None:
+        if not {self.loss_on, self.predicts} <= set(QUANTITIES):
+            named = f"{self.loss_on!r} or {self.predicts!r}"
+            raise ValueError(f"{named} is none of {', '.join(QUANTITIES)}")
+
+
+_VELOCITY = PriorTask()
+
+
 class PriorBank(TargetSpace):
     """One independent prior per modality, computed together."""
 
@@ -324,23 +316,15 @@ class PriorBank(TargetSpace):
         self,
         embed_dim: int,
         cond_dim: int,
-        dropout: float = 0.1,
-        condition_dropout: float = 0.1,
+        task: PriorTask = _VELOCITY,
         learned_weights: bool = False,
-        loss_on: str = "velocity",
-        predicts: str = "velocity",
+        *,
+        dropout: float = 0.1,
         hidden_dim: Sequence[int] | None = None,
     ) -> None:
-        """``predicts``: what the networks put out; ``loss_on``: what the losses compare.
-
-        Each is one of QUANTITIES. ``hidden_dim``: as of :class:`DiffusionPriorUNet`.
-        """
+        """``dropout``, ``hidden_dim``: as of :class:`DiffusionPriorUNet`."""
         super().__init__(embed_dim, cond_dim, learned_weights)
-        if not {loss_on, predicts} <= set(QUANTITIES):
-            raise ValueError(f"{loss_on!r} or {predicts!r} is none of {', '.join(QUANTITIES)}")
-        self.hidden_dim = hidden_dim
-        self.dropout, self.condition_dropout = dropout, condition_dropout
-        self.loss_on, self.predicts = loss_on, predicts
+        self.task, self.hidden_dim, self.dropout = task, hidden_dim, dropout
         self.priors = DiffusionPriorUNet.stack_of(
             [DiffusionPriorUNet(embed_dim, cond_dim, hidden_dim, dropout=dropout) for _ in NAMES]
         )
@@ -350,15 +334,15 @@ class PriorBank(TargetSpace):
         )
         self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PriorBank:
+        """As of every aligner; what priors learn is one."""
+        return cls(**grouped(config, "task", PriorTask))
+
     @property
     def config(self) -> dict[str, Any]:
-        return super().config | {
-            "dropout": self.dropout,
-            "condition_dropout": self.condition_dropout,
-            "loss_on": self.loss_on,
-            "predicts": self.predicts,
-            "hidden_dim": self.hidden_dim,
-        }
+        own = {"dropout": self.dropout, **asdict(self.task), "hidden_dim": self.hidden_dim}
+        return super().config | own
 
     def networks(self) -> list[nn.Module]:
         return [self.priors]
@@ -384,10 +368,11 @@ class PriorBank(TargetSpace):
         t, noise, keep = self._draw(clean, generator, part)
         noisy = self.add_noise(clean, noise, t)
         found = self.priors(noisy, t, cond, keep).to(clean.dtype)
-        if self.loss_on != self.predicts:
-            found = self.quantity_from(self.velocity_from(found, noisy, t), noisy, t, self.loss_on)
+        loss_on = self.task.loss_on
+        if loss_on != self.task.predicts:
+            found = self.quantity_from(self.velocity_from(found, noisy, t), noisy, t, loss_on)
         true = {"noise": noise, "embedding": clean, "velocity": self.velocity_of(clean, noise, t)}
-        return terms_of(stacked_prior_loss(found, true[self.loss_on]))
+        return terms_of(stacked_prior_loss(found, true[loss_on]))
 
     def _draw(
         self, clean: torch.Tensor, generator: torch.Generator, part: Part
@@ -398,7 +383,7 @@ class PriorBank(TargetSpace):
             (
                 torch.randint(TRAIN_STEPS, (rows,), generator=generator, device=where),
                 torch.randn(rows, width, generator=generator, device=where, dtype=clean.dtype),
-                torch.rand(rows, generator=generator, device=where) >= self.condition_dropout,
+                torch.rand(rows, generator=generator, device=where) >= self.task.condition_dropout,
             )
             for _ in NAMES
         ]
@@ -432,10 +417,10 @@ class PriorBank(TargetSpace):
         A network that predicts noise itself turns an error e at t = 999 into 157 e in the sample:
         unless x0 is clipped, samples come out many times too large. Hence velocity by default.
         """
-        if self.predicts == "velocity":
+        if self.task.predicts == "velocity":
             return output
         kept, lost = self._shares(t, noisy)
-        if self.predicts == "noise":
+        if self.task.predicts == "noise":
             return (output - lost * noisy) / kept
         return (kept * noisy - output) / lost
 
@@ -504,9 +489,3 @@ class PriorBank(TargetSpace):
         output = self.priors.denoise(twice, times, both)
         given, free = self.velocity_from(output, twice, t).chunk(2, dim=1)
         return free + guidance * (given - free)
-
-
-def terms_of(terms: LossTerms) -> dict[str, LossTerms]:
-    """{modality: its scalars} of terms [M]."""
-    parts = zip(terms.total, terms.mse, terms.cosine, strict=True)
-    return {name: LossTerms(*part) for name, part in zip(NAMES, parts, strict=True)}

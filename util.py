@@ -10,8 +10,8 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,13 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             "--device", name, "auto, cpu, cuda or cuda:N", "name one of these"
         ) from None
+
+
+def grouped(flat: Mapping[str, Any], name: str, kind: type[Any]) -> dict[str, Any]:
+    """``flat`` as keywords, those that are fields of the dataclass ``kind`` as one: ``name``."""
+    inner = {field.name for field in fields(kind)} & flat.keys()
+    rest = {key: value for key, value in flat.items() if key not in inner}
+    return rest | {name: kind(**{key: flat[key] for key in inner})}
 
 
 def repeated(names: Iterable[str]) -> list[str]:

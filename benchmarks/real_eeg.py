@@ -26,15 +26,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from datafiles.eeg_files import eeg_file
-from datafiles.feature_bank import open_bank
-from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
-from modalities import ENCODERS
-from rundirs.environment import environment
-from rundirs.files import write_json
-from rundirs.tensors import save_tensors
-from training.settings import open_data
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -43,12 +34,19 @@ import dataset
 import metrics
 import util
 from ATMS_retrieval import ContrastiveObjective
+from datafiles.eeg_files import eeg_file
+from datafiles.feature_bank import open_bank
+from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
 from decoder.decoder import Decoder, check_encoder, new_encoder
 from loss import Contrast
-from modalities import NAMES
+from modalities import ENCODERS, NAMES
+from rundirs.environment import environment
+from rundirs.files import write_json
+from rundirs.tensors import save_tensors
 from training import loop
-from training.objectives import contrast_from
-from training.processes import Processes
+from training.optimisation import Schedule
+from training.processes import Processes, open_together
+from training.settings import Computing, DataChoice, Disturbance, Procedure, open_data
 
 WINDOW_S = (0.0, 1.0)  # end exclusive
 FOLDS, INNER_SHARE = 5, 0.2  # of the people; of a fold's training people, to choose by
@@ -211,10 +209,15 @@ def trained(
     flags |= {"epochs": epochs, "save_every": epochs, "seed": seed, **TRAINING}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     options = args.resolve("retrieval", words)  # whatever is not named: its default
-    data = open_data(options.values)
+    data = open_data(options.settings(DataChoice))
     decoder = Decoder(new_encoder(data, seed, name), None, data.signal, data.clip)
-    objective = PeopleObjective(decoder, data, contrast_from(options.values), inner)
-    run = loop.train(options, decoder, objective, data, Processes.join("cpu"))
+    objective = PeopleObjective(decoder, data, options.settings(Contrast), inner)
+    processes = Processes.join("cpu")
+    masking = options.settings(Disturbance).masking()
+    how = Procedure(options.settings(Schedule), options.settings(Computing), masking)
+    plan = loop.plan(decoder, data, how, processes)
+    run = open_together(options, data.hashes, plan, processes)
+    loop.fit(run, decoder, objective, data, how, processes)
     return Decoder.load(run.path, "best")
 
 

@@ -47,11 +47,13 @@ from rundirs.files import write_json
 from rundirs.tensors import save_tensors
 from sdxl.memory import main_memory_peak
 from subject_layers.dropout import Dropout
+from subject_layers.timesteps import timestep_features
 from training import loop
 from training.optimisation import Schedule
 from training.processes import Processes
-from training.settings import Computing
-from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank, timestep_features
+from training.settings import Computing, Procedure
+from training.starting import new_decoder
+from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank
 
 DIM, CHANNELS, SAMPLES, RATE_HZ = 1024, 63, 250, 250
 CONCEPTS, IMAGES, REPETITIONS = 1654, 10, 4
@@ -140,7 +142,7 @@ class FivePriors(nn.Module):
             clean = space.standardise(name, targets[name])
             t = torch.randint(TRAIN_STEPS, (len(clean),))
             noise = torch.randn_like(clean)
-            keep = torch.rand(len(clean)) >= space.condition_dropout
+            keep = torch.rand(len(clean)) >= space.task.condition_dropout
             velocity = prior(space.add_noise(clean, noise, t), t, cond, keep)
             found[name] = prior_loss(velocity, space.velocity_of(clean, noise, t))
         return found
@@ -269,8 +271,8 @@ class OurStep:
         computing = Computing("float32", 1, False, "auto", "none")
         objective = train.JointObjective(decoder, data, Contrast(0.01), 1.0, noise_draws=1)
         self.training = loop._Training(
-            RunDirectory(out, "train"), decoder, objective, Masking(), schedule, computing,
-            Processes(0, 1, torch.device("cpu")), 1,
+            RunDirectory(out, "train"), decoder, objective,
+            Procedure(schedule, computing, Masking()), Processes(0, 1, torch.device("cpu")), 1,
         )  # fmt: skip
         self.batches = (b for epoch in range(10**6) for b in data.batches(epoch, batch))
 
@@ -298,7 +300,7 @@ def train_step_row(batch: int, rounds: int, seed: int, speed: Mapping[str, float
 
 def new_model(data: dataset.TrainingData, seed: int) -> Decoder:
     alignment = Alignment("prior", False, 0.1, "velocity", None)
-    return train.new_decoder(data, seed, alignment, None)
+    return new_decoder(data, seed, alignment, None)
 
 
 # ---------------------------------------------------------------- opening subjects

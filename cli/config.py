@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -38,6 +38,11 @@ class Options:
         """What one part of a stage is asked: a dataclass whose fields are named as flags."""
         asked = {field.name: getattr(self.values, field.name) for field in fields(kind)}
         return kind(**asked)
+
+    def changed(self, part: _Dataclass) -> Options:
+        """The same with other :meth:`settings` of one part."""
+        own = {field.name: getattr(part, field.name) for field in fields(part)}
+        return replace(self, values=argparse.Namespace(**vars(self.values) | own))
 
 
 def config_tokens(parser: Parser, path: Path) -> list[str]:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 import util
-from loss import LossTerms, stacked_prior_loss
+from loss import LossTerms, stacked_prior_loss, terms_of
 from modalities import NAMES
 from subject_layers.dropout import Dropout
 from subject_layers.stacked import keep_separate_state, stacked
-from unet import PriorBank, Sampling, TargetSpace, terms_of
+from unet import PriorBank, Sampling, TargetSpace
 from util import WHOLE, Part
 
 HELD_OUT_ROWS = 64  # a spread over so many stimuli and all dimensions is known to a few per cent
@@ -140,7 +140,7 @@ def aligner_from(config: Mapping[str, Any]) -> TargetSpace:
             f"one of {', '.join(ALIGNERS)}",
             "the model is from another version: train again or use that version",
         )
-    return ALIGNERS[kind](**given)
+    return ALIGNERS[kind].from_config(given)
 
 
 @dataclass(frozen=True)

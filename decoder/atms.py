@@ -7,12 +7,27 @@ public checkpoints.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from decoder.encoders import Encoder, SpatioTemporalConvolution, pooled_width, projection
-from subject_layers.transformer import ChannelTransformer
+from subject_layers.transformer import ChannelTransformer, LayerSizes
+from util import grouped
+
+
+@dataclass(frozen=True)
+class ATMSSizes(LayerSizes):
+    """Of the transformer over channels and the convolution over its tokens, as published."""
+
+    features: int = 40
+    kernel: int = 25
+    pool_kernel: int = 51
+
+
+_PUBLISHED = ATMSSizes()
 
 
 class ATMS(Encoder):
@@ -30,46 +45,28 @@ class ATMS(Encoder):
         n_times: int = 250,
         n_subjects: int = 10,
         embed_dim: int = 1024,
+        sizes: ATMSSizes = _PUBLISHED,
         *,
-        width: int = 250,
-        hidden: int = 256,
-        heads: int = 4,
-        dropout: float = 0.25,
-        features: int = 40,
-        kernel: int = 25,
-        pool_kernel: int = 51,
         positional: bool = True,
         reference: bool = False,
     ) -> None:
         super().__init__(n_channels, n_times, n_subjects, embed_dim, subject_layer=not reference)
-        self.config |= {
-            "width": width,
-            "hidden": hidden,
-            "heads": heads,
-            "dropout": dropout,
-            "features": features,
-            "kernel": kernel,
-            "pool_kernel": pool_kernel,
-            "positional": positional,
-            "reference": reference,
-        }
+        self.config |= asdict(sizes) | {"positional": positional, "reference": reference}
         self.reference = reference
         self.encoder = ChannelTransformer(
-            n_channels,
-            n_times,
-            n_subjects,
-            width,
-            hidden,
-            heads,
-            dropout,
-            positional=positional,
-            reference=reference,
+            n_channels, n_times, n_subjects, sizes, positional=positional, reference=reference
         )
+        kernels = (sizes.kernel, sizes.pool_kernel)
         self.enc_eeg = nn.Sequential(
-            SpatioTemporalConvolution(n_channels, features, kernel, pool_kernel)
+            SpatioTemporalConvolution(n_channels, sizes.features, *kernels)
         )
-        flat = features * pooled_width(width, kernel, pool_kernel)
+        flat = sizes.features * pooled_width(sizes.width, *kernels)
         self.proj_eeg = projection(flat, embed_dim, dropout=0.5)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ATMS:
+        """As of every encoder; its sizes are one."""
+        return cls(**grouped(config, "sizes", ATMSSizes))
 
     def _embed(self, eeg: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
         return self.proj_eeg(self.enc_eeg(self.encoder(eeg, subject)))
@@ -106,11 +103,10 @@ class ATMS(Encoder):
             if not key.startswith(_DEAD_IN_REFERENCE)
         }
         try:
-            model = cls(
-                **_reference_sizes(live),
-                positional=positional,
-                pool_kernel=pool_kernel,
-                reference=True,
+            found_sizes = _reference_sizes(live)
+            model = cls.from_config(
+                found_sizes
+                | {"positional": positional, "pool_kernel": pool_kernel, "reference": True}
             )
         except KeyError as missing:
             raise ValueError(f"not an ATM-S state dict: {missing} is missing") from None

@@ -67,6 +67,7 @@ def predict_embeddings(
                 "test_images/",
                 "give --data_path",
             )
+        assert features is not None  # such a control without a bank is refused with the flags
         stimuli = [test.stimuli[row] for row in rows]
         return banked_embeddings(control, decoder, stimuli, features)
     return decoder.predict(controlled_eeg(test, control, seed), rows, sampling, seed)

@@ -19,7 +19,7 @@ from decoder.projector import Projector
 from rundirs.tensors import load_tensors
 from unet import Sampling, TargetSpace
 
-OWN = {kind.__name__: kind for kind in (ATMS, EEGProject, NICE)}
+OWN: Mapping[str, type[Encoder]] = {kind.__name__: kind for kind in (ATMS, EEGProject, NICE)}
 
 
 def make_encoder(name: str, config: Mapping[str, Any]) -> Encoder:
@@ -28,8 +28,8 @@ def make_encoder(name: str, config: Mapping[str, Any]) -> Encoder:
     Raises UnknownEncoder, and ValueError for a signal that it cannot take.
     """
     if name in OWN:
-        return OWN[name](**config)
-    return Braindecode(**{**config, "model": name})
+        return OWN[name].from_config(config)
+    return Braindecode.from_config({**config, "model": name})
 
 
 def model_file(run: Path, checkpoint: str) -> Path:
@@ -167,8 +167,11 @@ class Decoder(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Predicted CLIP embeddings {modality: [n, D]} of some rows, un-normalised, on the CPU.
 
-        A row's noise belongs to its stimulus: it depends on nothing but ``seed`` and that.
+        A row's noise belongs to its stimulus: it depends on nothing but ``seed`` and that. Raises
+        ValueError for an encoder alone.
         """
+        if self.bank is None:
+            raise ValueError("a pre-trained encoder has no aligner to predict embeddings with")
         condition = self.condition(test, rows).to(next(self.parameters()).device)
         seeds = [util.seed_for(seed, "prior", test.ids[row]) for row in rows]
         held_out = None if self.held_out is None else torch.tensor(self.held_out)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from modalities import ENCODERS
 from subject_layers.dropout import Dropout
 from subject_layers.subject import SubjectLinear
+from util import grouped
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
 
@@ -126,6 +128,11 @@ class Encoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.subject_layer = SubjectLinear(n_subjects, n_times) if subject_layer else None
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Encoder:
+        """A fresh one from another's ``config``. TypeError for options that it does not have."""
+        return cls(**config)
+
     @property
     def name(self) -> str:
         """What ``--encoder`` and a checkpoint's header call it."""
@@ -148,13 +155,18 @@ class Encoder(nn.Module):
 
     def add_subjects(self, count: int) -> None:
         """Rows for ``count`` more subjects, that compute what an unknown one (-1) gets."""
-        self.subject_layer.add_subjects(count)
+        self._own_layer().add_subjects(count)
         self.n_subjects += count
         self.config["n_subjects"] = self.n_subjects
 
     def subject_parameters(self) -> list[nn.Parameter]:
         """What belongs to subjects."""
-        return list(self.subject_layer.parameters())
+        return list(self._own_layer().parameters())
+
+    def _own_layer(self) -> SubjectLinear:
+        if self.subject_layer is None:
+            raise ValueError(f"{self.name} was built without a subject layer")
+        return self.subject_layer
 
     @property
     def similarity_scale(self) -> torch.Tensor:
@@ -189,6 +201,19 @@ class EEGProject(Encoder):
         return self.proj_eeg(eeg.flatten(1))
 
 
+@dataclass(frozen=True)
+class NICESizes:
+    """Kernels along time, in samples, and the number of ``features`` maps."""
+
+    features: int = 40
+    kernel: int = 25
+    pool_kernel: int = 51
+    dropout: float = 0.5
+
+
+_NICE_SIZES = NICESizes()
+
+
 class NICE(Encoder):
     """The shallow spatio-temporal convolution on the EEG itself, and the projection.
 
@@ -202,25 +227,23 @@ class NICE(Encoder):
         n_times: int = 250,
         n_subjects: int = 10,
         embed_dim: int = 1024,
-        *,
-        features: int = 40,
-        kernel: int = 25,
-        pool_kernel: int = 51,
-        dropout: float = 0.5,
+        sizes: NICESizes = _NICE_SIZES,
     ) -> None:
         super().__init__(n_channels, n_times, n_subjects, embed_dim)
-        self.config |= {
-            "features": features,
-            "kernel": kernel,
-            "pool_kernel": pool_kernel,
-            "dropout": dropout,
-        }
-        needed = kernel + pool_kernel - 1
+        self.config |= asdict(sizes)
+        needed = sizes.kernel + sizes.pool_kernel - 1
         if n_times < needed:
             raise ValueError(f"NICE needs at least {needed} samples, found {n_times}")
-        self.enc_eeg = SpatioTemporalConvolution(n_channels, features, kernel, pool_kernel)
-        flat = features * pooled_width(n_times, kernel, pool_kernel)
-        self.proj_eeg = projection(flat, embed_dim, dropout)
+        self.enc_eeg = SpatioTemporalConvolution(
+            n_channels, sizes.features, sizes.kernel, sizes.pool_kernel
+        )
+        flat = sizes.features * pooled_width(n_times, sizes.kernel, sizes.pool_kernel)
+        self.proj_eeg = projection(flat, embed_dim, sizes.dropout)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NICE:
+        """As of every encoder; its sizes are one."""
+        return cls(**grouped(config, "sizes", NICESizes))
 
     def _embed(self, eeg: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
         return self.proj_eeg(self.enc_eeg(eeg))

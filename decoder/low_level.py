@@ -159,13 +159,13 @@ def fit_ridge(
     standard = (x - mean) / std
     values, vectors = torch.linalg.eigh(standard[train].T @ standard[train])
     projected = vectors.T @ (standard[train].T @ (y[train] - offset))
-    best = None
+    best: dict[str, torch.Tensor] = {}
     for ridge in RIDGES:
         weight = vectors @ (projected / (values.clamp(min=0) + ridge)[:, None])
         error = (y[val] - offset - standard[val] @ weight).square().sum()
         spread = (y[val] - offset).square().sum()
         skill = 1 - error / spread if len(val) else torch.tensor(float("nan")).double()
-        if best is None or not len(val) or skill > best["skill"]:
+        if not best or not len(val) or skill > best["skill"]:
             best = {"weight": weight, "skill": skill, "ridge": torch.tensor(ridge).double()}
     return best | {"mean": mean, "std": std, "offset": offset}
 

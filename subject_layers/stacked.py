@@ -45,7 +45,7 @@ class _Products(torch.autograd.Function):
         of_weight = torch.empty_like(weight)
         for m, rows in enumerate(grad):
             torch.mm(rows.T, x[m], out=of_weight[m])
-            if needs_x:
+            if of_x is not None:
                 torch.mm(rows, weight[m], out=of_x[m])
         return of_x, of_weight, grad.sum(1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,17 +18,27 @@ def pointwise(convolution: nn.Conv1d, tokens: torch.Tensor) -> torch.Tensor:
     return F.linear(tokens, convolution.weight.squeeze(2), convolution.bias)
 
 
+@dataclass(frozen=True)
+class LayerSizes:
+    """Of an encoder layer: ``width`` of tokens, ``hidden`` of the feed-forward between them."""
+
+    width: int = 250
+    hidden: int = 256
+    heads: int = 4
+    dropout: float = 0.25
+
+
 class EncoderLayer(nn.Module):
     """Attention and a two-layer feed-forward (1x1 convolutions), each followed by its LayerNorm."""
 
-    def __init__(self, width: int, hidden: int, heads: int, dropout: float) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.attention = SelfAttention(width, heads, dropout)
-        self.conv1 = nn.Conv1d(width, hidden, 1)
-        self.conv2 = nn.Conv1d(hidden, width, 1)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.dropout = Dropout(dropout)
+        self.attention = SelfAttention(sizes.width, sizes.heads, sizes.dropout)
+        self.conv1 = nn.Conv1d(sizes.width, sizes.hidden, 1)
+        self.conv2 = nn.Conv1d(sizes.hidden, sizes.width, 1)
+        self.norm1 = nn.LayerNorm(sizes.width)
+        self.norm2 = nn.LayerNorm(sizes.width)
+        self.dropout = Dropout(sizes.dropout)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = self.norm1(tokens + self.dropout(self.attention(tokens)))
@@ -60,10 +72,7 @@ class ChannelTransformer(nn.Module):
         n_channels: int,
         n_times: int,
         n_subjects: int,
-        width: int,
-        hidden: int,
-        heads: int,
-        dropout: float,
+        sizes: LayerSizes,
         *,
         positional: bool,
         reference: bool,
@@ -73,12 +82,12 @@ class ChannelTransformer(nn.Module):
             n_channels,
             n_times,
             n_subjects,
-            width,
-            dropout,
+            sizes.width,
+            sizes.dropout,
             positional=positional,
             reference=reference,
         )
-        self.encoder = LayerStack([EncoderLayer(width, hidden, heads, dropout)], width)
+        self.encoder = LayerStack([EncoderLayer(sizes)], sizes.width)
         self.first = 0 if reference else 1
 
     def forward(self, eeg: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:

@@ -14,22 +14,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import util
-from cli.config import Options
 from dataset import Batch, TrainingData
-from masking import Masking, mask_eeg, mask_subject
-from rundirs.directory import RunDirectory, open_run
+from masking import mask_eeg, mask_subject
+from rundirs.directory import RunDirectory
 from rundirs.files import append_jsonl, atomic_write, json_line, read_jsonl
 from training import monitor
 from training.checkpoints import Checkpoints
-from training.optimisation import Average, Schedule, copied, new_optimizer, set_learning_rate
+from training.optimisation import Average, copied, new_optimizer, set_learning_rate
 from training.processes import Processes
-from training.settings import Computing, Objective, masking_from
+from training.settings import Objective, Procedure
 from util import Part
 
 HELD_SHARE = 0.5  # of a GPU's free memory that EEG may take with --data_on_device auto
@@ -53,35 +51,6 @@ def stop_requests() -> Iterator[list[str]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------- from flags to a run
-
-
-def train(
-    options: Options,
-    model: nn.Module,
-    objective: Objective,
-    data: TrainingData,
-    processes: Processes,
-) -> RunDirectory:
-    """:func:`fit` in the run directory of a call, as its flags say."""
-    values = options.values
-    schedule, computing = options.settings(Schedule), options.settings(Computing)
-    check_parts(data, schedule, computing, processes)
-    parameters = describe_parameters(model)
-    where = f"{processes.device} for {values.epochs} epochs"
-    plan = [*data.describe(), f"train {parameters} on {where}"]
-    if processes.first:
-        run = open_run(options, values.output_dir, data.hashes, plan)
-    elif values.dry_run:
-        raise SystemExit(0)
-    else:
-        run = RunDirectory(values.output_dir, options.stage)
-    processes.wait()
-    masking = masking_from(values)
-    fit(run, model, objective, data, masking, schedule, computing, processes)
-    return run
 
 
 # ---------------------------------------------------------------- one step
@@ -119,24 +88,23 @@ class _Training:
         run: RunDirectory,
         model: nn.Module,
         objective: Objective,
-        masking: Masking,
-        schedule: Schedule,
-        computing: Computing,
+        how: Procedure,
         processes: Processes,
-        steps: int,
+        epoch_steps: int,
     ) -> None:
-        self.model, self.objective, self.masking = model, objective, masking
-        self.schedule, self.computing, self.processes = schedule, computing, processes
-        self.steps = steps  # of the whole run
+        self.model, self.objective, self.masking = model, objective, how.masking
+        self.schedule, self.computing, self.processes = how.schedule, how.computing, processes
+        self.epoch_steps, self.steps = epoch_steps, epoch_steps * how.schedule.epochs
         self.checkpoints = Checkpoints(run.path / "checkpoints")
         self.module = loss_module(model, objective, processes)
-        if computing.compile:
+        if self.computing.compile:
             for network in model.networks():
                 network.compile()
-        self.optimizer = new_optimizer(model, schedule)
-        half = computing.precision == "float16"
+        self.optimizer = new_optimizer(model, self.schedule)
+        half = self.computing.precision == "float16"
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=half)
-        self.average = Average(model, schedule.ema_decay) if schedule.ema_decay else None
+        decay = self.schedule.ema_decay
+        self.average = Average(model, decay) if decay else None
         self.step, self.best = 0, float("-inf")
         self.ledger = monitor.Ledger(1 if processes.device.type == "cpu" else monitor.READ_EVERY)
 
@@ -258,102 +226,98 @@ class _Training:
 # ---------------------------------------------------------------- the loop
 
 
+def plan(model: nn.Module, data: TrainingData, how: Procedure, processes: Processes) -> list[str]:
+    """What :func:`fit` is going to do, for people.
+
+    Raises UserError unless every batch can be cut into equal parts.
+    """
+    rows = min(how.schedule.batch_size, len(data.samples))
+    parts = processes.count * how.computing.accumulate
+    if rows % parts:
+        raise util.UserError(
+            "--batch_size",
+            f"{rows} samples for {processes.count} processes x --accumulate "
+            f"{how.computing.accumulate}",
+            f"a multiple of {parts}",
+            "the batch is that of all processes together: choose another",
+        )
+    where = f"{processes.device} for {how.schedule.epochs} epochs"
+    return [*data.describe(), f"train {describe_parameters(model)} on {where}"]
+
+
 def fit(
     run: RunDirectory,
     model: nn.Module,
     objective: Objective,
     data: TrainingData,
-    masking: Masking,
-    schedule: Schedule,
-    computing: Computing,
+    how: Procedure,
     processes: Processes,
 ) -> None:
-    """Train to ``schedule.epochs`` in a started run directory, resuming from ``latest``.
+    """Train to the last epoch in a started run directory, resuming from ``latest``.
 
     Raises util.Preempted after saving on a signal or after ``epochs_per_call``, DataError on a
     non-finite loss.
     """
-    from tqdm import tqdm
-
     if run.finished:
         util.LOG.info("already finished; delete %s to train again", run.path / "DONE")
         return
-    data = on_device(data, computing.data_on_device, processes.device)
-    steps = data.steps_per_epoch(schedule.batch_size)
-    training = _Training(
-        run,
-        model.to(processes.device),
-        objective,
-        masking,
-        schedule,
-        computing,
-        processes,
-        schedule.epochs * steps,
-    )
+    data = on_device(data, how.computing.data_on_device, processes.device)
+    steps = data.steps_per_epoch(how.schedule.batch_size)
+    model = model.to(processes.device)
+    training = _Training(run, model, objective, how, processes, steps)
     training.resume()
-    first_epoch = training.step // steps
     if processes.first:
         _drop_later_records(run.path / "metrics.jsonl", training.step)
-    _announce(training, steps)
+    _announce(training)
     training.train_mode()
-    sanity = monitor.Sanity(training, data) if training.step == 0 else None
-    with (
-        monitor.reporters(run, training, computing.report_to) as report,
-        stop_requests() as stops,
-        tqdm(
-            total=training.steps,
-            initial=training.step,
-            desc="training",
-            unit="step",
-            disable=not processes.first,
-        ) as bar,
-    ):
-        for epoch in range(first_epoch, schedule.epochs):
-            started, skipped = time.monotonic(), training.step - epoch * steps
-            for batch in data.batches(epoch, schedule.batch_size, skipped, training.part):
-                training.update(batch.to(processes.device))
-                bar.update()
-                monitor.show(bar, training)
-                if sanity and training.step == min(monitor.SANITY_STEPS, training.steps):
-                    sanity.tell(training)
-                # at an epoch's end it is recorded first
-                if processes.any(bool(stops)) and training.step % steps:
-                    training.save()
-                    raise util.Preempted(
-                        f"{_reason(stops)}: saved at step {training.step}; the same command goes on"
-                    )
-            stopping = processes.any(bool(stops))
-            seconds = time.monotonic() - started
-            _end_epoch(run, training, epoch, steps, seconds, report, stopping)
-            if stopping:
-                raise util.Preempted(
-                    f"{_reason(stops)}: saved after epoch {epoch + 1}; the same command goes on"
-                )
-            called = schedule.epochs_per_call
-            if called and epoch + 1 - first_epoch >= called and epoch + 1 < schedule.epochs:
-                raise util.Preempted(
-                    f"saved after epoch {epoch + 1} of {schedule.epochs}; the same command goes on"
-                )
+    with monitor.watched(run, training, data) as watch, stop_requests() as stops:
+        _train_epochs(run, training, data, watch, stops)
     if processes.first:
         run.finish({"step": training.step, "best": training.best})
     processes.wait()
 
 
-def check_parts(
-    data: TrainingData, schedule: Schedule, computing: Computing, processes: Processes
+def _train_epochs(
+    run: RunDirectory,
+    training: _Training,
+    data: TrainingData,
+    watch: monitor.Watch,
+    stops: list[str],
 ) -> None:
-    """Raise UserError unless every batch can be cut into equal parts."""
-    rows, parts = (
-        min(schedule.batch_size, len(data.samples)),
-        processes.count * computing.accumulate,
-    )
-    if rows % parts:
-        raise util.UserError(
-            "--batch_size",
-            f"{rows} samples for {processes.count} processes x --accumulate {computing.accumulate}",
-            f"a multiple of {parts}",
-            "the batch is that of all processes together: choose another",
-        )
+    """All epochs that are left, or those of this call. Raises util.Preempted."""
+    schedule, first_epoch = training.schedule, training.step // training.epoch_steps
+    for epoch in range(first_epoch, schedule.epochs):
+        started = time.monotonic()
+        _train_epoch(training, data, epoch, watch, stops)
+        stopping = training.processes.any(bool(stops))
+        seconds = time.monotonic() - started
+        _end_epoch(run, training, epoch, seconds, watch, stopping)
+        if stopping:
+            raise util.Preempted(
+                f"{_reason(stops)}: saved after epoch {epoch + 1}; the same command goes on"
+            )
+        called = schedule.epochs_per_call
+        if called and epoch + 1 - first_epoch >= called and epoch + 1 < schedule.epochs:
+            raise util.Preempted(
+                f"saved after epoch {epoch + 1} of {schedule.epochs}; the same command goes on"
+            )
+
+
+def _train_epoch(
+    training: _Training, data: TrainingData, epoch: int, watch: monitor.Watch, stops: list[str]
+) -> None:
+    """The steps of an epoch that are left. Raises util.Preempted in the middle of it."""
+    steps = training.epoch_steps
+    skipped = training.step - epoch * steps
+    for batch in data.batches(epoch, training.schedule.batch_size, skipped, training.part):
+        training.update(batch.to(training.processes.device))
+        watch.step(training)
+        # at an epoch's end it is recorded first
+        if training.processes.any(bool(stops)) and training.step % steps:
+            training.save()
+            raise util.Preempted(
+                f"{_reason(stops)}: saved at step {training.step}; the same command goes on"
+            )
 
 
 def on_device(data: TrainingData, wanted: str, device: torch.device) -> TrainingData:
@@ -367,7 +331,7 @@ def on_device(data: TrainingData, wanted: str, device: torch.device) -> Training
     return data.held_on(device)
 
 
-def _announce(training: _Training, steps: int) -> None:
+def _announce(training: _Training) -> None:
     processes = training.processes
     util.LOG.info(
         "training %s on %s%s: %d epochs of %d steps",
@@ -375,7 +339,7 @@ def _announce(training: _Training, steps: int) -> None:
         processes.device,
         f" in {processes.count} processes" if processes.count > 1 else "",
         training.schedule.epochs,
-        steps,
+        training.epoch_steps,
     )
 
 
@@ -390,16 +354,15 @@ def _end_epoch(
     run: RunDirectory,
     training: _Training,
     epoch: int,
-    steps: int,
     seconds: float,
-    report: Any,
+    watch: monitor.Watch,
     stopping: bool,
 ) -> None:
     """Record the epoch, validate, and save what is due."""
     schedule, last = training.schedule, epoch + 1 == training.schedule.epochs
     training.ledger.read()
     sums, training.ledger.sums = training.ledger.sums, {}
-    means = training.processes.mean([value / steps for value in sums.values()])
+    means = training.processes.mean([value / training.epoch_steps for value in sums.values()])
     if training.processes.first:
         record = {
             "epoch": epoch + 1,
@@ -414,7 +377,7 @@ def _end_epoch(
             chosen_by = record.get("select", training.best)
             better = chosen_by > training.best or "select" not in record
             training.best = max(training.best, chosen_by)
-        report(record, training.step)
+        watch.report(record, training.step)
         append_jsonl(
             run.path / "metrics.jsonl",
             record | {"seconds": round(seconds, 1), "best_so_far": better},

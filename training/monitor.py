@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,17 +56,6 @@ class Ledger:
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
 
-def show(bar: Any, training: Any) -> None:
-    """The last losses, modality by modality, beside the bar."""
-    if training.step % READ_EVERY == 0 and training.ledger.last:
-        shown = {
-            name.removeprefix("prior_"): f"{value:.2f}"
-            for name, value in training.ledger.last.items()
-            if not name.startswith("cosine_")
-        }
-        bar.set_postfix(shown, refresh=False)
-
-
 class Sanity:
     """Whether anything is learned at all, told in the first minute from the first batch.
 
@@ -110,6 +100,51 @@ class Sanity:
             norm,
             f"; DEAD: {', '.join(dead)}" if dead else "",
         )
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who sees each step: a ``bar``, and the first-minute check; ``report`` sees each epoch."""
+
+    bar: Any
+    sanity: Sanity | None
+    report: Callable[[Mapping[str, float], int], None]
+
+    def step(self, training: Any) -> None:
+        self.bar.update()
+        if training.step % READ_EVERY == 0 and training.ledger.last:
+            self.bar.set_postfix(_shown(training.ledger.last), refresh=False)
+        if self.sanity and training.step == min(SANITY_STEPS, training.steps):
+            self.sanity.tell(training)
+
+
+def _shown(losses: Mapping[str, float]) -> dict[str, str]:
+    """The last losses, modality by modality, beside the bar."""
+    return {
+        name.removeprefix("prior_"): f"{value:.2f}"
+        for name, value in losses.items()
+        if not name.startswith("cosine_")
+    }
+
+
+@contextlib.contextmanager
+def watched(run: RunDirectory, training: Any, data: TrainingData) -> Iterator[Watch]:
+    """From where a run stands to its end, or to where it is left."""
+    from tqdm import tqdm
+
+    sanity = Sanity(training, data) if training.step == 0 else None
+    silent = not training.processes.first
+    with (
+        reporters(run, training, training.computing.report_to) as report,
+        tqdm(
+            total=training.steps,
+            initial=training.step,
+            desc="training",
+            unit="step",
+            disable=silent,
+        ) as bar,
+    ):
+        yield Watch(bar, sanity, report)
 
 
 @contextlib.contextmanager

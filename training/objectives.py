@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -28,16 +27,6 @@ def validation_retrieval(
         result = retrieval_topk(embeddings, galleries[name], truth)
         scores |= {f"val_{name}_top1": result["top1"], f"val_{name}_top5": result["top5"]}
     return scores | {"val_gallery": len(data.val_rows)}
-
-
-def contrast_from(values: Any) -> Contrast:
-    """The contrast that the flags ask for."""
-    return Contrast(
-        values.text_contrast,
-        values.contrast_normalise,
-        values.contrast_positives,
-        values.target_mse,
-    )
 
 
 def global_losses(

@@ -6,6 +6,7 @@ Each computes its part of every batch. The first alone writes files and validate
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import util
+from rundirs.directory import Resolved, RunDirectory, open_run
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,21 @@ class Processes:
         """Until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+
+def open_together(
+    options: Resolved, inputs: Mapping[str, Any], plan: Iterable[str], processes: Processes
+) -> RunDirectory:
+    """:func:`open_run` in ``--output_dir`` by the first process; the others wait for it."""
+    path = options.values.output_dir
+    if processes.first:
+        run = open_run(options, path, inputs, plan)
+    elif options.values.dry_run:
+        raise SystemExit(0)
+    else:
+        run = RunDirectory(path, options.stage)
+    processes.wait()
+    return run
 
 
 def gathered(rows: torch.Tensor) -> torch.Tensor:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 import util
-from cli.config import Options
 from datafiles.eeg_files import list_subjects
 from dataset import Batch, TrainingData, open_training
 from masking import Masking
 from modalities import EACH
 from rundirs.folds import WITHOUT
+from training.optimisation import Schedule
 from util import Part
 
 UNKNOWN_SHARE = 0.2  # of samples whose subject stays unknown, where one is left out
@@ -31,6 +31,59 @@ class Computing:
     compile: bool
     data_on_device: str
     report_to: str
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What is hidden from the model while it learns; names as the flags of ``args.py``."""
+
+    mask_channel: float
+    mask_time: float
+    mask_patch: float
+    mask_span: int
+    subject_dropout: float | None
+    leave_out: str | None
+
+    def masking(self) -> Masking:
+        """A subject that is left out is unknown: its token must have been trained."""
+        unknown = self.subject_dropout
+        if unknown is None:
+            unknown = UNKNOWN_SHARE if self.leave_out else 0.0
+        return Masking(self.mask_channel, self.mask_time, self.mask_patch, self.mask_span, unknown)
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """How a model is fitted, whatever it is."""
+
+    schedule: Schedule
+    computing: Computing
+    masking: Masking
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """What a run trains on; names as the flags of ``args.py``."""
+
+    data_path: Path
+    clip_feature_path: Path
+    subjects: list[str] | None
+    channels: list[str] | None
+    time_window: list[float] | None
+    trials: str
+    val_fraction: float
+    seed: int
+    cache_dir: Path | None
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Whom one of a call's runs leaves out, and where it is; names as the flags of ``args.py``."""
+
+    data_path: Path
+    subjects: list[str] | None
+    leave_out: str | None
+    output_dir: Path
 
 
 class Objective(Protocol):
@@ -57,54 +110,43 @@ class Trainable(Protocol):
     def networks(self) -> list[nn.Module]: ...
 
 
-def folds(options: Options) -> Iterator[Options]:
+def folds(asked: Fold) -> Iterator[Fold]:
     """The runs of a call: one, or one without each subject in turn (``--leave_out each``).
 
     Raises UserError for a subject that is not there, or the only one.
     """
-    values = options.values
-    if values.leave_out is None:
-        yield options
+    if asked.leave_out is None:
+        yield asked
         return
-    names = list_subjects(values.data_path, values.subjects)
-    each = values.leave_out == EACH
-    if len(names) < 2 or not (each or values.leave_out in names):
+    names = list_subjects(asked.data_path, asked.subjects)
+    each = asked.leave_out == EACH
+    if len(names) < 2 or not (each or asked.leave_out in names):
         raise util.UserError(
             "--leave_out",
-            values.leave_out,
+            asked.leave_out,
             f"{EACH}, or one of at least two subjects, here {', '.join(names)}",
             "check --data_path and --subjects",
         )
-    for name in names if each else [values.leave_out]:
-        changed = vars(values) | {
-            "leave_out": name,
-            "subjects": [other for other in names if other != name],
-            "output_dir": values.output_dir / f"{WITHOUT}{name}" if each else values.output_dir,
-        }
-        yield replace(options, values=argparse.Namespace(**changed))
+    for name in names if each else [asked.leave_out]:
+        yield replace(
+            asked,
+            leave_out=name,
+            subjects=[other for other in names if other != name],
+            output_dir=asked.output_dir / f"{WITHOUT}{name}" if each else asked.output_dir,
+        )
 
 
-def open_data(values: argparse.Namespace, layer: str | None = None) -> TrainingData:
+def open_data(asked: DataChoice, layer: str | None = None) -> TrainingData:
     """What the flags ask for, of ``subjects`` only; ``layer``: as of ``open_training``."""
     return open_training(
-        values.data_path,
-        values.clip_feature_path,
-        values.subjects,
-        values.channels,
-        values.time_window,
-        values.trials,
-        values.val_fraction,
-        values.seed,
-        values.cache_dir,
+        asked.data_path,
+        asked.clip_feature_path,
+        asked.subjects,
+        asked.channels,
+        asked.time_window,
+        asked.trials,
+        asked.val_fraction,
+        asked.seed,
+        asked.cache_dir,
         layer,
-    )
-
-
-def masking_from(values: argparse.Namespace) -> Masking:
-    """A subject that is left out is unknown: its token must have been trained."""
-    unknown = values.subject_dropout
-    if unknown is None:
-        unknown = UNKNOWN_SHARE if values.leave_out else 0.0
-    return Masking(
-        values.mask_channel, values.mask_time, values.mask_patch, values.mask_span, unknown
     )

@@ -16,7 +16,7 @@ import train
 import util
 from decoder import aligners, fusion
 from decoder.aligners import ALIGNERS, Alignment, aligner_from, new_aligner
-from decoder.atms import ATMS
+from decoder.atms import ATMS, ATMSSizes
 from decoder.decoder import Decoder
 from loss import prior_loss, prior_total
 from modalities import MODALITIES, NAMES, QUANTITIES
@@ -77,7 +77,7 @@ def test_priors_are_compared_on_what_they_predict_unless_told_otherwise() -> Non
     for predicts in QUANTITIES:
         for loss_on in (None, "noise"):
             bank = new_aligner(D, D, Alignment("prior", False, 0.1, predicts, loss_on), seed=0)
-            assert (bank.predicts, bank.loss_on) == (predicts, loss_on or predicts)
+            assert (bank.task.predicts, bank.task.loss_on) == (predicts, loss_on or predicts)
 
 
 def test_an_encoder_of_another_width_needs_an_aligner() -> None:
@@ -173,7 +173,9 @@ def test_wrong_shapes_are_refused(kind) -> None:
 def saved(run: Path, aligner: TargetSpace, **header: object) -> Decoder:
     """A decoder written to ``run``; ``header`` replaces entries of its header."""
     torch.manual_seed(1)
-    decoder = Decoder(ATMS(5, 80, 1, D, width=80), aligner, SIGNAL, {"model": "M"}).eval()
+    decoder = Decoder(
+        ATMS(5, 80, 1, D, ATMSSizes(width=80)), aligner, SIGNAL, {"model": "M"}
+    ).eval()
     decoder.held_out = aligners.held_out_rows(normal(100, D, seed=7))
     path = run / "checkpoints" / "best" / "model.safetensors"
     save_tensors(path, decoder.state_dict(), decoder.header() | header)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers_golden import assert_golden, atms_shapes, golden_input, golden_state
 
+import ATMS_retrieval
 import util
 from decoder.atms import ATMS
 from decoder.decoder import Decoder
@@ -24,7 +25,8 @@ SIGNAL = {"channels": ["O1", "Oz", "O2"], "subjects": ["sub-01", "sub-08"], "tim
 
 def _encoder(seed: int = 0, **changes) -> ATMS:
     torch.manual_seed(seed)
-    return ATMS(**{"n_channels": C, "n_times": T, "n_subjects": SUBJECTS, "embed_dim": D} | changes)
+    sizes = {"n_channels": C, "n_times": T, "n_subjects": SUBJECTS, "embed_dim": D}
+    return ATMS.from_config(sizes | changes)
 
 
 def _eeg(rows: int, seed: int = 1) -> torch.Tensor:
@@ -48,6 +50,10 @@ def _changed_rows(encoder: ATMS, eeg: torch.Tensor, one, other) -> list[bool]:
 @pytest.fixture(scope="module")
 def public_state():
     return golden_state(atms_shapes(), torch.float64)
+
+
+def test_the_encoder_is_where_the_public_code_has_it():
+    assert ATMS_retrieval.ATMS is ATMS
 
 
 @torch.no_grad()

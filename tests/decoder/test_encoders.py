@@ -75,7 +75,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     targets = {modality: torch.randn(6, 32) for modality in NAMES}
     embedding = encoder(eeg_of(encoder, 6), subject)
     contrastive_total(
-        embedding, targets, encoder.similarity_scale, Contrast(text_share=0.01), None
+        embedding, targets, encoder.similarity_scale, Contrast(text_contrast=0.01), None
     ).backward()
     dead = [key for key, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
     assert dead == []
@@ -116,7 +116,7 @@ def test_the_scale_of_the_cosines_is_bounded(name: str) -> None:
 def test_config_rebuilds_the_encoder_and_its_state_fits(name: str) -> None:
     encoder = encoder_of(name).eval()
     torch.manual_seed(9)
-    other = type(encoder)(**json.loads(json.dumps(encoder.config))).eval()
+    other = type(encoder).from_config(json.loads(json.dumps(encoder.config))).eval()
     assert (other.name, other.config) == (encoder.name, encoder.config) and encoder.name == name
     eeg, subject = eeg_of(encoder, 2), torch.tensor([1, -1])
     assert not torch.equal(other(eeg, subject), encoder(eeg, subject))

@@ -19,6 +19,7 @@ import util
 from datafiles.eeg_files import eeg_file
 from datafiles.feature_bank import open_bank
 from datafiles.stimuli import list_stimuli
+from decoder.aligners import Alignment
 from decoder.decoder import Decoder, new_encoder
 from decoder.projector import new_projector
 from features.clip import Clip, check_layers, load_clip
@@ -28,6 +29,7 @@ from miniworld.models import CLIP_NAME
 from modalities import NAMES
 from rundirs.files import read_json
 from rundirs.tensors import load_tensors
+from training.starting import new_decoder
 
 LAYER = "image_layer_2"  # conftest.py keeps it
 
@@ -124,7 +126,7 @@ def test_the_contrast_sees_the_layer_and_nothing_else_of_the_picture(features: C
     encoder = new_encoder(data, 0)
     projector = new_projector(LAYER, data.targets, data.train_rows, 0)
     decoder = Decoder(encoder, None, data.signal, data.clip, projector).eval()
-    objective = ATMS_retrieval.ContrastiveObjective(decoder, data, Contrast(text_share=0.0))
+    objective = ATMS_retrieval.ContrastiveObjective(decoder, data, Contrast(text_contrast=0.0))
     batch = next(data.batches(0, 8))
 
     def contrast(**changed: torch.Tensor) -> float:
@@ -172,8 +174,8 @@ def test_pre_training_hands_its_projection_on(features: Chain, tmp_path: Path, c
     data = dataset.open_training(
         features.data, features.features, None, None, None, "random", 0.2, 0, None, LAYER
     )
-    decoder = train.new_decoder(
-        data, 1, train.aligners.Alignment("none", False, 0.1, "velocity", None), encoder,
+    decoder = new_decoder(
+        data, 1, Alignment("none", False, 0.1, "velocity", None), encoder,
         layer=LAYER,
     )  # fmt: skip
     assert torch.equal(decoder.projector.linear.weight, donor.projector.linear.weight)

@@ -28,7 +28,8 @@ from rundirs.tensors import save_tensors
 from training import loop
 from training.optimisation import Schedule
 from training.processes import Processes
-from training.settings import Computing
+from training.settings import Computing, Procedure
+from training.starting import new_decoder
 
 SCHEDULE = {
     "epochs": 4, "batch_size": 4, "learning_rate": 1e-2, "lr_eeg": None, "schedule": "constant",
@@ -98,7 +99,14 @@ def fit_linear(root: Path, out: Path, **changes: Any) -> Linear:
     run = RunDirectory(out, "train")
     out.mkdir(parents=True, exist_ok=True)
     processes = Processes(0, 1, torch.device("cpu"))
-    loop.fit(run, model, Regression(model, data), data, MASKING, schedule, computing, processes)
+    loop.fit(
+        run,
+        model,
+        Regression(model, data),
+        data,
+        Procedure(schedule, computing, MASKING),
+        processes,
+    )
     return model
 
 
@@ -117,13 +125,13 @@ def steps_of_the_real_model(root: Path, out: Path, steps: int, accumulate: int) 
     processes = Processes.join("cpu")
     data = training_data(root)
     alignment = Alignment("prior", False, 0.3, "velocity", None)
-    decoder = train.new_decoder(data, 0, alignment, None, layer=feature_bank.FINAL_LAYER)
-    contrast = Contrast(0.1, positives="concept")
+    decoder = new_decoder(data, 0, alignment, None, layer=feature_bank.FINAL_LAYER)
+    contrast = Contrast(0.1, contrast_positives="concept")
     objective = train.JointObjective(decoder, data, contrast, 1.0, noise_draws=2)
     schedule = Schedule(**SCHEDULE | {"batch_size": 8, "ema_decay": 0.0, "learning_rate": 1e-3})
     computing = Computing(**COMPUTING | {"accumulate": accumulate})
     training = loop._Training(
-        RunDirectory(out, "train"), decoder, objective, MASKING, schedule, computing,
+        RunDirectory(out, "train"), decoder, objective, Procedure(schedule, computing, MASKING),
         processes, steps,
     )  # fmt: skip
     decoder.eval()

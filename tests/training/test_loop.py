@@ -27,7 +27,7 @@ from training import loop, monitor, optimisation
 from training.checkpoints import Checkpoints
 from training.optimisation import Schedule
 from training.processes import Processes
-from training.settings import Computing
+from training.settings import Computing, Procedure
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +150,9 @@ def test_the_first_minute_says_whether_anything_is_learned(
     run.path.mkdir()
     with caplog.at_level(logging.INFO, util.LOG.name):
         loop.fit(
-            run, model, kind(model, data), data, MASKING, Schedule(**SCHEDULE),
-            Computing(**COMPUTING), Processes(0, 1, torch.device("cpu")),
+            run, model, kind(model, data), data,
+            Procedure(Schedule(**SCHEDULE), Computing(**COMPUTING), MASKING),
+            Processes(0, 1, torch.device("cpu")),
         )  # fmt: skip
     # a set: another test may have left a second listener
     (line,) = {text for text in caplog.messages if text.startswith("sanity")}

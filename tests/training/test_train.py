@@ -25,6 +25,7 @@ from rundirs.files import read_jsonl
 from rundirs.tensors import load_tensors
 from training import loop
 from training.checkpoints import Checkpoints
+from training.starting import new_decoder
 
 # dropout, masks, trial subsets and EMA: everything that draws or remembers
 EVERYTHING = (
@@ -169,7 +170,7 @@ def joint(features: Chain) -> tuple[train.JointObjective, object]:
     alignment = Alignment(
         "prior", learned_weights=False, condition_dropout=0.0, predicts="velocity", loss_on=None
     )
-    decoder = train.new_decoder(data, 0, alignment, init_from=None)
+    decoder = new_decoder(data, 0, alignment, init_from=None)
     return train.JointObjective(decoder, data, Contrast(0.01), 1.0, noise_draws=2), data
 
 
@@ -204,7 +205,7 @@ def test_the_objective_groups_its_batch(features: Chain) -> None:
     objective, data = joint(features)
     objective.decoder.eval()
     batch = next(iter(data.batches(0, 24)))
-    objective.contrast = Contrast(0.01, positives="concept")
+    objective.contrast = Contrast(0.01, contrast_positives="concept")
     found = objective.losses(batch, util.generator_for(0, "test"))["contrast"]
     encoder, groups = objective.decoder.encoder, data.groups(batch.stimulus, "concept")
     given = (encoder(batch.eeg, batch.subject), batch.targets, encoder.similarity_scale)
@@ -306,7 +307,7 @@ def test_pretraining_then_joint_training_from_its_encoder(features: Chain, tmp_p
         features.data, features.features, None, None, None, "average", 0.2, 0, None
     )
     alignment = Alignment("prior", False, 0.1, "velocity", None)
-    started = train.new_decoder(data, 0, alignment, encoder_run)
+    started = new_decoder(data, 0, alignment, encoder_run)
     for name, value in donor.encoder.state_dict().items():
         assert torch.equal(value, started.encoder.state_dict()[name])
 

@@ -1,0 +1,103 @@
+"""What a training run starts from: fresh weights, a pre-trained encoder, or a model to adapt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import util
+from datafiles.feature_bank import check_clip
+from dataset import TrainingData
+from decoder.aligners import Alignment, new_aligner
+from decoder.atms import ATMS
+from decoder.decoder import Decoder, model_file, new_encoder
+from decoder.projector import new_projector
+from rundirs.files import file_hash
+
+
+def new_decoder(
+    data: TrainingData,
+    seed: int,
+    alignment: Alignment,
+    init_from: Path | None,
+    encoder_name: str = ATMS.__name__,
+    layer: str | None = None,
+) -> Decoder:
+    """A fresh decoder, its aligner standardised on the training rows.
+
+    ``init_from``: a run of ATMS_retrieval.py whose encoder, and projector of CLIP's ``layer``, it
+    starts from. Raises UserError.
+    """
+    encoder = new_encoder(data, seed, encoder_name)
+    projector = new_projector(layer, data.targets, data.train_rows, seed)
+    width = data.targets["image"].shape[1]
+    bank = new_aligner(width, encoder.embed_dim, alignment, seed)
+    bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
+    decoder = Decoder(encoder, bank, data.signal, data.clip, projector)
+    if init_from is not None:
+        start_from(Decoder.load(init_from, "best"), decoder)
+    return decoder
+
+
+def start_from(donor: Decoder, decoder: Decoder) -> None:
+    """Take over a pre-trained encoder and projector. Raises UserError unless all of them fit."""
+    found, needed = (
+        [one.encoder.name, one.encoder.config, one.layer, one.signal] for one in (donor, decoder)
+    )
+    if found != needed:
+        raise util.UserError(
+            "--init_from",
+            _start(donor),
+            _start(decoder),
+            "pre-train with the same --encoder, --contrast_layer, subjects, channels and time "
+            "window",
+        )
+    decoder.encoder.load_state_dict(donor.encoder.state_dict())
+    if decoder.projector is not None:
+        decoder.projector.load_state_dict(donor.projector.state_dict())
+
+
+def _start(one: Decoder) -> str:
+    """What has to be the same to start from another model, for a message."""
+    how = "as they are" if one.projector is None else "projected"
+    return (
+        f"{one.encoder.name} for {one.encoder.config} of {one.signal['subjects']}, compared with "
+        f"{one.picture_features} features {how}"
+    )
+
+
+def adapted(
+    decoder: Decoder, run: Path, data: TrainingData, features: Path, trainable: str
+) -> tuple[TrainingData, Decoder]:
+    """(the data with the model's numbering of subjects, the model of ``run`` with them added).
+
+    New subjects begin as an unknown one is computed: with the mean layer and the shared token.
+    ``trainable``: subject_layers, encoder or all; the rest stays as it is. Raises UserError for
+    subjects that the model knows already, and for another signal, DataError for another CLIP.
+    """
+    known, new = decoder.signal["subjects"], data.signal["subjects"]
+    for name in ("channels", "times"):
+        if decoder.signal[name] != data.signal[name]:
+            raise util.UserError(
+                f"--adapt_from {run}",
+                f"{name} {decoder.signal[name][:3]}..., {len(decoder.signal[name])} of them",
+                f"{data.signal[name][:3]}..., {len(data.signal[name])} as in the data",
+                "choose the model's own with --channels and --time_window",
+            )
+    if set(known) & set(new):
+        raise util.UserError(
+            "--subjects",
+            f"{', '.join(sorted(set(known) & set(new)))}: in the model already",
+            f"subjects other than {', '.join(known)}",
+            "name the new ones alone",
+        )
+    check_clip(data.clip, features, decoder.clip, run)
+    decoder.encoder.add_subjects(len(new))
+    decoder.signal["subjects"] = [*known, *new]
+    decoder.train_only(trainable)
+    return replace(
+        data,
+        signal=data.signal | {"subjects": decoder.signal["subjects"]},
+        first_subject=len(known),
+        hashes=data.hashes | {"adapt_from": file_hash(model_file(run, "best"))},
+    ), decoder
