@@ -25,9 +25,8 @@ from decoder.projector import new_projector
 from loss import Contrast
 from training import loop
 from training.objectives import global_losses, validation_retrieval
-from training.optimisation import Schedule
-from training.processes import Processes, open_together
-from training.settings import Computing, DataChoice, Disturbance, Fold, Procedure, folds, open_data
+from training.processes import Processes
+from training.settings import DataChoice, Fold, folds, open_data
 from util import WHOLE, Part
 
 
@@ -75,14 +74,7 @@ def pretrain(options: Options, processes: Processes) -> None:
     projector = new_projector(layer, data.targets, data.train_rows, values.seed)
     decoder = Decoder(encoder, None, data.signal, data.clip, projector)
     objective = ContrastiveObjective(decoder, data, options.settings(Contrast))
-    how = Procedure(
-        options.settings(Schedule),
-        options.settings(Computing),
-        options.settings(Disturbance).masking(),
-    )
-    plan = loop.plan(decoder, data, how, processes)
-    run = open_together(options, data.hashes, plan, processes)
-    loop.fit(run, decoder, objective, data, how, processes)
+    loop.train(options, decoder, objective, data, processes)
 
 
 if __name__ == "__main__":

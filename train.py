@@ -23,9 +23,8 @@ from loss import Contrast, prior_total
 from modalities import NAMES
 from training import loop
 from training.objectives import global_losses, validation_retrieval
-from training.optimisation import Schedule
-from training.processes import Processes, open_together
-from training.settings import Computing, DataChoice, Disturbance, Fold, Procedure, folds, open_data
+from training.processes import Processes
+from training.settings import DataChoice, Fold, folds, open_data
 from training.starting import adapted, new_decoder
 from util import WHOLE, Part
 
@@ -152,14 +151,7 @@ def train_one(options: Options, processes: Processes) -> None:
     objective = JointObjective(
         decoder, data, options.settings(Contrast), values.contrast_weight, values.noise_draws
     )
-    how = Procedure(
-        options.settings(Schedule),
-        options.settings(Computing),
-        options.settings(Disturbance).masking(),
-    )
-    plan = loop.plan(decoder, data, how, processes)
-    run = open_together(options, data.hashes, plan, processes)
-    loop.fit(run, decoder, objective, data, how, processes)
+    run = loop.train(options, decoder, objective, data, processes)
     if not processes.first:
         return
     if values.low_level and not (run.path / low_level.FILE).exists():

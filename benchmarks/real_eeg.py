@@ -44,9 +44,8 @@ from rundirs.environment import environment
 from rundirs.files import write_json
 from rundirs.tensors import save_tensors
 from training import loop
-from training.optimisation import Schedule
-from training.processes import Processes, open_together
-from training.settings import Computing, DataChoice, Disturbance, Procedure, open_data
+from training.processes import Processes
+from training.settings import DataChoice, open_data
 
 WINDOW_S = (0.0, 1.0)  # end exclusive
 FOLDS, INNER_SHARE = 5, 0.2  # of the people; of a fold's training people, to choose by
@@ -212,12 +211,7 @@ def trained(
     data = open_data(options.settings(DataChoice))
     decoder = Decoder(new_encoder(data, seed, name), None, data.signal, data.clip)
     objective = PeopleObjective(decoder, data, options.settings(Contrast), inner)
-    processes = Processes.join("cpu")
-    masking = options.settings(Disturbance).masking()
-    how = Procedure(options.settings(Schedule), options.settings(Computing), masking)
-    plan = loop.plan(decoder, data, how, processes)
-    run = open_together(options, data.hashes, plan, processes)
-    loop.fit(run, decoder, objective, data, how, processes)
+    run = loop.train(options, decoder, objective, data, Processes.join("cpu"))
     return Decoder.load(run.path, "best")
 
 

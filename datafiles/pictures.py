@@ -90,8 +90,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(path, f"{image.width} x {image.height} pixels")
-            frames = getattr(image, "n_frames", 1)
-            if image.format == "PNG" and frames > 1:
+            if image.format == "PNG" and (frames := getattr(image, "n_frames", 1)) > 1:
                 raise PictureError(path, f"an animation of {frames} frames")
             yield image
     except PictureError:

@@ -19,15 +19,16 @@ import torch
 from torch import nn
 
 import util
+from cli.config import Options
 from dataset import Batch, TrainingData
 from masking import mask_eeg, mask_subject
 from rundirs.directory import RunDirectory
 from rundirs.files import append_jsonl, atomic_write, json_line, read_jsonl
 from training import monitor
 from training.checkpoints import Checkpoints
-from training.optimisation import Average, copied, new_optimizer, set_learning_rate
-from training.processes import Processes
-from training.settings import Objective, Procedure
+from training.optimisation import Average, Schedule, copied, new_optimizer, set_learning_rate
+from training.processes import Processes, open_together
+from training.settings import Computing, Disturbance, Objective, Procedure
 from util import Part
 
 HELD_SHARE = 0.5  # of a GPU's free memory that EEG may take with --data_on_device auto
@@ -224,6 +225,24 @@ class _Training:
 
 
 # ---------------------------------------------------------------- the loop
+
+
+def train(
+    options: Options,
+    model: nn.Module,
+    objective: Objective,
+    data: TrainingData,
+    processes: Processes,
+) -> RunDirectory:
+    """:func:`fit` in the run directory of a call, as its flags say."""
+    how = Procedure(
+        options.settings(Schedule),
+        options.settings(Computing),
+        options.settings(Disturbance).masking(),
+    )
+    run = open_together(options, data.hashes, plan(model, data, how, processes), processes)
+    fit(run, model, objective, data, how, processes)
+    return run
 
 
 def plan(model: nn.Module, data: TrainingData, how: Procedure, processes: Processes) -> list[str]:
