@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -217,6 +217,7 @@ class TargetSpace(nn.Module):
 
     kind: ClassVar[str]  # as --aligner names it
     stochastic: ClassVar[bool]  # whether two seeds give two samples
+    sample: Callable[..., dict[str, torch.Tensor]]
 
     def __init__(self, embed_dim: int, cond_dim: int, learned_weights: bool) -> None:
         """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed."""

@@ -103,14 +103,13 @@ class ATMS(Encoder):
             if not key.startswith(_DEAD_IN_REFERENCE)
         }
         try:
-            found_sizes = _reference_sizes(live)
             model = cls.from_config(
-                found_sizes
+                _reference_sizes(live)
                 | {"positional": positional, "pool_kernel": pool_kernel, "reference": True}
             )
         except KeyError as missing:
             raise ValueError(f"not an ATM-S state dict: {missing} is missing") from None
-        found, needed = live["proj_eeg.0.weight"].shape, model.proj_eeg[0].weight.shape
+        found, needed = (state["proj_eeg.0.weight"].shape for state in (live, model.state_dict()))
         if found != needed:
             raise ValueError(
                 f"proj_eeg.0.weight is {tuple(found)}, expected {tuple(needed)} with pool_kernel="

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from subject_layers.dropout import Dropout
 from subject_layers.subject import SubjectLinear
 from util import grouped
 
+POOL_STRIDE = 5  # samples, as published
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's own limit of the logit scale
 
 
@@ -45,9 +46,10 @@ class SpatioTemporalConvolution(nn.Module):
 
     def __init__(self, n_channels: int, features: int, kernel: int, pool_kernel: int) -> None:
         super().__init__()
+        self.pool_kernel = pool_kernel
         self.tsconv = nn.Sequential(
             nn.Conv2d(1, features, (1, kernel)),
-            nn.AvgPool2d((1, pool_kernel), (1, 5)),
+            nn.AvgPool2d((1, pool_kernel), (1, POOL_STRIDE)),
             nn.BatchNorm2d(features),
             nn.ELU(),
             nn.Conv2d(features, features, (n_channels, 1)),
@@ -59,12 +61,11 @@ class SpatioTemporalConvolution(nn.Module):
 
     def pooled_convolution(self, tokens: torch.Tensor) -> torch.Tensor:
         """Convolution and pooling in one product: [B, C, width] -> [B, 40, C, width']."""
-        convolution, pool = self.tsconv[0], self.tsconv[1]
-        width = pool.kernel_size[1]
+        convolution, width = cast(nn.Conv2d, self.tsconv[0]), self.pool_kernel
         box = convolution.weight.new_full((1, 1, width), 1 / width)
         # [40, 1, kernel + width - 1]: the mean of `width` shifted copies of each filter
         filters = F.conv1d(convolution.weight.squeeze(2), box, padding=width - 1)
-        windows = tokens.unfold(2, filters.shape[2], pool.stride[1])
+        windows = tokens.unfold(2, filters.shape[2], POOL_STRIDE)
         return F.linear(windows, filters.squeeze(1), convolution.bias).permute(0, 3, 1, 2)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -75,8 +76,8 @@ class SpatioTemporalConvolution(nn.Module):
 
 
 def pooled_width(width: int, kernel: int, pool_kernel: int) -> int:
-    """Time steps that are left of ``width`` after the convolution and the pooling with stride 5."""
-    return (width - kernel + 1 - pool_kernel) // 5 + 1
+    """Time steps that are left of ``width`` after the convolution and the pooling."""
+    return (width - kernel + 1 - pool_kernel) // POOL_STRIDE + 1
 
 
 class Residual(nn.Module):

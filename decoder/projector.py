@@ -24,6 +24,9 @@ class Projector(nn.Module):
     and std [W] of the training rows are buffers.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, layer: str, width: int, embed_dim: int) -> None:
         super().__init__()
         self.config: dict[str, Any] = {"layer": layer, "width": width, "embed_dim": embed_dim}

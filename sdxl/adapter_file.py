@@ -98,7 +98,8 @@ class IPAdapterWeights:
         }
         count = (len(tensors) - len(projection)) // 2
         layers = tuple(
-            tuple(tensors[layer_key(layer, kind)] for kind in "kv") for layer in range(count)
+            (tensors[layer_key(layer, "k")], tensors[layer_key(layer, "v")])
+            for layer in range(count)
         )
         return cls(path, projection, layers)
 

@@ -86,8 +86,8 @@ class InjectedAttention(nn.Module):
         self._batch: int | None = None
         self._first = 0  # row of the first one that the U-Net is given
         self._active = 0  # modalities with a scale > 0 in some row
-        self._key: torch.Tensor | None = None  # [B, heads, active * T, d], divided by sqrt(d)
-        self._value: torch.Tensor | None = None  # [B, heads, active * T, d], times the scale
+        self._key = torch.empty(0)  # [B, heads, active * T, d], divided by sqrt(d)
+        self._value = torch.empty(0)  # [B, heads, active * T, d], times the scale
 
     def rows_from(self, first: int) -> None:
         """The U-Net is given the rows from this one on: without the negative ones, say."""

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -116,7 +117,7 @@ def _parse_injection(path: Path, content: object) -> InjectionMap:
         raise util.UserError(f"{path}: gain", gain, "relative or absolute", "set one of the two")
     sites = _mapping(f"{path}: sites", content.get("sites"), modalities.NAMES)
     known = list(dict.fromkeys(name for layer in sdxl_layers() for name in reversed(layer.names)))
-    parsed = {}
+    parsed: dict[str, dict[str, Any]] = {}
     for modality, keys in sites.items():
         keys = _by_layer(f"{path}: {modality}", keys)
         parsed[modality] = dict(_mapping(f"{path}: {modality}", keys, known))
@@ -153,7 +154,7 @@ def _by_layer(where: str, scales: object) -> object:
     return {layer.names[0]: scale for layer, scale in zip(sdxl_layers(), scales, strict=True)}
 
 
-def _mapping(where: object, content: object, known: Sequence[str]) -> Mapping[str, object]:
+def _mapping(where: object, content: object, known: Sequence[str]) -> Mapping[str, Any]:
     """``content`` if it maps keys of ``known`` only. Raises UserError with "did you mean"."""
     if not isinstance(content, Mapping):
         raise util.UserError(

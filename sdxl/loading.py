@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -77,7 +77,7 @@ def check_sdxl_file(path: str | Path, config: Path = SDXL_CONFIG) -> None:
         raise util.DataError(path, "no VAE in it (first_stage_model.*)", SDXL_WANTED, cure)
 
 
-def _attention_count(unet: Mapping[str, object]) -> int:
+def _attention_count(unet: Mapping[str, Any]) -> int:
     """Cross-attention layers of a U-Net config whose up path mirrors its down path."""
     depths = unet["transformer_layers_per_block"]
     down = sum(

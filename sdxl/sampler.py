@@ -78,6 +78,12 @@ def encode_prompt(
     return PromptEmbeds(text, negative, pooled, negative_pooled)
 
 
+def _is_scheduler(kind: object) -> bool:
+    import diffusers
+
+    return isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+
+
 def set_scheduler(pipe: StableDiffusionXLPipeline, name: str | None, spacing: str | None) -> None:
     """Give ``pipe`` a diffusers scheduler by class name; None keeps the model's own.
 
@@ -86,8 +92,8 @@ def set_scheduler(pipe: StableDiffusionXLPipeline, name: str | None, spacing: st
     """
     import diffusers
 
-    kind = type(pipe.scheduler) if name is None else getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    kind: Any = type(pipe.scheduler) if name is None else getattr(diffusers, name, None)
+    if not _is_scheduler(kind):
         known = sorted(item for item in dir(diffusers) if item.endswith("DiscreteScheduler"))
         raise util.UserError(
             "--scheduler", name, f"a scheduler of diffusers, e.g. {', '.join(known)}", "name one"
