@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import args
 
@@ -67,41 +67,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, items in stimuli.items()
     }
     pieces = pieces_of(run.path / "shards", stimuli, texts, values.shard_size)
-    encode_missing(values, device, run, pieces)
-    return finish(values, run, pieces, stimuli, texts)
+    encode_missing(options.settings(Encoding), device, run, pieces)
+    return finish(run, pieces, stimuli, texts, values.shard)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What one call encodes, and with what; names as the flags of ``args.py``."""
+
+    clip_model: str
+    clip_pretrained: str
+    superpixel_size: int
+    target_blur: float
+    save_superpixels: bool
+    image_layers: list[int] | None
+    precision: str
+    batch_size: int
+    num_workers: int | None
+    shard: str
+
+    def views(self, run: Path) -> Views:
+        folder = run / "superpixels" if self.save_superpixels else None
+        return Views(self.superpixel_size, self.target_blur, folder)
 
 
 def encode_missing(
-    values: Any, device: torch.device, run: RunDirectory, pieces: Mapping[str, Sequence[Piece]]
+    asked: Encoding, device: torch.device, run: RunDirectory, pieces: Mapping[str, Sequence[Piece]]
 ) -> None:
     """Encode what is not on disk yet of this call's part of all pieces, texts first."""
-    index, parts = parse_shard(values.shard)
+    index, parts = parse_shard(asked.shard)
     every = [*pieces["text"], *(piece for name in PARTITIONS for piece in pieces[name])]
     missing = [piece for piece in every[index - 1 :: parts] if not piece.path.exists()]
     if not missing:
         return
-    clip = load_clip(values.clip_model, values.clip_pretrained, device)
-    views = Views(
-        values.superpixel_size,
-        values.target_blur,
-        run.path / "superpixels" if values.save_superpixels else None,
-    )
+    clip = load_clip(asked.clip_model, asked.clip_pretrained, device)
     encode(
-        adjusted(clip, values.target_blur, values.precision),
+        adjusted(clip, asked.target_blur, asked.precision),
         missing,
-        views,
-        values.batch_size,
-        default_workers() if values.num_workers is None else values.num_workers,
-        values.image_layers or (),
+        asked.views(run.path),
+        asked.batch_size,
+        default_workers() if asked.num_workers is None else asked.num_workers,
+        asked.image_layers or (),
     )
 
 
 def finish(
-    values: Any,
     run: RunDirectory,
     pieces: Mapping[str, Sequence[Piece]],
     stimuli: Mapping[str, Sequence[Stimulus]],
     texts: Mapping[str, Sequence[str]],
+    shard: str,
 ) -> int:
     """Join the bank if all its pieces are there. Whichever part comes last does."""
     files = [piece.path for group in pieces.values() for piece in group]
@@ -110,7 +125,7 @@ def finish(
         return 0
     if waiting:
         print(
-            f"part {values.shard} is encoded; {waiting} of {len(files)} pieces are still missing: "
+            f"part {shard} is encoded; {waiting} of {len(files)} pieces are still missing: "
             "the last part joins them, or a call without --shard"
         )
         return 0

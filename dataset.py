@@ -305,49 +305,59 @@ def training_stimuli(data_path: Path) -> list[Stimulus]:
     return stimuli
 
 
-def open_training(
-    data_path: Path,
-    feature_path: Path,
-    subjects: Sequence[str] | None,
-    channels: Sequence[str] | None,
-    time_window: Sequence[float] | None,
-    trials: str,
-    val_fraction: float,
-    seed: int,
-    cache_dir: Path | None,
-    layer: str | None = None,
-) -> TrainingData:
+@dataclass(frozen=True)
+class DataChoice:
+    """What a run trains on; names as the flags of ``args.py``."""
+
+    data_path: Path
+    clip_feature_path: Path
+    trials: str
+    val_fraction: float
+    seed: int
+    subjects: Sequence[str] | None = None
+    channels: Sequence[str] | None = None
+    time_window: Sequence[float] | None = None
+    cache_dir: Path | None = None
+
+    def recordings(self) -> dict[str, Recording]:
+        """{subject: its training recording}. Raises UserError / DataError."""
+        folder = cache_folder(self.data_path, self.cache_dir)
+        return {
+            name: open_recording(eeg_file(self.data_path, name, "training"), folder)
+            for name in list_subjects(self.data_path, self.subjects)
+        }
+
+
+def open_training(asked: DataChoice, layer: str | None = None) -> TrainingData:
     """Open everything training reads, checked and joined by stimulus id.
 
     ``layer``: of CLIP, whose features are wanted among the targets. Raises UserError / DataError.
     """
-    names = list_subjects(data_path, subjects)
-    stimuli = training_stimuli(data_path)
-    bank = open_bank(feature_path, "training", [layer])
+    stimuli = training_stimuli(asked.data_path)
+    bank = open_bank(asked.clip_feature_path, "training", [layer])
     targets = bank.rows_for(stimuli)
-    files = [eeg_file(data_path, name, "training") for name in names]
-    recordings = [open_recording(file, cache_folder(data_path, cache_dir)) for file in files]
+    of = asked.recordings()
+    recordings = list(of.values())
     for recording in recordings:
         check_rows(recording, stimuli)
-    cut = select_signal(recordings[0], channels, time_window)
-    cuts = [match_signal(recording, cut.channels, cut.times) for recording in recordings]
-    held_out = split_concepts([item.concept for item in stimuli], val_fraction, seed)
-    is_val = torch.tensor([item.concept in held_out for item in stimuli])
-    number = {name: place for place, name in enumerate(sorted({s.concept for s in stimuli}))}
-    hashes = {f"eeg_{name}": item.hash for name, item in zip(names, recordings, strict=True)}
+    cut = select_signal(recordings[0], asked.channels, asked.time_window)
+    concepts = [item.concept for item in stimuli]
+    held_out = split_concepts(concepts, asked.val_fraction, asked.seed)
+    is_val = torch.tensor([concept in held_out for concept in concepts])
+    number = {name: place for place, name in enumerate(sorted(set(concepts)))}
     return TrainingData(
         recordings,
-        cuts,
-        {"channels": cut.channels, "times": cut.times, "subjects": names},
+        [match_signal(recording, cut.channels, cut.times) for recording in recordings],
+        {"channels": cut.channels, "times": cut.times, "subjects": list(of)},
         torch.tensor([item.id for item in stimuli]),
-        torch.tensor([number[item.concept] for item in stimuli]),
+        torch.tensor([number[concept] for concept in concepts]),
         targets,
         (~is_val).nonzero().squeeze(1),
         is_val.nonzero().squeeze(1),
-        trials,
-        seed,
+        asked.trials,
+        asked.seed,
         bank.clip,
-        {"clip_features": bank.hash, **hashes},
+        {"clip_features": bank.hash} | {f"eeg_{name}": item.hash for name, item in of.items()},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +17,105 @@ import yaml
 import util
 from cli.config import Options
 from datafiles.eeg_files import is_simulated
+from decoder.controls import Prediction
 from evaluation import comparison, networks, occlusion, picture_scores, tables
-from evaluation.opening import Opened, identities, open_pictures, open_retrieval
+from evaluation.opening import (
+    Opened,
+    PictureChoice,
+    RetrievalChoice,
+    identities,
+    open_pictures,
+    open_retrieval,
+)
 from evaluation.protocol import LITERATURE, protocol_of
 from evaluation.retrieval import across_subjects, rank_lines, retrieval_row, subject_queries
 from modalities import CONTROLS
 from rundirs.directory import open_run
 from rundirs.environment import environment
 from rundirs.files import atomic_write, file_hash, write_csv, write_json
-from unet import Sampling
 
 
-def score_retrieval(values: Any, opened: Opened) -> tuple[list[dict[str, Any]], ...]:
+@dataclass(frozen=True)
+class Scoring:
+    """How what was opened is scored; names as the flags of ``args.py``."""
+
+    protocol: str
+    permutations: int
+    occlusion: list[str] | None
+    control: str | None
+    data_path: Path | None
+    output_dir: Path
+    score_cache: Path | None
+    batch_size: int
+    device: str
+    seed: int
+
+    @property
+    def cache(self) -> Path:
+        """Where the stimuli's features live."""
+        return self.score_cache or self.output_dir.resolve().parent / "score_cache"
+
+
+def score_retrieval(
+    opened: Opened, how: Scoring, prediction: Prediction
+) -> tuple[list[dict[str, Any]], ...]:
     """(rows for results.json, lines of ranks.csv, rows of occlusion) of every subject."""
-    bank, device = opened.bank, util.pick_device(values.device)
-    sampling = Sampling(
-        values.prior_steps,
-        values.prior_guidance,
-        values.prior_sampler,
-        values.prior_draws,
-        values.restore_variance,
-    )
+    bank, device = opened.bank, util.pick_device(how.device)
     rows, lines, occluded = [], [], []
     for test in opened.tests:
         util.LOG.info("retrieval: %s", test.subject)
         decoder = opened.models[test.subject].to(device)
-        found = subject_queries(decoder, test, bank, sampling, values.seed, values.control)
-        rows += [retrieval_row(query, values.seed, values.permutations) for query in found]
+        found = subject_queries(decoder, test, bank, prediction)
+        rows += [retrieval_row(query, how.seed, how.permutations) for query in found]
         lines += [line for query in found for line in rank_lines(query, test.stimuli)]
-        if values.occlusion:
+        if how.occlusion:
             gallery = decoder.gallery(bank.rows_for(test.stimuli))
-            occluded += occlusion.occlusion_rows(
-                decoder, test, gallery, values.occlusion, values.seed
-            )
+            occluded += occlusion.occlusion_rows(decoder, test, gallery, how.occlusion, how.seed)
     return rows, lines, occluded
 
 
-def score(run: Path, values: Any, opened: Opened, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def score_pictures(opened: Opened, how: Scoring) -> tuple[list[dict[str, Any]], ...]:
+    """(rows for results.json, lines of pictures.csv) of every group of pictures."""
+    return picture_scores.score_groups(
+        opened.groups,
+        opened.weights,
+        how.protocol,
+        util.pick_device(how.device),
+        how.batch_size,
+        how.cache,
+        how.seed,
+    )
+
+
+def score(
+    run: Path, opened: Opened, how: Scoring, prediction: Prediction, inputs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Score everything that was asked for; write the tables of single stimuli to ``run``.
 
     Returns the content of ``results.json``.
     """
     retrieval, occluded, pictures = [], [], []
     if opened.models:
-        retrieval, lines, occluded = score_retrieval(values, opened)
+        retrieval, lines, occluded = score_retrieval(opened, how, prediction)
         write_csv(run / "ranks.csv", lines)
     if opened.groups:
-        pictures, lines = picture_scores.score_groups(
-            opened.groups,
-            opened.weights,
-            values.protocol,
-            util.pick_device(values.device),
-            values.batch_size,
-            values.score_cache or values.output_dir.resolve().parent / "score_cache",
-            values.seed,
-        )
+        pictures, lines = score_pictures(opened, how)
         write_csv(run / "pictures.csv", lines)
     return {
         "retrieval": retrieval,
         "across_subjects": across_subjects(retrieval),
         "pictures": pictures,
-        "metrics": picture_scores.described(pictures, values.protocol),
+        "metrics": picture_scores.described(pictures, how.protocol),
         "occlusion": {"how": occlusion.HOW, "rows": occluded} if occluded else None,
         "skipped": opened.skipped,
         "labels": {name: item.label for name, item in picture_scores.SCORES.items()},
         "literature": yaml.safe_load(LITERATURE.read_text(encoding="utf-8")),
-        "protocol": protocol_of(values, opened),
-        "seed": values.seed,
-        "permutations": values.permutations,
-        "control": values.control,
-        "mark": CONTROLS.get(values.control or "", ""),
-        "simulated": is_simulated(values.data_path)
-        or any(group.simulated for group in opened.groups),
+        "protocol": protocol_of(opened, how.protocol),
+        "seed": how.seed,
+        "permutations": how.permutations,
+        "control": how.control,
+        "mark": CONTROLS.get(how.control or "", ""),
+        "simulated": is_simulated(how.data_path) or any(group.simulated for group in opened.groups),
         "inputs": dict(inputs),
         "weights": {name: networks.weight_file_hash(path) for name, path in opened.weights.items()},
         **environment(),
@@ -98,13 +126,14 @@ def run_scores(options: Options) -> Path:
     """Score pictures and retrieval; returns the run's folder."""
     values, opened = options.values, Opened()
     if values.images:
-        open_pictures(values, opened)
+        open_pictures(options.settings(PictureChoice), opened)
     if values.model_path:
-        open_retrieval(values, opened)
-    inputs = identities(values, opened)
+        open_retrieval(options.settings(RetrievalChoice), opened)
+    inputs = identities(opened)
     run = open_run(options, values.output_dir, inputs, opened.plan())
     if not run.finished:
-        results = score(run.path, values, opened, inputs)
+        how, prediction = options.settings(Scoring), options.settings(Prediction)
+        results = score(run.path, opened, how, prediction, inputs)
         write_json(run.path / "results.json", results)
         with atomic_write(run.path / "table.md") as file:
             file.write(tables.as_table(results))

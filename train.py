@@ -15,7 +15,7 @@ import util
 from cli.config import Options
 from datafiles.feature_bank import layer_name
 from datafiles.stimuli import list_stimuli
-from dataset import Batch, TrainingData
+from dataset import Batch, DataChoice, TrainingData, open_training
 from decoder import aligners, fusion, low_level
 from decoder.aligners import Alignment
 from decoder.decoder import Decoder, check_encoder, model_file
@@ -24,7 +24,7 @@ from modalities import NAMES
 from training import loop
 from training.objectives import global_losses, validation_retrieval
 from training.processes import Processes
-from training.settings import DataChoice, Fold, folds, open_data
+from training.settings import Fold, folds
 from training.starting import adapted, new_decoder
 from util import WHOLE, Part
 
@@ -135,7 +135,7 @@ def train_one(options: Options, processes: Processes) -> None:
     check_encoder(values.encoder)
     known = Decoder.load(values.adapt_from, "best") if values.adapt_from else None
     layer = known.layer if known else layer_name(values.contrast_layer)
-    data = open_data(options.settings(DataChoice), layer)
+    data = open_training(options.settings(DataChoice), layer)
     if known:
         features = values.clip_feature_path
         data, decoder = adapted(known, values.adapt_from, data, features, values.trainable)

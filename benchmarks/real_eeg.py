@@ -45,7 +45,6 @@ from rundirs.files import write_json
 from rundirs.tensors import save_tensors
 from training import loop
 from training.processes import Processes
-from training.settings import DataChoice, open_data
 
 WINDOW_S = (0.0, 1.0)  # end exclusive
 FOLDS, INNER_SHARE = 5, 0.2  # of the people; of a fold's training people, to choose by
@@ -208,7 +207,7 @@ def trained(
     flags |= {"epochs": epochs, "save_every": epochs, "seed": seed, **TRAINING}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     options = args.resolve("retrieval", words)  # whatever is not named: its default
-    data = open_data(options.settings(DataChoice))
+    data = dataset.open_training(options.settings(dataset.DataChoice))
     decoder = Decoder(new_encoder(data, seed, name), None, data.signal, data.clip)
     objective = PeopleObjective(decoder, data, options.settings(Contrast), inner)
     run = loop.train(options, decoder, objective, data, Processes.join("cpu"))

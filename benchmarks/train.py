@@ -342,7 +342,7 @@ def write_subjects(
 
 
 def open_subjects(root: Path, trials: str) -> dataset.TrainingData:
-    return dataset.open_training(root, root / "bank", None, None, None, trials, 0.05, 0, None)
+    return dataset.open_training(dataset.DataChoice(root, root / "bank", trials, 0.05, 0))
 
 
 def open_in_child(root: Path) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,25 +49,44 @@ def banked_embeddings(
     return {name: rows.mean(dim=0).expand(len(stimuli), -1) for name, rows in bank.features.items()}
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """How embeddings are predicted of test EEG, or not of it; names as the flags of ``args.py``."""
+
+    prior_steps: int
+    prior_guidance: float
+    prior_sampler: str
+    seed: int
+    prior_draws: int = 1
+    restore_variance: bool = False
+    control: str | None = None
+    clip_feature_path: Path | None = None  # for the controls that read a bank
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.prior_steps,
+            self.prior_guidance,
+            self.prior_sampler,
+            self.prior_draws,
+            self.restore_variance,
+        )
+
+
 def predict_embeddings(
-    decoder: Decoder,
-    test: TestEEG,
-    rows: Sequence[int],
-    sampling: Sampling,
-    seed: int,
-    control: str | None,
-    features: Path | None,
+    decoder: Decoder, test: TestEEG, rows: Sequence[int], how: Prediction
 ) -> dict[str, torch.Tensor]:
     """``Decoder.predict``, or what a control puts in its place."""
-    if control in WITHOUT_EEG:
+    if how.control in WITHOUT_EEG:
         if test.stimuli is None:
             raise util.UserError(
-                f"--control {control}",
+                f"--control {how.control}",
                 "no stimuli beside the EEG",
                 "test_images/",
                 "give --data_path",
             )
-        assert features is not None  # such a control without a bank is refused with the flags
+        assert how.clip_feature_path is not None  # such a control is refused with the flags
         stimuli = [test.stimuli[row] for row in rows]
-        return banked_embeddings(control, decoder, stimuli, features)
-    return decoder.predict(controlled_eeg(test, control, seed), rows, sampling, seed)
+        return banked_embeddings(how.control, decoder, stimuli, how.clip_feature_path)
+    read = controlled_eeg(test, how.control, how.seed)
+    return decoder.predict(read, rows, how.sampling, how.seed)

@@ -19,6 +19,30 @@ from rundirs.folds import runs_of
 from util import UserError
 
 
+@dataclass(frozen=True)
+class RetrievalChoice:
+    """Whose retrieval is scored, from which gallery; names as the flags of ``args.py``."""
+
+    model_path: Path
+    checkpoint: str
+    subjects: list[str] | None
+    clip_feature_path: Path
+    data_path: Path
+    cache_dir: Path | None
+
+
+@dataclass(frozen=True)
+class PictureChoice:
+    """Which pictures are scored against which; names as the flags of ``args.py``."""
+
+    images: Path
+    control_images: list[Path] | None
+    truth: Path | None
+    data_path: Path | None
+    protocol: str
+    weights_dir: Path | None
+
+
 @dataclass
 class Opened:
     """All that is scored, found and checked before anything is computed."""
@@ -41,26 +65,26 @@ class Opened:
         return lines + [line.removeprefix("- ") for line in tables.skipped_lines(self.skipped)]
 
 
-def open_retrieval(values: Any, opened: Opened) -> None:
+def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
     """Models, gallery and test EEG, checked against each other. Raises UserError / DataError."""
-    runs = runs_of(values.model_path, values.subjects)
-    decoders = {name: Decoder.load(run, values.checkpoint) for name, run in runs.items()}
+    runs = runs_of(asked.model_path, asked.subjects)
+    decoders = {name: Decoder.load(run, asked.checkpoint) for name, run in runs.items()}
     layers = {decoder.layer for decoder in decoders.values()}
-    opened.bank = open_bank(values.clip_feature_path, "test", layers)
+    opened.bank = open_bank(asked.clip_feature_path, "test", layers)
     for left_out, run in runs.items():
         decoder = decoders[left_out]
         check_clip(opened.bank.clip, opened.bank.path, decoder.clip, run)
-        wanted = [left_out] if left_out else values.subjects or decoder.signal["subjects"]
+        wanted = [left_out] if left_out else asked.subjects or decoder.signal["subjects"]
         key = f"model_{left_out}" if left_out else "model"
-        opened.hashes[key] = file_hash(model_file(run, values.checkpoint))
-        for name in list_subjects(values.data_path, wanted):
+        opened.hashes[key] = file_hash(model_file(run, asked.checkpoint))
+        for name in list_subjects(asked.data_path, wanted):
             opened.models[name] = decoder
             opened.tests.append(
                 open_test(
-                    eeg_file(values.data_path, name, "test"),
+                    eeg_file(asked.data_path, name, "test"),
                     name,
-                    values.data_path,
-                    values.cache_dir,
+                    asked.data_path,
+                    asked.cache_dir,
                     decoder.signal["channels"],
                     decoder.signal["times"],
                 )
@@ -73,25 +97,25 @@ def check_folder(flag: str, folder: Path, expected: str) -> None:
         raise UserError(flag, f"{folder}: no such folder", expected, "check the path")
 
 
-def open_pictures(values: Any, opened: Opened) -> None:
+def open_pictures(asked: PictureChoice, opened: Opened) -> None:
     """Pictures paired with stimuli, and the weights that are at hand. Raises as above."""
-    folders = {"--images": [values.images], "--control_images": values.control_images or []}
+    folders = {"--images": [asked.images], "--control_images": asked.control_images or []}
     for flag, named in folders.items():
         for folder in named:
             check_folder(flag, folder, "a run of generate.py or a folder of pictures")
-    if values.weights_dir:
-        check_folder("--weights_dir", values.weights_dir, "a folder of weight files")
-    if values.truth:
-        check_folder("--truth", values.truth, "the pictures that were seen")
-        stimuli = stimuli_below(values.truth)
+    if asked.weights_dir:
+        check_folder("--weights_dir", asked.weights_dir, "a folder of weight files")
+    if asked.truth:
+        check_folder("--truth", asked.truth, "the pictures that were seen")
+        stimuli = stimuli_below(asked.truth)
     else:
-        stimuli = list_stimuli(values.data_path, "test")
+        stimuli = list_stimuli(asked.data_path, "test")
     opened.groups = pair(list(chain(*folders.values())), stimuli)
-    found = picture_scores.available(values.protocol, values.weights_dir)
+    found = picture_scores.available(asked.protocol, asked.weights_dir)
     opened.weights, opened.skipped = found
 
 
-def identities(values: Any, opened: Opened) -> dict[str, Any]:
+def identities(opened: Opened) -> dict[str, Any]:
     """Hashes of everything that is scored."""
     inputs: dict[str, Any] = {}
     if opened.models:

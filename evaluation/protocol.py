@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from evaluation.opening import Opened
 from unet import PriorBank
 from util import CHECKOUT
@@ -34,8 +32,8 @@ NETWORK_PROTOCOL = {
 }
 
 
-def protocol_of(values: Any, opened: Opened) -> dict[str, str]:
-    """What the numbers mean, for the table's foot."""
+def protocol_of(opened: Opened, pictures: str) -> dict[str, str]:
+    """What the numbers mean, for the table's foot. ``pictures``: the protocol of their scores."""
     protocol = dict(RETRIEVAL_PROTOCOL)
     kinds = {model.bank.kind for model in opened.models.values() if model.bank is not None}
     if kinds - {PriorBank.kind}:
@@ -45,7 +43,7 @@ def protocol_of(values: Any, opened: Opened) -> dict[str, str]:
         protocol["encoder"] = f"images as CLIP's {', '.join(layers)}, projected by the model"
     if not opened.groups:
         return protocol
-    protocol["pictures"] = f"{values.protocol}: {PICTURE_PROTOCOL[values.protocol]}"
+    protocol["pictures"] = f"{pictures}: {PICTURE_PROTOCOL[pictures]}"
     protocol |= NETWORK_PROTOCOL
     smallest = min(len(group.stimuli) for group in opened.groups)
     if smallest < 2048:

@@ -18,7 +18,6 @@ from decoder import controls
 from decoder.decoder import Decoder
 from evaluation import tables
 from modalities import MODALITIES, NAMES, WITHOUT_EEG
-from unet import Sampling
 
 
 @dataclass(frozen=True)
@@ -86,20 +85,18 @@ def shuffled_top_k(
 
 
 def subject_queries(
-    decoder: Decoder, test: TestEEG, bank: Bank, sampling: Sampling, seed: int, control: str | None
+    decoder: Decoder, test: TestEEG, bank: Bank, how: controls.Prediction
 ) -> list[Query]:
     """What one subject's EEG retrieves with: the encoder's output, each prior, the five fused."""
     everything, true = range(len(test.eeg)), bank.rows_for(test.stimuli)
     found = {}
-    if control not in WITHOUT_EEG:
-        read = controls.controlled_eeg(test, control, seed)
+    if how.control not in WITHOUT_EEG:
+        read = controls.controlled_eeg(test, how.control, how.seed)
         encoded = decoder.condition(read, everything)
         gallery = decoder.gallery(true)
         found["encoder -> image"] = metrics.cosine_similarity(encoded, gallery)
     if decoder.bank is not None:
-        samples = controls.predict_embeddings(
-            decoder, test, everything, sampling, seed, control, bank.path.parent
-        )
+        samples = controls.predict_embeddings(decoder, test, everything, how)
         of = {name: metrics.cosine_similarity(samples[name], true[name]) for name in NAMES}
         found |= {f"prior {name}": similarity for name, similarity in of.items()}
         found["fused priors"] = sum(item.gain * of[item.name] for item in MODALITIES)

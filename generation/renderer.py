@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,26 +109,52 @@ def fitting_batch(renderer: Renderer, draw: Callable[[Renderer, int], object], m
     return found
 
 
-def open_renderer(values: Any, device: torch.device, prompts: Sequence[str]) -> Renderer:
+@dataclass(frozen=True)
+class Rendering:
+    """SDXL, its adapter and how they draw; names as the flags of ``args.py``."""
+
+    sd_model_path: str
+    ip_adapter_path: Path
+    vae_path: str | None
+    precision: str
+    offload: bool
+    compile: bool
+    scheduler: str | None
+    timestep_spacing: str | None
+    negative_prompt: str
+    steps: int
+    guidance: float
+    guidance_interval: list[float]
+    size: int
+    init: str
+    init_strength: float
+    seed: int
+
+    @property
+    def from_picture(self) -> bool:
+        """Whether drawing begins from a coarse picture, not from noise alone."""
+        return self.init == "superpixel"
+
+    @property
+    def denoising(self) -> sampler.Denoising:
+        strength = self.init_strength if self.from_picture else 1.0
+        interval = tuple(self.guidance_interval)
+        return sampler.Denoising(self.steps, self.guidance, self.size, interval, strength)
+
+
+def open_renderer(asked: Rendering, device: torch.device, prompts: Sequence[str]) -> Renderer:
     """SDXL with the adapter, the scheduler and the options of this call."""
     pipe = load_sdxl(
-        values.sd_model_path,
-        pick_dtype(values.precision, device),
-        "cpu" if values.offload else device,
-        values.vae_path,
+        asked.sd_model_path,
+        pick_dtype(asked.precision, device),
+        "cpu" if asked.offload else device,
+        asked.vae_path,
     )
-    sampler.set_scheduler(pipe, values.scheduler, values.timestep_spacing)
-    injector = Injector.install(pipe.unet, read_ip_adapter(values.ip_adapter_path))
-    if values.offload:
+    sampler.set_scheduler(pipe, asked.scheduler, asked.timestep_spacing)
+    injector = Injector.install(pipe.unet, read_ip_adapter(asked.ip_adapter_path))
+    if asked.offload:
         pipe.enable_model_cpu_offload(device=device)
-    if values.compile:
+    if asked.compile:
         pipe.unet.compile()
-    encoded = sampler.encode_prompt(pipe, list(prompts), [values.negative_prompt] * len(prompts))
-    how = sampler.Denoising(
-        values.steps,
-        values.guidance,
-        values.size,
-        tuple(values.guidance_interval),
-        values.init_strength if values.init == "superpixel" else 1.0,
-    )
-    return Renderer(pipe, injector, encoded, how, values.seed)
+    encoded = sampler.encode_prompt(pipe, list(prompts), [asked.negative_prompt] * len(prompts))
+    return Renderer(pipe, injector, encoded, asked.denoising, asked.seed)

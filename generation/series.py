@@ -24,7 +24,7 @@ from generation.sheets import (
     save_sheet,
     stimulus_views,
 )
-from modalities import MARKS, NAMES, marks_of
+from modalities import AUTO, MARKS, NAMES, marks_of
 from rundirs.directory import RunDirectory
 from rundirs.files import append_jsonl
 from rundirs.journal import drawn_already
@@ -72,18 +72,53 @@ def write_pictures(
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What was predicted from the EEG of some rows of a test set."""
+
+    test: TestEEG
+    rows: Sequence[int]
+    embeddings: Mapping[str, torch.Tensor]  # {modality: [n, D]}
+    gains: torch.Tensor | None  # fusion weights [n, M] of each row; None: the registered ones
+
+    @cached_property
+    def stacked(self) -> torch.Tensor:
+        """[n, M, D], modalities in the registry's order."""
+        return torch.stack([self.embeddings[name] for name in NAMES], dim=1)
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """{row of the test set: row here}."""
+        return {row: place for place, row in enumerate(self.rows)}
+
+
+@dataclass(frozen=True)
 class Series:
-    """What is drawn of every stimulus, in what batches, and how it is recorded."""
+    """What is drawn of every stimulus, in what batches; names as the flags of ``args.py``."""
 
     mode: str
     sweep: str | None
     injection: str
-    strength: float
+    fusion_strength: float
     prompt_source: str
     control: str | None
     seed: int
-    batch_size: int | None  # None: as many as fit
-    slic_px: int  # of the superpixels on the contact sheets
+    batch_size: int | str  # auto: as many as fit
+    superpixel_size: int  # of the contact sheets
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return marks_of(self.prompt_source, self.control)
+
+    def about(self, test: TestEEG) -> dict[str, Any]:
+        """What the journal says of every picture."""
+        return {
+            "subject": test.subject,
+            "prompt_source": self.prompt_source,
+            "control": self.control,
+            "seed": self.seed,
+            "injection": self.injection,
+            "simulated": (test.source.parent / SIMULATED_NOTE).exists(),
+        }
 
     @property
     def title(self) -> str:
@@ -96,7 +131,9 @@ class Series:
     def families(
         self, layers: Sequence[injection_map.Layer], gains: torch.Tensor | None
     ) -> list[variants.Family]:
-        return variants.families(self.mode, self.sweep, self.preset, layers, self.strength, gains)
+        return variants.families(
+            self.mode, self.sweep, self.preset, layers, self.fusion_strength, gains
+        )
 
     def pictures(
         self, layers: Sequence[injection_map.Layer], gains: torch.Tensor | None
@@ -105,92 +142,77 @@ class Series:
         kinds = self.families(layers, gains)
         return variants.distinct([variant for kind in kinds for variant in kind.variants])
 
-    def tasks(
-        self, layers: Sequence[injection_map.Layer], gains: torch.Tensor | None, rows: Sequence[int]
-    ) -> list[Task]:
-        """Every distinct picture of every row. ``gains`` [n, M] of each row; None: registered."""
-        if gains is None:  # the same for every row
-            of_row = [self.pictures(layers, None)] * len(rows)
+    def tasks(self, layers: Sequence[injection_map.Layer], predicted: Predicted) -> list[Task]:
+        """Every distinct picture of every row."""
+        if predicted.gains is None:  # the same for every row
+            of_row = [self.pictures(layers, None)] * len(predicted.rows)
         else:
-            of_row = [self.pictures(layers, own) for own in gains]
+            of_row = [self.pictures(layers, own) for own in predicted.gains]
         return [
             Task(row, names, table)
-            for row, pictures in zip(rows, of_row, strict=True)
+            for row, pictures in zip(predicted.rows, of_row, strict=True)
             for names, table in pictures
         ]
 
 
 def draw_series(
+    series: Series, run: RunDirectory, renderer: Renderer, predicted: Predicted
+) -> None:
+    """Draw what is missing, batch by batch over stimuli and recipes, then the sheets."""
+    gains = predicted.gains
+    kinds = series.families(renderer.injector.layers, None if gains is None else gains[0])
+    draw_missing(series, run, renderer, predicted, kinds)
+    write_sheets(series, run, predicted, kinds)
+
+
+def draw_missing(
     series: Series,
     run: RunDirectory,
     renderer: Renderer,
-    embeddings: Mapping[str, torch.Tensor],
-    gains: torch.Tensor | None,
-    test: TestEEG,
-    rows: Sequence[int],
-    part: str,
+    predicted: Predicted,
+    kinds: Sequence[variants.Family],
 ) -> None:
-    """Draw what is missing, batch by batch over stimuli and recipes, then the sheets.
-
-    ``gains`` [n, M]: fusion weights of each row; None: the registered ones.
-    """
+    """The pictures that are not on disk yet, in batches of the given size or of what fits."""
     from tqdm import tqdm
 
-    out, ids, layers = run.path, test.ids, renderer.injector.layers
-    journal = out / f"images{part}.jsonl"
-    tasks = series.tasks(layers, gains, rows)
-    done = drawn_already(out, journal)
-    about = {
-        "subject": test.subject,
-        "prompt_source": series.prompt_source,
-        "control": series.control,
-        "seed": series.seed,
-        "injection": series.injection,
-        "simulated": (test.source.parent / SIMULATED_NOTE).exists(),
-    }
-    stacked = torch.stack([embeddings[name] for name in NAMES], dim=1)
-    places = {row: place for place, row in enumerate(rows)}
-    kinds = series.families(layers, None if gains is None else gains[0])
+    test, journal = predicted.test, run.path / f"images{run.suffix}.jsonl"
+    tasks = series.tasks(renderer.injector.layers, predicted)
+    done = drawn_already(run.path, journal)
+    missing = pending(tasks, done, test.ids)
     active = {variant.name: variant.active for kind in kinds for variant in kind.variants}
-    missing = pending(tasks, done, ids)
+    about = series.about(test)
 
     def draw(by: Renderer, batch: Sequence[Task]) -> np.ndarray:
-        return by.draw(batch, stacked, ids, places)
+        return by.draw(batch, predicted.stacked, test.ids, predicted.places)
 
-    size, automatic = series.batch_size, series.batch_size is None
+    size, automatic = series.batch_size, series.batch_size == AUTO
     if automatic and missing:
         trial = [missing[k % len(missing)] for k in range(2)]
         size = fitting_batch(renderer, lambda by, n: draw(by, trial[:n]), len(missing))
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(missing), desc="drawing", unit="picture"
     ) as bar:
-        made = drawn_batches(missing, size or 1, lambda batch: draw(renderer, batch), automatic)
+        made = drawn_batches(missing, size, lambda batch: draw(renderer, batch), automatic)
         for batch, pictures in made:
-            write_pictures(out, journal, done, batch, pictures, test, active, about)
+            write_pictures(run.path, journal, done, batch, pictures, test, active, about)
             bar.update(len(batch))
-    write_sheets(series, out, test, rows, kinds, part)
 
 
 def write_sheets(
-    series: Series,
-    out: Path,
-    test: TestEEG,
-    rows: Sequence[int],
-    kinds: Sequence[variants.Family],
-    part: str,
+    series: Series, run: RunDirectory, predicted: Predicted, kinds: Sequence[variants.Family]
 ) -> None:
     """``overview.png`` of the first stimuli, and a contact sheet for each where there is more."""
     from tqdm import tqdm
 
-    marks = marks_of(series.prompt_source, series.control)
+    out, test, rows, marks = run.path, predicted.test, predicted.rows, series.marks
 
     def seen(row: int) -> list[tuple[str, Any]]:
-        views = stimulus_views(test.stimuli[row], series.slic_px) if test.stimuli else []
+        views = stimulus_views(test.stimuli[row], series.superpixel_size) if test.stimuli else []
         start = out / test.names[row] / marked("start", marks)
         return [*views, ("start", read_picture(start))] if start.exists() else list(views)
 
     sheet = overview(out, test, rows, seen, kinds, series.title, marks)
-    save_sheet(out / f"overview{part}.png", sheet)
+    save_sheet(out / f"overview{run.suffix}.png", sheet)
     if series.sweep or len(kinds[0].variants) == 1:  # the overview has it all
         return
     for row in tqdm(rows, desc="contact sheets", unit="sheet"):

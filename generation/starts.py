@@ -21,15 +21,14 @@ def coarse_starts(
     head: low_level.LowLevelHead,
     test: TestEEG,
     rows: Sequence[int],
-    seed: int,
-    control: str | None,
+    how: controls.Prediction,
 ) -> torch.Tensor:
     """Coarse pictures [n, 3, GRID, GRID] to start from, or what a control puts in their place."""
-    if control == "true_embedding":
+    if how.control == "true_embedding":
         return low_level.coarse_pictures([test.stimuli[row] for row in rows])
-    if control == "mean_embedding":
+    if how.control == "mean_embedding":
         return head.mean_picture().expand(len(rows), -1, -1, -1)
-    read = controls.controlled_eeg(test, control, seed)
+    read = controls.controlled_eeg(test, how.control, how.seed)
     return head.predict(low_level.test_features(decoder, read, rows), test.subject)
 
 

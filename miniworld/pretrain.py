@@ -450,13 +450,15 @@ def encode_texts(pipe: Any, texts: Sequence[str]) -> tuple[torch.Tensor, torch.T
 # ---------------------------------------------------------------- the stage
 
 
-def make_part(name: str, data: renders.Renders, weights: models.Models, values: Any) -> Pretrained:
+def make_part(
+    name: str, data: renders.Renders, weights: models.Models, steps: int, batch_size: int | None
+) -> Pretrained:
     """A part with its data; the generator reads the exported VAE and CLIP."""
     if name == "vae":
-        return VaePart(data, values.vae_steps, values.batch_size)
+        return VaePart(data, steps, batch_size)
     if name == "generator":
-        return GeneratorPart(data, weights, values.generator_steps, values.batch_size)
-    return {"clip": ClipPart, "judge": JudgePart}[name](data, values.batch_size)
+        return GeneratorPart(data, weights, steps, batch_size)
+    return {"clip": ClipPart, "judge": JudgePart}[name](data, batch_size)
 
 
 @util.command
@@ -477,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 util.LOG.info("%s: already trained to step %d", name, steps)
                 continue
             torch.manual_seed(util.seed_for(values.seed, name, "weights"))
-            part = make_part(name, data, weights, values)
+            part = make_part(name, data, weights, steps, values.batch_size)
             fit_part(part, steps, run.path, values.seed, stops)
             about = {"steps": steps, "seed": values.seed, "pictures": len(data)}
             part.export(weights, about | {"commit": commit()})

@@ -272,11 +272,14 @@ class Material:
         return next((tuple(item) for item in found if item), None)
 
 
-def gather(values: Any) -> Material:
-    """Read and check all that the page shows, except pictures and EEG. Raises Stage errors."""
-    runs = read_runs(values.runs)
+def gather(folders: Sequence[Path], data_path: Path | None, cache_dir: Path | None) -> Material:
+    """Read and check all that the page shows, except pictures and EEG. Raises Stage errors.
+
+    ``data_path`` and ``cache_dir`` None: as the runs in ``folders`` recorded them.
+    """
+    runs = read_runs(folders)
     drawings = [found for run in runs if run.stage == "generate" and (found := read_drawing(run))]
     scores = [found for run in runs if run.stage == "evaluate" and (found := read_scores(run))]
-    world = open_world(values.data_path, values.cache_dir, runs, scores)
+    world = open_world(data_path, cache_dir, runs, scores)
     check_join(drawings, world)
     return Material(runs, drawings, scores, world)

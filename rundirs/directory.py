@@ -34,7 +34,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, stage: str, *, part: str = "") -> None:
         self.path, self.stage = Path(path), stage
-        self._done = self.path / (f"DONE-{part}" if part else "DONE")
+        self.suffix = f"-{part}" if part else ""  # of this part's files
+        self._done = self.path / f"DONE{self.suffix}"
 
     @property
     def finished(self) -> bool:

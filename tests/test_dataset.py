@@ -29,7 +29,7 @@ from datafiles.eeg_files import (
 from datafiles.feature_bank import check_clip, open_bank
 from datafiles.published import read_pickled_dict
 from datafiles.stimuli import list_stimuli, stimulus_id
-from dataset import open_training
+from dataset import DataChoice, open_training
 from modalities import NAMES
 from rundirs.files import file_hash
 from rundirs.tensors import load_tensors, save_tensors
@@ -659,16 +659,12 @@ def test_bank_hash_follows_its_content(world):
 def _training(root, **changed):
     given = {
         "data_path": root,
-        "feature_path": root / "bank",
-        "subjects": None,
-        "channels": None,
-        "time_window": None,
+        "clip_feature_path": root / "bank",
         "trials": "average",
         "val_fraction": 0.2,
         "seed": 0,
-        "cache_dir": None,
     }
-    return open_training(**(given | changed))
+    return open_training(DataChoice(**(given | changed)))
 
 
 @pytest.fixture

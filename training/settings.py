@@ -1,4 +1,4 @@
-"""What a training run is asked to do, and the data it opens."""
+"""What a training run is asked to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import util
 from datafiles.eeg_files import list_subjects
-from dataset import Batch, TrainingData, open_training
+from dataset import Batch
 from masking import Masking
 from modalities import EACH
 from rundirs.folds import WITHOUT
@@ -59,21 +59,6 @@ class Procedure:
     schedule: Schedule
     computing: Computing
     masking: Masking
-
-
-@dataclass(frozen=True)
-class DataChoice:
-    """What a run trains on; names as the flags of ``args.py``."""
-
-    data_path: Path
-    clip_feature_path: Path
-    subjects: list[str] | None
-    channels: list[str] | None
-    time_window: list[float] | None
-    trials: str
-    val_fraction: float
-    seed: int
-    cache_dir: Path | None
 
 
 @dataclass(frozen=True)
@@ -134,19 +119,3 @@ def folds(asked: Fold) -> Iterator[Fold]:
             subjects=[other for other in names if other != name],
             output_dir=asked.output_dir / f"{WITHOUT}{name}" if each else asked.output_dir,
         )
-
-
-def open_data(asked: DataChoice, layer: str | None = None) -> TrainingData:
-    """What the flags ask for, of ``subjects`` only; ``layer``: as of ``open_training``."""
-    return open_training(
-        asked.data_path,
-        asked.clip_feature_path,
-        asked.subjects,
-        asked.channels,
-        asked.time_window,
-        asked.trials,
-        asked.val_fraction,
-        asked.seed,
-        asked.cache_dir,
-        layer,
-    )

@@ -17,6 +17,7 @@ from datafiles.eeg_files import locate_test_eeg
 from datafiles.feature_bank import open_bank
 from dataset import TestEEG, open_test
 from decoder import controls
+from decoder.controls import Prediction
 from decoder.decoder import Decoder
 from modalities import CONTROLS, NAMES
 from rundirs.files import read_json, read_jsonl
@@ -35,8 +36,8 @@ def opened(chain: Chain) -> tuple[Decoder, TestEEG]:
 def predicted(chain: Chain, opened, control: str | None, seed: int = 0) -> dict[str, torch.Tensor]:
     decoder, test = opened
     rows = range(len(test.eeg))
-    sampling = Sampling(3, 1.0, "ddim")
-    return controls.predict_embeddings(decoder, test, rows, sampling, seed, control, chain.features)
+    how = Prediction(3, 1.0, "ddim", seed, control=control, clip_feature_path=chain.features)
+    return controls.predict_embeddings(decoder, test, rows, how)
 
 
 def test_shuffling_leaves_nobody_their_own_eeg(opened) -> None:

@@ -107,7 +107,7 @@ def test_the_projection_is_trained_and_the_priors_keep_the_final_layer(
     features: Chain, projected: Path
 ):
     data = dataset.open_training(
-        features.data, features.features, None, None, None, "random", 0.2, 0, None, LAYER
+        dataset.DataChoice(features.data, features.features, "random", 0.2, 0), LAYER
     )
     decoder = Decoder.load(projected, "best")
     fresh = new_projector(LAYER, data.targets, data.train_rows, 0)
@@ -121,7 +121,7 @@ def test_the_projection_is_trained_and_the_priors_keep_the_final_layer(
 def test_the_contrast_sees_the_layer_and_nothing_else_of_the_picture(features: Chain):
     """Gradients of the contrast: another layer's features change it, other image targets do not."""
     data = dataset.open_training(
-        features.data, features.features, None, None, None, "random", 0.2, 0, None, LAYER
+        dataset.DataChoice(features.data, features.features, "random", 0.2, 0), LAYER
     )
     encoder = new_encoder(data, 0)
     projector = new_projector(LAYER, data.targets, data.train_rows, 0)
@@ -172,7 +172,7 @@ def test_pre_training_hands_its_projection_on(features: Chain, tmp_path: Path, c
     assert ATMS_retrieval.main(words) == 0
     donor = Decoder.load(encoder, "best")
     data = dataset.open_training(
-        features.data, features.features, None, None, None, "random", 0.2, 0, None, LAYER
+        dataset.DataChoice(features.data, features.features, "random", 0.2, 0), LAYER
     )
     decoder = new_decoder(
         data, 1, Alignment("none", False, 0.1, "velocity", None), encoder,

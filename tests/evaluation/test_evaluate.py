@@ -20,6 +20,7 @@ from datafiles.eeg_files import eeg_file
 from datafiles.feature_bank import open_bank
 from datafiles.stimuli import list_stimuli
 from dataset import open_test
+from decoder.controls import Prediction
 from decoder.decoder import Decoder
 from evaluation import occlusion
 from evaluation.retrieval import Query, retrieval_row, subject_queries
@@ -28,7 +29,6 @@ from miniworld.brain_features import SOURCES, brain_features
 from modalities import MODALITIES, NAMES
 from rundirs.files import append_jsonl, read_csv
 from rundirs.tensors import save_tensors
-from unet import Sampling
 
 
 def run_of_pictures(folder: Path, chain: Chain, shift: int = 0, source: str = "neutral") -> Path:
@@ -400,7 +400,7 @@ def test_fused_retrieval_joins_the_five(chain: Chain) -> None:
         eeg_file(chain.data, "sub-01", "test"), "sub-01", chain.data, None,
         decoder.signal["channels"], decoder.signal["times"],
     )  # fmt: skip
-    found = subject_queries(decoder, test, bank, Sampling(3, 2.0, "dpm", 1), 0, None)
+    found = subject_queries(decoder, test, bank, Prediction(3, 2.0, "dpm", seed=0))
     of = {query.name: query.similarity for query in found}
     expected = sum(item.gain * of[f"prior {item.name}"] for item in MODALITIES)
     torch.testing.assert_close(of["fused priors"], expected)

@@ -45,11 +45,8 @@ MASKING = Masking(channel=0.2, time=0.1, subject=0.3, span=4)
 
 def training_data(root: Path, **options: Any) -> dataset.TrainingData:
     """Of a folder of ``builders.write_world``."""
-    given = {
-        "subjects": None, "channels": None, "time_window": None, "trials": "random",
-        "val_fraction": 0.2, "seed": 0, "cache_dir": None,
-    } | options  # fmt: skip
-    return dataset.open_training(root, root / "bank", **given)
+    given = {"trials": "random", "val_fraction": 0.2, "seed": 0} | options
+    return dataset.open_training(dataset.DataChoice(root, root / "bank", **given))
 
 
 class Linear(nn.Module):

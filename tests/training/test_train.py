@@ -16,7 +16,7 @@ import ATMS_retrieval
 import train
 import util
 from datafiles.stimuli import list_stimuli
-from dataset import open_training
+from dataset import DataChoice, open_training
 from decoder.aligners import Alignment
 from decoder.decoder import Decoder
 from loss import Contrast, contrastive_total
@@ -164,9 +164,7 @@ def test_changed_features_are_refused(
 
 
 def joint(features: Chain) -> tuple[train.JointObjective, object]:
-    data = open_training(
-        features.data, features.features, None, None, None, "average", 0.2, 0, None
-    )
+    data = open_training(DataChoice(features.data, features.features, "average", 0.2, 0))
     alignment = Alignment(
         "prior", learned_weights=False, condition_dropout=0.0, predicts="velocity", loss_on=None
     )
@@ -303,9 +301,7 @@ def test_pretraining_then_joint_training_from_its_encoder(features: Chain, tmp_p
     assert ATMS_retrieval.main(features.train_flags(encoder_run)) == 0
     donor = Decoder.load(encoder_run, "best")
     assert donor.bank is None
-    data = open_training(
-        features.data, features.features, None, None, None, "average", 0.2, 0, None
-    )
+    data = open_training(DataChoice(features.data, features.features, "average", 0.2, 0))
     alignment = Alignment("prior", False, 0.1, "velocity", None)
     started = new_decoder(data, 0, alignment, encoder_run)
     for name, value in donor.encoder.state_dict().items():
