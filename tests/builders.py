@@ -18,12 +18,17 @@ from PIL import Image
 from datafiles import stimuli
 from datafiles.eeg_files import eeg_file
 from datafiles.stimuli import Stimulus, list_stimuli
+from dataset import DataChoice, TrainingData, open_training
 from modalities import NAMES
 from rundirs.tensors import load_tensors, save_tensors
 
 CHANNELS = ("Fz", "Cz", "Pz", "O1", "O2")
 CLIP = {"model": "tiny", "weights": "0" * 8}
 RATE_HZ = 100
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def write_picture(path: Path, value: int = 0) -> None:
@@ -132,3 +137,15 @@ def copied_bank(source: Path, target: Path, scale: float = 1.0, **header: object
         }
         save_tensors(target / f"{partition}.safetensors", rows, old | header)
     return target
+
+
+def open_world(root: Path, **changed: Any) -> TrainingData:
+    """The training data of a folder of :func:`write_world`, averaged."""
+    given = {
+        "data_path": root,
+        "clip_feature_path": root / "bank",
+        "trials": "average",
+        "val_fraction": 0.2,
+        "seed": 0,
+    }
+    return open_training(DataChoice(**(given | changed)))

@@ -18,6 +18,7 @@ from sdxl import sampler
 from sdxl.adapter_file import read_ip_adapter
 from sdxl.attention import Injector
 from sdxl.loading import load_sdxl
+from sdxl.weight_files import SDXL_CONFIG
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -215,3 +216,14 @@ def reference(plain, weights):
 @pytest.fixture(scope="session")
 def prompt(plain):
     return sampler.encode_prompt(plain, "a photo")
+
+
+@pytest.fixture(scope="session")
+def full_unet():
+    """SDXL's U-Net without its weights."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(SDXL_CONFIG, subfolder="unet")
+        )

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import torch
+from builders import normal
 
 from modalities import NAMES
 from unet import DiffusionPriorUNet, PriorBank
 
 D, C = 6, 5
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def drawn_from(seed: int = 0) -> torch.Generator:

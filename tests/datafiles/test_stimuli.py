@@ -1,4 +1,4 @@
-"""stimuli: captions from tables and JSON, belonging to their pictures; links that stay in DATA."""
+"""stimuli: their order, ids and captions; links that stay in DATA."""
 
 from __future__ import annotations
 
@@ -11,10 +11,46 @@ import pytest
 
 from datafiles import stimuli
 from datafiles.captions import CAPTION_KEYS, caption, read_captions
-from datafiles.stimuli import list_stimuli
+from datafiles.stimuli import list_stimuli, stimulus_id
 from util import DataError
 
 FIRST, SECOND = (f"training_images/00001_train1/train1_{n}.png" for n in (1, 2))
+
+
+def _touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def test_pictures_are_listed_by_folder_then_by_file(tmp_path):
+    wanted = ["00001_b/B.JPG", "00001_b/a.png", "00002_a_a/x.jpeg", "00010_c/a_10.Png"]
+    noise = ["00001_b/.a.png", "00001_b/notes.txt", ".cache/a.png", "readme.png", "00003_e/x.gif"]
+    _touch(tmp_path / "training_images", *reversed(wanted), *noise)
+    stimuli = list_stimuli(tmp_path, "training")
+    assert [item.key for item in stimuli] == [f"training_images/{name}" for name in wanted]
+    assert [item.concept for item in stimuli] == ["b", "b", "a_a", "c"]
+    assert all(item.path.is_file() for item in stimuli)
+
+
+def test_ids_are_of_the_picture_alone(tmp_path):
+    names = ["00001_a/1.png", "00002_b/1.png"]
+    _touch(tmp_path / "one" / "training_images", *names)
+    _touch(tmp_path / "two" / "training_images", "00000_z/0.png", "00001_a/0.png", *names)
+    one = {item.key: item.id for item in list_stimuli(tmp_path / "one", "training")}
+    two = {item.key: item.id for item in list_stimuli(tmp_path / "two", "training")}
+    assert one.items() <= two.items()
+    assert len(set(two.values())) == 4
+    assert all(0 <= number < 2**63 for number in two.values())
+    assert stimulus_id("test_images/00001_a/1.png") not in two.values()
+
+
+def test_absent_and_empty_stimuli_are_named(tmp_path):
+    with pytest.raises(DataError, match="test_images"):
+        list_stimuli(tmp_path, "test")
+    _touch(tmp_path, "test_images/00001_a/a.txt")
+    with pytest.raises(DataError, match="no pictures"):
+        list_stimuli(tmp_path, "test")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import normal
 from conftest import Chain
 from torch import nn
 
@@ -30,10 +31,6 @@ D = 6
 SMALL = {"prior": {"hidden_dim": [64, 32]}, "mlp": {"hidden_dim": 64}, "none": {}}
 ONCE = Sampling(steps=5, guidance=1.0, sampler="ddim")
 SIGNAL = {"channels": ["Pz"] * 5, "times": list(range(80)), "subjects": ["sub-01"]}
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def targets_of(x: torch.Tensor) -> dict[str, torch.Tensor]:
