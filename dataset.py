@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from datafiles.eeg_files import (
     Signal,
     average_trials,
     cache_folder,
+    cache_home,
     check_rows,
     eeg_file,
     list_subjects,
@@ -59,12 +61,14 @@ class TestEEG:
 
     @property
     def names(self) -> list[str]:
-        """Folder names for the output, one per row."""
-        return (
-            [item.folder for item in self.stimuli]
-            if self.stimuli
-            else [f"{row + 1:05d}_unknown" for row in range(len(self.eeg))]
-        )
+        """Folders for the output, one per row: of a concept with several pictures one for each."""
+        if not self.stimuli:
+            return [f"{row + 1:05d}_unknown" for row in range(len(self.eeg))]
+        pictures = Counter(item.folder for item in self.stimuli)
+        return [
+            item.folder if pictures[item.folder] == 1 else item.key.split("/", 1)[1]
+            for item in self.stimuli
+        ]
 
 
 def open_test(
@@ -76,7 +80,7 @@ def open_test(
     times: Sequence[float],
 ) -> TestEEG:
     """One subject's test recording, averaged over repetitions, cut to the model's signal."""
-    recording = open_recording(file, cache_folder(data_path or file.parent, cache_dir))
+    recording = open_recording(file, cache_folder(data_path or cache_home(file), cache_dir))
     stimuli = list_stimuli(data_path, "test") if data_path else None
     if stimuli:
         check_rows(recording, stimuli)

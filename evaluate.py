@@ -65,6 +65,7 @@ def score_retrieval(
     for test in opened.tests:
         util.LOG.info("retrieval: %s", test.subject)
         decoder = opened.models[test.subject].to(device)
+        decoder.tell_stranger(test.subject)
         found = subject_queries(decoder, test, bank, prediction)
         rows += [retrieval_row(query, how.seed, how.permutations) for query in found]
         lines += [line for query in found for line in rank_lines(query, test.stimuli)]

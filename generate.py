@@ -175,6 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.finish({"stimuli": 0, "what": what})
     if run.finished:
         return 0
+    decoder.tell_stranger(test.subject)
+    if test.stimuli is None:
+        util.LOG.warning(
+            "no test_images/ beside %s: pictures get numbers, and nothing shows what was seen; "
+            "--data_path DATA names it",
+            test.source,
+        )
     how, decoder = options.settings(Prediction), decoder.to(device)
     predicted = predict(decoder, test, rows, how, asked.fusion_weights)
     save_predictions(run, decoder, predicted)

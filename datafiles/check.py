@@ -28,15 +28,8 @@ from datafiles.feature_bank import open_bank
 from datafiles.findings import NAMED, Findings, some, spaced
 from datafiles.pictures import PictureError, picture_size, read_picture
 from datafiles.published import parse_published
-from datafiles.stimuli import (
-    IMAGE_FOLDER,
-    PARTITIONS,
-    Stimulus,
-    check_disjoint,
-    keys_hash,
-    list_stimuli,
-)
-from rundirs.files import file_hash, read_json
+from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, Stimulus, check_disjoint, list_stimuli
+from rundirs.files import file_hash
 from util import DataError
 
 SAMPLED_TRIALS = 512  # of a file, whose every value is looked at
@@ -184,7 +177,6 @@ def _check_subject(
 ) -> None:
     _describe(name, own, (Path(data_path) / EEG_FOLDER / name / SIMULATED_NOTE).exists(), findings)
     _check_row_counts(name, own, stimuli, findings)
-    _check_pictures_of(Path(data_path) / EEG_FOLDER / name, stimuli, findings)
     for recording in own.values():
         _check_times(recording, findings)
         _check_values(recording, full, findings)
@@ -236,20 +228,6 @@ def _check_row_counts(
     for partition, item in own.items():
         if partition in stimuli:
             findings.attempt(check_rows, item, stimuli[partition])
-
-
-def _check_pictures_of(folder: Path, stimuli: Stimuli, findings: Findings) -> None:
-    """What preprocess.py noted of the pictures that were shown, beside those that are there."""
-    noted = folder / "inputs.json"
-    inputs = findings.attempt(read_json, noted) if noted.exists() else None
-    shown = inputs.get("pictures") if isinstance(inputs, dict) else None
-    if shown and shown != keys_hash(stimuli):
-        findings.problem(
-            folder,
-            "EEG of other pictures: names were changed, or pictures added or removed, since",
-            "the pictures that preprocess.py saw",
-            "bring back their names, or preprocess the recordings again",
-        )
 
 
 def _check_times(recording: Recording, findings: Findings) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from datafiles.published import DAMAGED, parse_published
-from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, Stimulus
+from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, Stimulus, keys_hashes
 from rundirs.files import file_hash, json_hash, read_json, write_json
 from util import DataError, UserError
 
@@ -219,12 +219,23 @@ def list_subjects(data_path: Path, wanted: Sequence[str] | None) -> list[str]:
     return list(wanted) if wanted else found
 
 
+def cache_home(file: Path) -> Path:
+    """Where the copy of an EEG file that lies in no DATA goes: its folder, but never behind a link.
+
+    A subject's folder, or the one of all subjects, may be a link into a store: git-annex, clusters.
+    """
+    subject, everyone = Path(file).parents[:2]
+    if everyone.is_symlink():
+        return everyone.parent
+    return everyone if subject.is_symlink() else subject
+
+
 def cache_folder(data_path: Path, cache_dir: Path | None) -> Path:
     return Path(cache_dir) if cache_dir else Path(data_path) / "eeg_cache"
 
 
 def check_rows(recording: Recording, stimuli: Sequence[Stimulus]) -> None:
-    """Raise DataError unless there is one EEG row per picture."""
+    """Raise DataError unless there is one EEG row per picture, and as far as is known its own."""
     if len(recording.eeg) != len(stimuli):
         raise DataError(
             recording.path,
@@ -233,6 +244,23 @@ def check_rows(recording: Recording, stimuli: Sequence[Stimulus]) -> None:
             "one condition per picture, both sorted by name",
             "complete the pictures or use the EEG that belongs to them",
         )
+
+    _check_names(recording.path.parent / "inputs.json", stimuli)
+
+
+def _check_names(noted: Path, stimuli: Sequence[Stimulus]) -> None:
+    """Compare the pictures with those that ``preprocess.py`` noted beside the EEG that it wrote."""
+    inputs = read_json(noted) if noted.is_file() else None
+    shown = inputs if isinstance(inputs, dict) else {}
+    for folder, names in keys_hashes({stimuli[0].partition: stimuli}).items():
+        if shown.get(folder, names) != names:
+            raise DataError(
+                noted.parent,
+                f"EEG of other pictures than those of {folder}: names were changed, or pictures "
+                "added or removed, since",
+                "the pictures that preprocess.py saw",
+                "bring back their names, or preprocess the recordings again",
+            )
 
 
 def average_trials(recording: Recording, signal: Signal) -> torch.Tensor:
@@ -251,7 +279,10 @@ def is_simulated(data_path: Path | None) -> bool:
 def locate_test_eeg(
     eeg_data: Path, subject: str | None, data_path: Path | None
 ) -> tuple[Path, str, Path | None]:
-    """(file, subject, DATA or None) from a file, a ``sub-XX`` folder or DATA. Raises UserError."""
+    """(file, subject, DATA or None) from a file, a ``sub-XX`` folder or DATA. Raises UserError.
+
+    Subject and DATA are those of the path as given: files, and folders on the way, may be links.
+    """
     eeg_data = Path(eeg_data)
     if not eeg_data.exists():
         raise UserError(
@@ -273,8 +304,9 @@ def locate_test_eeg(
                 )
             folder = folder / (subject or names[0])
         file = folder / EEG_FILE["test"]
-    subject = subject or file.resolve().parent.name
-    above = file.resolve().parents
+    file = Path(os.path.abspath(file))
+    subject = subject or file.parent.name
+    above = file.parents
     if data_path is None and len(above) > 2 and (above[2] / IMAGE_FOLDER["test"]).is_dir():
         data_path = above[2]
     return file, subject, data_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,17 +27,25 @@ class Stimulus:
     path: Path
 
     @property
+    def partition(self) -> str:
+        return self.key.split("/")[0].removesuffix("_images")
+
+    @property
     def folder(self) -> str:
         return self.key.split("/")[1]
 
     @property
     def concept(self) -> str:
-        """Folder name after its number: ``00001_aircraft_carrier`` -> ``aircraft_carrier``."""
-        return self.folder.split("_", 1)[-1]
+        return concept_of_folder(self.folder)
 
     @cached_property
     def id(self) -> int:
         return stimulus_id(self.key)
+
+
+def concept_of_folder(folder: str) -> str:
+    """``00001_aircraft_carrier`` -> ``aircraft_carrier``; ``fire_truck`` has none and stays."""
+    return re.sub(r"^\d+_(?=.)", "", folder)
 
 
 def stimulus_id(key: str) -> int:
@@ -102,9 +111,12 @@ def _refuse_leaving(link: Path, root: Path) -> None:
         )
 
 
-def keys_hash(stimuli: Mapping[str, Sequence[Stimulus]]) -> str:
-    """Of the pictures' names in row order: rows of the EEG belong to them."""
-    return json_hash([item.key for items in stimuli.values() for item in items])
+def keys_hashes(stimuli: Mapping[str, Sequence[Stimulus]]) -> dict[str, str]:
+    """{picture folder: hash of its pictures' names in row order}: EEG rows are of them."""
+    return {
+        IMAGE_FOLDER[partition]: json_hash([item.key for item in items])
+        for partition, items in stimuli.items()
+    }
 
 
 def check_disjoint(training: Sequence[Stimulus], test: Sequence[Stimulus]) -> None:

@@ -103,6 +103,15 @@ class Decoder(nn.Module):
         names = self.signal["subjects"]
         return names.index(subject) if subject in names else -1
 
+    def tell_stranger(self, subject: str) -> None:
+        """Warn of a person whose own parameters the model lacks: its scores are a stranger's."""
+        if self.subject_index(subject) < 0:
+            util.LOG.warning(
+                "%s is none of the people that the model was trained on (%s): read as a stranger's",
+                subject,
+                ", ".join(self.signal["subjects"]),
+            )
+
     def train_only(self, trainable: str) -> None:
         """Freeze all but the ``subject_layers``, all but the ``encoder``, or nothing (``all``)."""
         chosen = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from datafiles import superpixel
 from datafiles.pictures import read_picture
-from datafiles.stimuli import Stimulus
+from datafiles.stimuli import Stimulus, concept_of_folder
 from dataset import TestEEG
 from generation import variants
 from modalities import MARKS
@@ -116,7 +116,7 @@ def overview(
     shown = rows[: OVERVIEW_ROWS // len(kinds) if stacked else OVERVIEW_ROWS]
     lines = []
     for row in shown:
-        name = test.names[row].split("_", 1)[-1].replace("_", " ")
+        name = concept_of_folder(test.names[row]).replace("_", " ")
         if stacked:
             for kind in kinds:
                 cells = drawn_cells(out, test.names[row], [kind], marks)

@@ -16,7 +16,7 @@ from datafiles.stimuli import (
     STIMULUS_COLUMNS,
     Stimulus,
     check_disjoint,
-    keys_hash,
+    keys_hashes,
     list_stimuli,
 )
 from datafiles.user_tables import first_of, read_columns
@@ -97,8 +97,8 @@ class Pictures:
         return {partition: len(items) for partition, items in self.rows.items()}
 
     @property
-    def hash(self) -> str:
-        return keys_hash(self.rows)
+    def hashes(self) -> dict[str, str]:
+        return keys_hashes(self.rows)
 
     def find(self, event: Shown, table: EventTable) -> tuple[str, int]:
         """(partition, row) of the picture that a line names. Raises DataError.

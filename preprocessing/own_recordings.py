@@ -188,5 +188,5 @@ def _own_subject(
     name: str, sessions: Sequence[Session], pictures: Pictures, simulated: Path | None
 ) -> Subject:
     return Subject(
-        name, sessions, ALL, rows=pictures.counts, pictures=pictures.hash, simulated=simulated
+        name, sessions, ALL, rows=pictures.counts, pictures=pictures.hashes, simulated=simulated
     )

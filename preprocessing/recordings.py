@@ -62,7 +62,7 @@ class Subject:
     """A person.
 
     ``repetitions``: how many trials of a picture each session has, where that is fixed; ``rows``:
-    pictures by partition and ``pictures``: hash of their names, where they are known.
+    pictures by partition and ``pictures``: hashes of their names, where they are known.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Subject:
     default_channels: str
     repetitions: Mapping[str, int] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
-    pictures: str = ""
+    pictures: Mapping[str, str] = field(default_factory=dict)
     simulated: Path | None = None
 
     def inputs(self) -> dict[str, str]:
@@ -81,7 +81,7 @@ class Subject:
             for take in session.takes
             for path in take.files()
         }
-        return files | ({"pictures": self.pictures} if self.pictures else {})
+        return {**files, **self.pictures}
 
 
 def check_onsets(path: Path, trials: Trials) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from datafiles.stimuli import concept_of_folder
 from modalities import recipes
 from reporting.material import Drawing, Scores, World
 from reporting.thumbnails import Thumbnails
@@ -94,8 +96,8 @@ def gallery_data(
         "pictures": thumbs.uris,
         "stimuli": [
             {
-                "number": shown[item].split("_", 1)[0],
-                "concept": shown[item].split("_", 1)[-1].replace("_", " "),
+                "number": "".join(re.findall(r"^\d+(?=_)", shown[item])),
+                "concept": concept_of_folder(shown[item]).replace("_", " "),
                 "picture": thumbs.places.get(world.by_id[item].path)
                 if item in world.by_id
                 else None,

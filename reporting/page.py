@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 
 import util
-from datafiles.eeg_files import average_trials, cache_folder, open_recording, select_signal
+from datafiles.eeg_files import (
+    average_trials,
+    cache_folder,
+    check_rows,
+    open_recording,
+    select_signal,
+)
 from modalities import NAMES, SITES
 from reporting.figures.eeg import erp_figure, occlusion_figures, scalp_figures
 from reporting.figures.injection_map import map_figure, site_scales
@@ -148,6 +154,8 @@ def open_responses(path: Path, world: World) -> tuple[np.ndarray, list[str], np.
     """One test recording: mean over trials [N, C, T], channels, times [T] in s, trials each."""
     cache = cache_folder(world.path, world.cache_dir)
     recording = open_recording(path, cache)
+    if world.stimuli:
+        check_rows(recording, world.stimuli)
     signal = select_signal(recording, None)
     eeg = average_trials(recording, signal).numpy()
     return eeg, list(recording.channels), np.asarray(recording.times), recording.eeg.shape[1]

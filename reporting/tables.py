@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datafiles.stimuli import concept_of_folder
 from modalities import recipes
 from reporting.material import Run, Scores, World
 from reporting.words import (
@@ -254,7 +255,7 @@ def confusion_pictures(found: Mapping[str, Any], world: World) -> dict[str, Path
 
 
 def concept_in_key(key: str) -> str:
-    return key.split("/")[1].split("_", 1)[-1].replace("_", " ") if "/" in key else key
+    return concept_of_folder(key.split("/")[1]).replace("_", " ") if "/" in key else key
 
 
 def occlusion_table(scores: Scores) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 import dataset
-from datafiles.eeg_files import EEG_FOLDER, eeg_file, locate_test_eeg
-from datafiles.stimuli import list_stimuli
+from datafiles.eeg_files import EEG_FOLDER, cache_home, eeg_file, locate_test_eeg
+from datafiles.stimuli import PARTITIONS, keys_hashes, list_stimuli
+from dataset import open_test
 from modalities import NAMES
+from rundirs.files import write_json
 from util import DataError, UserError
 
 DIM = 3
@@ -315,3 +318,51 @@ def test_a_test_concept_among_the_training_concepts_is_refused(tmp_path):
     builders.write_picture(root / "test_images" / "00099_train3" / "a.png")
     with pytest.raises(DataError, match="train3"):
         builders.open_world(root)
+
+
+def _noted(root):
+    """What preprocess.py notes beside the EEG that it writes."""
+    known = {partition: list_stimuli(root, partition) for partition in PARTITIONS}
+    write_json(eeg_file(root, "sub-01", "test").with_name("inputs.json"), keys_hashes(known))
+
+
+def _open(root):
+    signal = builders.open_world(root).signal
+    file = eeg_file(root, "sub-01", "test")
+    return open_test(file, "sub-01", root, None, signal["channels"], signal["times"])
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_eeg_of_other_pictures_is_refused_wherever_it_is_opened(world, partition):
+    """Another name for a folder moves its rows: without a word all others would shift, too."""
+    _noted(world)
+    _open(world)
+    first = sorted((world / f"{partition}_images").iterdir())[0]
+    first.rename(first.with_name("00099_moved"))
+    builders.write_bank(world / "bank", world, list(range(12)))
+    with pytest.raises(DataError, match=f"other pictures than those of {partition}_images"):
+        _open(world)
+
+
+def test_pictures_of_one_concept_get_folders_of_their_own(world):
+    eeg = _open(world)
+    folder = world / "test_images" / eeg.names[0]
+    builders.write_picture(folder / "second.png")
+    names = dataclasses.replace(eeg, stimuli=list_stimuli(world, "test")).names
+    assert names[:2] == [item.key.split("/", 1)[1] for item in list_stimuli(world, "test")[:2]]
+    assert len(set(names)) == len(names) == 4 and names[2:] == eeg.names[1:]
+
+
+@pytest.mark.parametrize("linked", ["file", "subject", "all"])
+def test_a_link_changes_neither_subject_nor_place_of_the_copy(world, tmp_path, linked):
+    file = eeg_file(world, "sub-01", "test")
+    link = {"file": file, "subject": file.parent, "all": file.parents[1]}[linked]
+    store = tmp_path / "store" / "8f3a"
+    store.parent.mkdir()
+    link.rename(store)
+    link.symlink_to(store)
+    assert locate_test_eeg(file, None, None) == (file, "sub-01", world)
+    assert locate_test_eeg(file.parent, None, None) == (file, "sub-01", world)
+    assert _open(world).subject == "sub-01"
+    assert not list(store.parent.rglob("eeg_cache"))
+    assert not cache_home(file).resolve().is_relative_to(store)

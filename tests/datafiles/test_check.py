@@ -167,8 +167,8 @@ def _rename(root: Path) -> None:
 def _shown(root: Path) -> None:
     """As preprocess.py notes it, before a concept gets another name."""
     known = {name: stimuli.list_stimuli(root, name) for name in stimuli.PARTITIONS}
-    noted = {"pictures": stimuli.keys_hash(known)}
-    write_json(root / "Preprocessed_data_250Hz/sub-01/inputs.json", noted)
+    noted = root / "Preprocessed_data_250Hz/sub-01/inputs.json"
+    write_json(noted, stimuli.keys_hashes(known))
     assert not check.examine(root, None, None, None, False).problems
     _rename(root)
 

@@ -215,3 +215,11 @@ def test_a_link_to_nothing_and_a_folder_are_no_pictures(data, kind):
     path.mkdir() if kind == "folder" else path.symlink_to(data / "none.png")
     with pytest.raises(DataError, match=r"x\.png"):
         list_stimuli(data, "training")
+
+
+def test_only_a_number_is_taken_off_a_concept(tmp_path):
+    folders = {"00001_fire_truck": "fire_truck", "fire_truck": "fire_truck", "7_up": "up",
+               "b52_bomber": "b52_bomber", "00003": "00003", "12_": "12_"}  # fmt: skip
+    _touch(tmp_path / "test_images", *(f"{folder}/a.png" for folder in folders))
+    found = {item.folder: item.concept for item in list_stimuli(tmp_path, "test")}
+    assert found == folders
