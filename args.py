@@ -220,6 +220,11 @@ def preprocess_parser() -> Parser:
     group.several("--events", type=Path, metavar="TABLE", per_call=True,
         help="CSV or TSV per recording: column stimulus (a picture of DATA) beside onset (s), "
         "sample or marker; default: *_events.tsv beside the recording, as in BIDS")
+    group.switch("--keep_bad_segments",
+        help="keep trials in segments that the recording marks as BAD; those across a gap are "
+        "always left out")
+    group.add("--min_distance", type=positive, metavar="SECONDS",
+        help="events closer than this are refused, as one told twice; default: half the baseline")
     _signal(parser)
     group = parser.flags("work")
     group.add("--n_jobs", type=positive_int, default=1, metavar="N", per_call=True,

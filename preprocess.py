@@ -21,10 +21,11 @@ from preprocessing import quality
 from preprocessing.channels import THINGS_CHANNELS, eeg_names, refuse_missing, wanted_channels
 from preprocessing.merging import merge_subject
 from preprocessing.own_recordings import own_subjects
-from preprocessing.recordings import Subject, published_subjects
-from preprocessing.sessions import Settings, process_session
+from preprocessing.reading import raw_files
+from preprocessing.recordings import Recorded, Subject, published_subjects
+from preprocessing.sessions import Settings, check_distances, process_session
 from rundirs.directory import RunDirectory, open_run
-from rundirs.files import read_json, write_json
+from rundirs.files import file_hash, read_json, write_json
 from util import LOG, DataError, UserError
 
 
@@ -55,10 +56,13 @@ def find_channels(
         return wanted_channels(choice, THINGS_CHANNELS)
     names: list[str] = []
     for subject in subjects:
+        read: dict[str, Path] = {}
         seen: dict[str, set[int]] = {partition: set() for partition in subject.rows}
         for session in subject.sessions:
             for take in session.takes:
                 recorded = take.open()
+                check_distances(recorded, asked)
+                refuse_twice(recorded, read)
                 eeg = eeg_names(recorded.raw)
                 names = names or wanted_channels(choice, eeg)
                 if not asked.interpolate_missing:
@@ -69,6 +73,20 @@ def find_channels(
                     seen[partition] |= set(trials.conditions.tolist())
         check_all_shown(subject, seen, source.data_path)
     return names
+
+
+def refuse_twice(recorded: Recorded, read: dict[str, Path]) -> None:
+    """Raise DataError for a subject's recording that is another one's copy; note it in ``read``."""
+    for name in raw_files(recorded.raw):
+        content = file_hash(Path(name))
+        if content in read:
+            raise DataError(
+                recorded.path,
+                f"the same signal as {read[content]}",
+                "each recording once",
+                "name it once: its trials would stand in two places",
+            )
+        read[content] = recorded.path
 
 
 def check_all_shown(subject: Subject, seen: Mapping[str, set[int]], data_path: Path) -> None:

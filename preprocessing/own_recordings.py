@@ -14,7 +14,8 @@ from datafiles.eeg_files import SIMULATED_NOTE
 from preprocessing.channels import ALL
 from preprocessing.events import EventTable, Pictures, onset_of, pictures_by_partition, read_table
 from preprocessing.reading import import_mne_bids, raw_files, read_raw
-from preprocessing.recordings import Recorded, Session, Subject, Trials, check_onsets
+from preprocessing.recordings import Recorded, Session, Subject, Trials
+from preprocessing.timeline import annotated, trigger_codes
 from util import DataError, UserError
 
 if TYPE_CHECKING:
@@ -47,15 +48,15 @@ class OwnTake:
         events = read_table(self.table)
         shown, others = _shown_pictures(raw, events, self.path)
         dropped = {"without picture": events.skipped, "other marker": others}
-        rows = [(*self.pictures.find(event, events), onset) for event, onset in shown]
+        rows = [(*self.pictures.find(event, events), onset, event.line) for event, onset in shown]
         trials = {}
         for name in self.pictures.rows:
-            own = [(onset, row) for partition, row, onset in rows if partition == name]
+            own = [(onset, row, line) for part, row, onset, line in rows if part == name]
             if own:
-                onsets, conditions = np.array(sorted(own), np.int64).T
-                trials[name] = Trials(onsets, conditions)
-                check_onsets(self.table, trials[name])
-        return Recorded(raw, self.path, trials, dropped)
+                onsets, conditions, lines = np.array(sorted(own), np.int64).T
+                trials[name] = Trials(onsets, conditions, lines.tolist())
+        markers = [event.when for event in events.shown] if events.kind == "marker" else []
+        return Recorded(raw, self.path, trials, dropped, self.table, markers)
 
 
 def _shown_pictures(
@@ -88,7 +89,7 @@ def _by_marker(
     marks = _markers(raw)
     shown = [(of[text], onset) for text, onset in marks if text in of]
     if not shown:
-        there = sorted({text for text, _ in marks})
+        there = sorted({repr(text) for text, _ in marks})
         raise DataError(
             table.path,
             f"none of its markers in {path.name}, which has {', '.join(there[:8]) or 'none'}",
@@ -100,15 +101,7 @@ def _by_marker(
 
 def _markers(raw: mne.io.BaseRaw) -> list[tuple[str, int]]:
     """(text, onset sample) of the annotations and of a stimulus channel."""
-    import mne
-
-    events, ids = mne.events_from_annotations(raw, event_id=None, verbose="error")
-    text = {number: str(name) for name, number in ids.items()}
-    marks = [(text[code], int(onset - raw.first_samp)) for onset, _, code in events]
-    if len(mne.pick_types(raw.info, stim=True)):
-        found = mne.find_events(raw, shortest_event=1, verbose="error")
-        marks += [(str(code), int(onset - raw.first_samp)) for onset, _, code in found]
-    return marks
+    return [(text, onset) for text, onset, _ in annotated(raw)] + trigger_codes(raw)
 
 
 def own_subjects(

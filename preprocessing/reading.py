@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preprocessing.channels import check_unique, rename_channels
+from preprocessing.edf import check_records
 from util import DataError, UserError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def read_raw(path: Path, bids: Path | None = None) -> mne.io.BaseRaw:
                 "copy it again with all files that belong to it, or convert it",
             ) from None
     _refuse_duplicates(path, told)
+    check_records(path)
     check_files(raw, path, bids)
     rename_channels(raw, path)
     return raw

@@ -25,20 +25,40 @@ REPETITIONS = {"training": 2, "test": 20}  # of a picture in one session of THIN
 
 @dataclass(frozen=True)
 class Trials:
-    """Onset sample, from the recording's beginning, and 0-based picture row of each trial."""
+    """Onset sample, from the recording's beginning, and 0-based picture row of each trial.
+
+    ``lines``: of the table that names them, where there is one.
+    """
 
     onsets: np.ndarray
     conditions: np.ndarray
+    lines: Sequence[int] = ()
+
+    def chosen(self, which: np.ndarray) -> Trials:
+        """Those of these indices, or where a mask [n] is true."""
+        rows = np.arange(len(self.onsets))[which]
+        lines = [self.lines[row] for row in rows] if self.lines else ()
+        return Trials(self.onsets[rows], self.conditions[rows], lines)
+
+    @property
+    def told(self) -> list[str]:
+        """For a message: the line of each."""
+        return [f" (line {line})" for line in self.lines] or [""] * len(self.onsets)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """An opened recording, its trials by partition, and how many events are none, by reason."""
+    """An opened recording, its trials by partition, and how many events are none, by reason.
+
+    ``table``: what names the events; ``markers``: texts that mean pictures.
+    """
 
     raw: mne.io.BaseRaw
     path: Path
     trials: Mapping[str, Trials]
     dropped: Mapping[str, int]
+    table: Path | None = None
+    markers: Sequence[str] = ()
 
 
 class Take(Protocol):
@@ -84,14 +104,6 @@ class Subject:
         return {**files, **self.pictures}
 
 
-def check_onsets(path: Path, trials: Trials) -> None:
-    if len(np.unique(trials.onsets)) != len(trials.onsets):
-        onset = trials.onsets[np.flatnonzero(np.diff(np.sort(trials.onsets)) == 0)[0]]
-        raise DataError(
-            path, f"two events at sample {onset}", "one picture at a time", "delete one of them"
-        )
-
-
 # ---------------------------------------------------------------- THINGS-EEG2
 
 
@@ -124,7 +136,6 @@ class PublishedTake:
         is_target = events[:, 2] == TARGET
         kept = events[~is_target]
         trials = Trials(kept[:, 0].astype(np.int64), kept[:, 2].astype(np.int64) - 1)
-        check_onsets(self.path, trials)
         return Recorded(raw, self.path, {self.partition: trials}, {"target": int(is_target.sum())})
 
 

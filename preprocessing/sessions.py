@@ -15,6 +15,7 @@ from preprocessing import quality
 from preprocessing.channels import ChannelReader, prepare
 from preprocessing.epochs import CHUNK, Stretch, Window, cut_all
 from preprocessing.recordings import Recorded, Session, Subject, Trials
+from preprocessing.timeline import LEAST_SAMPLES, check_apart, interruptions
 from preprocessing.whitening import condition_weights
 from rundirs.files import atomic_write, write_json
 from util import LOG, DataError
@@ -40,6 +41,13 @@ class Settings:
     dtype: str
     seed: int
     n_jobs: int
+    keep_bad_segments: bool
+    min_distance: float | None
+
+    def least_distance(self, raw_hz: float) -> int:
+        """Samples between two events: as asked in s, or half the baseline; at least two."""
+        wanted_s = -self.epoch[0] / 2 if self.min_distance is None else self.min_distance
+        return max(LEAST_SAMPLES, round(wanted_s * raw_hz))
 
     def window(self, raw_hz: float) -> Window:
         return Window(self.epoch[0], self.epoch[1], raw_hz, self.rate)
@@ -159,6 +167,12 @@ def extract(
     return SessionTrials(path, trials.conditions, sigma, evoked / len(trials.onsets), times)
 
 
+def check_distances(recorded: Recorded, settings: Settings) -> None:
+    """Raise DataError for events, of whatever partition, that are too close: see check_apart."""
+    least = settings.least_distance(recorded.raw.info["sfreq"])
+    check_apart(recorded.table or recorded.path, recorded.trials, least)
+
+
 def process_session(
     subject: Subject, session: Session, settings: Settings, folder: Path, sessions_left: int
 ) -> None:
@@ -166,6 +180,7 @@ def process_session(
     records = []
     for take in session.takes:
         recorded = take.open()
+        check_distances(recorded, settings)
         signal = prepare(
             recorded.raw,
             recorded.path,
@@ -204,30 +219,50 @@ def _partition(
 ) -> dict[str, Any]:
     """Cut one partition of a recording; what to know about its quality."""
     trials = recorded.trials[partition]
-    inside = settings.window(signal.rate_hz).fits(trials.onsets, signal.samples)
-    fitting = Trials(trials.onsets[inside], trials.conditions[inside])
+    fitting, dropped = whole_trials(recorded, trials, settings, signal)
     if not len(fitting.onsets):
         raise DataError(
             recorded.path,
             f"no whole {partition} trial among {len(trials.onsets)}",
             f"{settings.epoch[0]:g} to {settings.epoch[1]:g} s of recording around an event",
-            "shorten --epoch, or check the onsets",
+            f"shorten --epoch, or check the onsets (dropped: {dropped})",
         )
     kept = choose(fitting, subject.repetitions.get(partition), settings.seed, recorded.path)
     check_disk(folder, len(kept) * settings.trial_bytes * (sessions_left + len(subject.sessions)))
     part = extract(
         signal,
-        Trials(fitting.onsets[kept], fitting.conditions[kept]),
+        fitting.chosen(kept),
         settings,
         part_path(folder, session, partition),
         settings.whiten and partition == "training",
         f"{subject.name} {session.name} {partition}",
     )
     part.save()
-    dropped = {"at the edge": int((~inside).sum()), "surplus": len(fitting.onsets) - len(kept)}
+    dropped["surplus"] = len(fitting.onsets) - len(kept)
     if partition == next(iter(recorded.trials)):  # events that are no trials are counted once
         dropped = dict(recorded.dropped) | dropped
     return quality.record(session.name, partition, signal, len(kept), dropped, part.evoked)
+
+
+def whole_trials(
+    recorded: Recorded, trials: Trials, settings: Settings, signal: ChannelReader
+) -> tuple[Trials, dict[str, int]]:
+    """The trials that lie wholly in one stretch of good recording, and how many do not, by why."""
+    window = settings.window(signal.rate_hz)
+    first, last = window.offsets
+    begin, end = trials.onsets + first, trials.onsets + last
+    found = interruptions(recorded.raw, recorded.markers)
+    outside = ~window.fits(trials.onsets, signal.samples)
+    across = found.crossed(begin, end) & ~outside
+    marked = found.marked(begin, end) & ~outside & ~across
+    if settings.keep_bad_segments:
+        marked[:] = False
+    dropped = {
+        "at the edge": int(outside.sum()),
+        "across a gap": int(across.sum()),
+        "in marked segments": int(marked.sum()),
+    }
+    return trials.chosen(~(outside | across | marked)), dropped
 
 
 def part_path(folder: Path, session: Session, partition: str) -> Path:

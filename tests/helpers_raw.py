@@ -5,7 +5,7 @@ A picture's response is a half-sine of its own height and sign per channel; nois
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,4 +144,37 @@ def write_brainvision(folder: Path, raw: mne.io.BaseRaw, markers: np.ndarray) ->
 def write_events(path: Path, head: str, rows: Sequence[str], ends: str = "\n") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(ends.join([head, *rows, ""]).encode())
+    return path
+
+
+def write_edf(
+    path: Path, raw: mne.io.BaseRaw, pauses: Mapping[int, float] | None = None, units: str = "uV"
+) -> Path:
+    """An EDF+ file of 1-s records of 16 bits, as the format's description has it.
+
+    ``pauses``: {record: s before it}, which make it EDF+D.
+    """
+    rate, records = round(raw.info["sfreq"]), raw.n_times // round(raw.info["sfreq"])
+    names, reach_uv, note = [*raw.ch_names, "EDF Annotations"], 400.0, 32
+    columns = [
+        (16, names), (80, [""] * len(names)), (8, [units] * len(raw.ch_names) + [""]),
+        (8, [f"-{reach_uv:g}"] * len(raw.ch_names) + ["-1"]),
+        (8, [f"{reach_uv:g}"] * len(raw.ch_names) + ["1"]),
+        (8, ["-32768"] * len(names)), (8, ["32767"] * len(names)), (80, [""] * len(names)),
+        (8, [str(rate)] * len(raw.ch_names) + [str(note)]), (32, [""] * len(names)),
+    ]  # fmt: skip
+    kind = "EDF+C" if pauses is None else "EDF+D"
+    head = [(8, "0"), (80, "X X X X"), (80, "Startdate 01-JAN-2020 X X X"), (8, "01.01.20"),
+            (8, "00.00.00"), (8, str(256 * (1 + len(names)))), (44, kind), (8, str(records)),
+            (8, "1"), (4, str(len(names)))]  # fmt: skip
+    text = "".join(value.ljust(width) for width, value in head)
+    text += "".join(value.ljust(width) for width, column in columns for value in column)
+    digital = np.round((raw.get_data() * 1e6 + reach_uv) / (2 * reach_uv) * 65535 - 32768)
+    onset, body = 0.0, []
+    for record in range(records):
+        onset += (pauses or {}).get(record, 0.0)
+        body.append(digital[:, record * rate : (record + 1) * rate].astype("<i2").tobytes())
+        body.append(f"+{onset:g}\x14\x14\0".encode().ljust(2 * note, b"\0"))
+        onset += 1
+    path.write_bytes(text.encode("ascii") + b"".join(body))
     return path

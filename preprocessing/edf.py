@@ -1,0 +1,108 @@
+"""EDF and BDF files: what their header promises and MNE does not check: all records, no pauses."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from util import DataError
+
+SUFFIXES = {".edf": 2, ".bdf": 3}  # bytes of a sample
+PAUSE_S = 1e-3  # records' own times are written in steps of microseconds or so
+
+
+@dataclass(frozen=True)
+class Header:
+    """``sizes``: bytes of each signal in a record; ``labels``: their names; ``pauses``: EDF+D."""
+
+    start: int
+    records: int
+    record_s: float
+    labels: list[str]
+    sizes: list[int]
+    pauses: bool
+
+    @property
+    def record_bytes(self) -> int:
+        return sum(self.sizes)
+
+
+def check_records(path: Path) -> None:
+    """Raise DataError for a file that is shorter than its header says, or that has pauses.
+
+    Times of events in a file with pauses (EDF+D) are those of the day, not those of the samples.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        return
+    with open(path, "rb") as file:
+        header = _read_header(file, SUFFIXES[path.suffix.lower()])
+        if header is None:  # MNE says what is wrong with it
+            return
+        _check_length(path, header, os.fstat(file.fileno()).st_size)
+        if header.pauses:
+            _check_pauses(path, header, file)
+
+
+def _read_header(file: BinaryIO, sample_bytes: int) -> Header | None:
+    """None where it is none."""
+    main = file.read(256)
+    try:
+        count = int(main[252:256])
+        names, rest = file.read(16 * count), file.read(240 * count)
+        sizes = [int(rest[200 * count + 8 * i : 200 * count + 8 * (i + 1)]) for i in range(count)]
+        return Header(
+            int(main[184:192]),
+            int(main[236:244]),
+            float(main[244:252]),
+            [names[16 * i : 16 * (i + 1)].decode("latin-1").strip() for i in range(count)],
+            [size * sample_bytes for size in sizes],
+            main[192:197] in (b"EDF+D", b"BDF+D"),
+        )
+    except ValueError:
+        return None
+
+
+def _check_length(path: Path, header: Header, size: int) -> None:
+    if header.records < 0 or not header.record_bytes:  # -1: the recorder did not count them
+        return
+    there = (size - header.start) / header.record_bytes
+    if there < header.records:
+        raise DataError(
+            path,
+            f"{max(there, 0):.1f} records of {header.record_s:g} s: the file ends too early",
+            f"{header.records} records, {header.records * header.record_s:g} s, as its header says",
+            "copy it again; if the recorder was stopped, mend its header with a tool of its maker",
+        )
+
+
+def _check_pauses(path: Path, header: Header, file: BinaryIO) -> None:
+    """Compare the time that each record states with the one it has without pauses."""
+    places = [i for i, label in enumerate(header.labels) if label.endswith(" Annotations")]
+    if not places:
+        return
+    before = sum(header.sizes[: places[0]])
+    first = None
+    for record in range(header.records):
+        file.seek(header.start + record * header.record_bytes + before)
+        stated = file.read(header.sizes[places[0]]).split(b"\x14")[0].split(b"\x15")[0]
+        try:
+            onset = float(stated)
+        except ValueError:
+            raise DataError(
+                path,
+                f"record {record + 1} without its time ({stated[:20]!r})",
+                "the time of each record, as EDF+D has it",
+                "export it again, as continuous EDF+C",
+            ) from None
+        first = onset if first is None else first
+        pause = onset - first - record * header.record_s
+        if abs(pause) > PAUSE_S:
+            at = record * header.record_s
+            raise DataError(
+                path,
+                f"a pause of {pause:.3f} s after {at:g} s of signal (EDF+D)",
+                "a continuous recording: onsets behind a pause belong to other samples",
+                "export each stretch as a file of its own, with its own table",
+            )
