@@ -39,13 +39,15 @@ def cosine_similarity(query: torch.Tensor, gallery: torch.Tensor) -> torch.Tenso
 def ranks(similarity: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many gallery items beat and tie with the true one: (better, tied) int64 [Q].
 
-    similarity: [Q, G]; truth: int64 [Q], column of the true item.
+    similarity: [Q, G]; truth: int64 [Q], column of the true item. Raises ValueError for NaN.
     """
     if similarity.ndim != 2 or truth.shape != (len(similarity),):
         raise ValueError(
             f"similarity {tuple(similarity.shape)}, truth {tuple(truth.shape)}; "
             "expected [Q, G] and [Q]"
         )
+    if similarity.isnan().any():  # nothing is above NaN: it would be ranked first everywhere
+        raise ValueError("NaN among the similarities")
     own = similarity.gather(1, truth[:, None])
     return (similarity > own).sum(1), (similarity == own).sum(1) - 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from cli.parser import Parser
 from modalities import WITHOUT_EEG
@@ -11,6 +12,11 @@ OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to alre
     "encoder", "aligner", "contrast_layer", "prior_predicts", "prior_loss", "condition_dropout",
     "loss_weights",
 )  # fmt: skip
+
+
+OF_THE_PRIOR = ("prior_predicts", "prior_loss", "noise_draws", "condition_dropout")
+OF_RETRIEVAL = ("control", "subjects", "permutations")  # flags of evaluate.py without pictures
+OF_PICTURES = ("truth", "weights_dir", "protocol", "score_cache")
 
 
 def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
@@ -31,6 +37,13 @@ def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
     control = getattr(values, "control", None)
     if control in WITHOUT_EEG and not values.clip_feature_path:
         parser.error(f"--control {control} needs --clip_feature_path, where the embeddings are")
+    if control in WITHOUT_EEG and getattr(values, "fusion_weights", "") == "confidence":
+        parser.error(
+            f"--fusion_weights confidence is read from the EEG, and --control {control} has none: "
+            "give --fusion_weights fixed or validated"
+        )
+    if parser.stage == "generate":
+        _validate_generate(parser, values)
     if parser.stage == "evaluate":
         _validate_evaluate(parser, values)
     if getattr(values, "contrast_layer", None) and values.target_mse:
@@ -41,6 +54,17 @@ def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
         _validate_preprocess(parser, values)
 
 
+def _given(parser: Parser, values: argparse.Namespace, flags: Sequence[str]) -> list[str]:
+    """Those of these flags that have another value than the default."""
+    return [flag for flag in flags if getattr(values, flag) != parser.actions()[flag].default]
+
+
+def _validate_generate(parser: Parser, values: argparse.Namespace) -> None:
+    idle = {"sites": ("injection", "fusion_weights"), "scale": ("fusion_strength",)}
+    for flag in _given(parser, values, idle.get(values.sweep, ())):
+        parser.error(f"--{flag} does nothing in --sweep {values.sweep}, which sets its own scales")
+
+
 def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
     if values.adapt_from and not values.subjects:
         parser.error("--adapt_from needs --subjects: the people that the model does not know")
@@ -48,12 +72,10 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
         parser.error("--adapt_from goes with neither --init_from nor --leave_out")
     if values.trainable != "all" and not values.adapt_from:
         parser.error(f"--trainable {values.trainable} freezes parts of a model: needs --adapt_from")
-    for flag in OF_THE_MODEL:
-        if values.adapt_from and getattr(values, flag) != parser.actions()[flag].default:
-            parser.error(f"--{flag} was settled when the model of --adapt_from was trained")
-    for flag, default in (("prior_predicts", "velocity"), ("prior_loss", None)):
-        if values.aligner != "prior" and getattr(values, flag) != default:
-            parser.error(f"--{flag} is of --aligner prior, not of --aligner {values.aligner}")
+    for flag in _given(parser, values, OF_THE_MODEL) if values.adapt_from else ():
+        parser.error(f"--{flag} was settled when the model of --adapt_from was trained")
+    for flag in _given(parser, values, OF_THE_PRIOR) if values.aligner != "prior" else ():
+        parser.error(f"--{flag} is of --aligner prior, not of --aligner {values.aligner}")
 
 
 def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:
@@ -93,6 +115,10 @@ def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
         parser.error("--images needs the pictures that were seen: --data_path DATA or --truth DIR")
     if values.control_images and not values.images:
         parser.error("--control_images are scored beside --images: name those, too")
+    for flag in _given(parser, values, OF_RETRIEVAL) if not values.model_path else ():
+        parser.error(f"--{flag} is of retrieval, which is not scored: give --model_path")
+    for flag in _given(parser, values, OF_PICTURES) if not values.images else ():
+        parser.error(f"--{flag} is of pictures, and none are scored: give --images")
     if values.occlusion and (values.control or not values.model_path):
         parser.error(
             "--occlusion explains what a model reads from the EEG: give --model_path, "

@@ -84,6 +84,19 @@ def shuffled_top_k(
     return np.array(scores)
 
 
+def check_finite(what: str, rows: torch.Tensor, test: TestEEG) -> None:
+    """Raise DataError for rows [N, D] of NaN or infinity: they have no rank."""
+    bad = (~rows.isfinite().all(dim=1)).nonzero().squeeze(1).tolist()
+    if bad:
+        raise util.DataError(
+            f"{test.subject}: {what}",
+            f"NaN or infinity for {len(bad)} of {len(rows)} stimuli, e.g. {test.names[bad[0]]}",
+            "numbers",
+            "the model is damaged, or its training went wrong: look at its metrics.jsonl, and take "
+            "another --checkpoint",
+        )
+
+
 def subject_queries(
     decoder: Decoder, test: TestEEG, bank: Bank, how: controls.Prediction
 ) -> list[Query]:
@@ -93,10 +106,13 @@ def subject_queries(
     if how.control not in WITHOUT_EEG:
         read = controls.controlled_eeg(test, how.control, how.seed)
         encoded = decoder.condition(read, everything)
+        check_finite("the encoder's output", encoded, test)
         gallery = decoder.gallery(true)
         found["encoder -> image"] = metrics.cosine_similarity(encoded, gallery)
     if decoder.bank is not None:
         samples = controls.predict_embeddings(decoder, test, everything, how)
+        for name in NAMES:
+            check_finite(f"the predicted {name} embedding", samples[name], test)
         of = {name: metrics.cosine_similarity(samples[name], true[name]) for name in NAMES}
         found |= {f"prior {name}": similarity for name, similarity in of.items()}
         found["fused priors"] = sum(item.gain * of[item.name] for item in MODALITIES)

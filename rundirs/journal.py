@@ -19,10 +19,19 @@ def drawn_already(out: Path, journal: Path) -> set[tuple[int, str]]:
 
 
 def read_journal(images: Path) -> list[dict[str, Any]]:
-    """The journal of a generate.py run, of all its shards, a record per picture; [] without one."""
+    """The journal of a generate.py run, of all its shards, a record per picture; [] without one.
+
+    Raises DataError for a picture outside the run: reports and scores would show another file.
+    """
     records = [
         record for path in sorted(images.glob("images*.jsonl")) for record in read_jsonl(path)
     ]
+    for record in records:
+        name = Path(record["file"])
+        if name.is_absolute() or ".." in name.parts:
+            raise DataError(
+                images, f"a journal that names {name}", "pictures inside the run", "draw it again"
+            )
     return list({(record["stimulus"], record["recipe"]): record for record in records}.values())
 
 

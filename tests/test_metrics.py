@@ -255,3 +255,11 @@ def test_bootstrap_interval_is_seeded_and_zero_wide_for_constants():
     assert metrics.bootstrap_interval(values, 1) == metrics.bootstrap_interval(values, 1)
     assert metrics.bootstrap_interval(values, 1) != metrics.bootstrap_interval(values, 2)
     assert metrics.bootstrap_interval(np.full(9, 0.5), 0) == (0.5, 0.5)
+
+
+def test_a_prediction_of_nothing_is_no_hit():
+    """No item is above NaN: as a number it would be the best of all."""
+    similarity = torch.eye(4)
+    similarity[2] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.ranks(similarity, torch.arange(4))

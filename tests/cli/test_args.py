@@ -239,6 +239,37 @@ def test_evaluate_needs_something_to_score(capsys, tokens, missing):
     assert missing in _refused(capsys, "evaluate", ["--output_dir", "O", *tokens])
 
 
+MODEL = ["--model_path", "M", "--clip_feature_path", "F", "--data_path", "D"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens", "idle"),
+    [
+        ("evaluate", ["--images", "I", "--truth", "T", "--control", "noise_eeg"], "--control"),
+        ("evaluate", ["--images", "I", "--truth", "T", "--subjects", "sub-01"], "--subjects"),
+        ("evaluate", ["--images", "I", "--truth", "T", "--permutations", "9"], "--permutations"),
+        ("evaluate", [*MODEL, "--truth", "T"], "--truth"),
+        ("evaluate", [*MODEL, "--weights_dir", "W"], "--weights_dir"),
+        ("evaluate", [*MODEL, "--protocol", "braindiffuser"], "--protocol"),
+        ("generate", ["--sweep", "sites", "--injection", "uniform"], "--injection"),
+        ("generate", ["--sweep", "sites", "--fusion_weights", "validated"], "--fusion_weights"),
+        ("generate", ["--sweep", "scale", "--fusion_strength", "0.5"], "--fusion_strength"),
+        ("train", ["--aligner", "mlp", "--noise_draws", "2"], "--noise_draws"),
+        ("train", ["--aligner", "none", "--condition_dropout", "0.3"], "--condition_dropout"),
+    ],
+)
+def test_flags_that_do_nothing_are_refused(capsys, stage, tokens, idle):
+    needed = {"evaluate": ["--output_dir", "O"], "generate": GENERATE, "train": TRAIN}[stage]
+    assert f"error: {idle} " in _refused(capsys, stage, [*needed, *tokens])
+
+
+@pytest.mark.parametrize("control", ["mean_embedding", "true_embedding"])
+def test_a_control_without_eeg_takes_no_confidence_from_it(capsys, control):
+    tokens = [*GENERATE, "--control", control, "--clip_feature_path", "F", "--fusion_weights"]
+    assert "read from the EEG" in _refused(capsys, "generate", [*tokens, "confidence"])
+    assert args.resolve("generate", [*tokens, "validated"]).values.control == control
+
+
 def test_other_systems_pictures_and_comparisons_need_no_data_folder():
     for tokens in (["--images", "I", "--truth", "T"], ["--compare", "A", "B"]):
         assert args.resolve("evaluate", ["--output_dir", "O", *tokens]).values.data_path is None

@@ -29,6 +29,7 @@ from miniworld.brain_features import SOURCES, brain_features
 from modalities import MODALITIES, NAMES
 from rundirs.files import append_jsonl, read_csv
 from rundirs.tensors import save_tensors
+from util import DataError
 
 
 def run_of_pictures(folder: Path, chain: Chain, shift: int = 0, source: str = "neutral") -> Path:
@@ -407,3 +408,18 @@ def test_fused_retrieval_joins_the_five(chain: Chain) -> None:
     for item in MODALITIES:  # each of the five moves it
         left_out = expected - item.gain * of[f"prior {item.name}"]
         assert (left_out - of["fused priors"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("damaged", ["encoder", "bank"])
+def test_a_model_that_predicts_nothing_is_refused(chain: Chain, damaged: str) -> None:
+    decoder = Decoder.load(chain.model, "best")
+    with torch.no_grad():
+        for parameter in getattr(decoder, damaged).parameters():
+            parameter.fill_(torch.nan)
+    bank = open_bank(chain.features, "test")
+    test = open_test(
+        eeg_file(chain.data, "sub-01", "test"), "sub-01", chain.data, None,
+        decoder.signal["channels"], decoder.signal["times"],
+    )  # fmt: skip
+    with pytest.raises(DataError, match="NaN or infinity for"):
+        subject_queries(decoder, test, bank, Prediction(3, 2.0, "dpm", seed=0))
