@@ -27,8 +27,20 @@ class Window:
 
     @property
     def offsets(self) -> tuple[int, int]:
-        """First and last sample of a trial relative to its onset, as MNE rounds them."""
-        return round(self.start_s * self.raw_hz), round(self.end_s * self.raw_hz)
+        """First and last sample of a trial relative to its onset, as MNE rounds them.
+
+        Where the two rates round to one sample less than is kept, some more are read.
+        """
+        first, last = round(self.start_s * self.raw_hz), round(self.end_s * self.raw_hz)
+        while self._resampled(first, last) < self.kept:
+            last += 1
+        return first, last
+
+    def _resampled(self, first: int, last: int) -> int:
+        """Samples from the onset on, of those from ``first`` to ``last`` at the rate written."""
+        length = round((last - first + 1) * self.out_hz / self.raw_hz)
+        times = first / self.raw_hz + np.arange(length) / self.out_hz
+        return length - int(np.abs(times).argmin())
 
     @property
     def raw_samples(self) -> int:
@@ -98,8 +110,8 @@ def _epochs(piece: Stretch, window: Window) -> object:
     epochs = mne.Epochs(
         raw,
         events.astype(int),
-        tmin=window.start_s,
-        tmax=window.end_s,
+        tmin=window.offsets[0] / window.raw_hz,
+        tmax=window.offsets[1] / window.raw_hz,
         baseline=(None, 0),
         preload=True,
         verbose="error",

@@ -13,6 +13,7 @@ from helpers_raw import RATE_HZ, SOA_S, write_edf, write_events
 
 from datafiles.eeg_files import EEG_FOLDER
 from preprocessing import quality
+from preprocessing.epochs import Stretch, Window, cut_trials
 from preprocessing.timeline import interruptions, trigger_codes
 
 
@@ -136,6 +137,22 @@ def test_trials_in_marked_segments_are_dropped_unless_wanted(data, capsys):
     kept = ("--keep_bad_segments", "--output_path", data / "kept")
     assert run(data, *flags, *kept) == 0
     assert "in marked segments" not in capsys.readouterr().out
+
+
+# --- rates ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw_hz", [256.0, 256.016, 300.0, 500.0, 512.0, 1000.0, 2048.0])
+@pytest.mark.parametrize("out_hz", [100.0, 128.0, 250.0])
+def test_every_pair_of_rates_gives_the_samples_that_are_written(raw_hz, out_hz):
+    for start, end in ((-0.1, 1.2), (-0.2, 1.0), (-0.1, 0.8), (-0.25, 0.333)):
+        window = Window(start, end, raw_hz, out_hz)
+        first, last = window.offsets
+        signal = np.zeros((1, last - first + 50))
+        stretch = Stretch(signal, np.array([-first]), np.array([0]), None)
+        assert cut_trials(stretch, window, "float32").trials.shape == (1, 1, window.kept)
+    published = Window(-0.2, 1.0, 1000.0, 250.0)  # as before, sample by sample
+    assert published.offsets == (-200, 1000)
 
 
 # --- EDF ----------------------------------------------------------------------------------------
