@@ -14,7 +14,7 @@ import torch
 
 from datafiles.published import DAMAGED, parse_published
 from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, Stimulus, keys_hashes
-from rundirs.files import file_hash, json_hash, read_json, write_json
+from rundirs.files import file_hash, in_work, json_hash, read_json, remove_leftovers, write_json
 from util import DataError, UserError
 
 RAW_FOLDER = "Raw_data"
@@ -81,6 +81,7 @@ def _convert(source: Path, copy: Path, about: Path) -> None:
     temporary = copy.with_name(f".{copy.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(copy)
         _write_float32(temporary, eeg, channels, source)
         os.replace(temporary, copy)
     except OSError as error:
@@ -114,6 +115,7 @@ def _write_float32(path: Path, eeg: np.ndarray, channels: Sequence[str], source:
 
     name = f"converting {source.parent.name}/{source.name}"
     with open(path, "wb") as file:
+        in_work(file)
         header = {"descr": "<f4", "fortran_order": False, "shape": eeg.shape}
         np.lib.format.write_array_header_1_0(file, header)
         for row in tqdm(range(len(eeg)), desc=name, leave=False):

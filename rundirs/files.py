@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,14 +21,36 @@ _HASHED_WHOLE = 1 << 28  # files above 256 MiB are identified by their size and 
 _END = 1 << 20
 
 
+BEGUN_S = 5.0  # a temporary file that is younger may not have been locked yet
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes began to write in the place of ``path``: see :func:`in_work`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # gone meanwhile, in work, or of somebody else
+            if time.time() - left.stat().st_mtime < BEGUN_S:
+                continue
+            with open(left, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+
+
+def in_work(file: IO[Any]) -> None:
+    """Keep others from removing a temporary file as long as it is open."""
+    with contextlib.suppress(OSError):  # a file system without locks: then nothing is removed
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; it takes the name only when complete and on disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            in_work(file)
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -24,6 +24,7 @@ from rundirs.files import (
     append_jsonl,
     atomic_write,
     file_hash,
+    in_work,
     json_hash,
     read_json,
     read_jsonl,
@@ -362,6 +363,24 @@ def test_a_kill_during_the_first_records_does_not_lock_the_folder(tmp_path):
     _start(run.path)
     with pytest.raises(UserError, match="input eeg"):
         _start(run.path, inputs={"eeg": "bb"})
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    """Up to 8 GB each; but never what another process is writing at this moment."""
+    (left, other, fresh, used) = (
+        tmp_path / name
+        for name in (".a.npy.k1.tmp", ".b.npy.k1.tmp", ".a.npy.k2.tmp", ".a.npy.k3.tmp")
+    )
+    for path in (left, other, fresh, used):
+        path.write_text("half")
+        if path != fresh:
+            os.utime(path, (time.time() - 60, time.time() - 60))
+    with open(used) as file:
+        in_work(file)
+        with atomic_write(tmp_path / "a.npy") as written:
+            written.write("whole")
+    assert [path.exists() for path in (left, other, fresh, used)] == [False, True, True, True]
+    assert (tmp_path / "a.npy").read_text() == "whole"
 
 
 def test_checking_writes_nothing(tmp_path):
