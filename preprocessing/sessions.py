@@ -225,7 +225,8 @@ def _partition(
             recorded.path,
             f"no whole {partition} trial among {len(trials.onsets)}",
             f"{settings.epoch[0]:g} to {settings.epoch[1]:g} s of recording around an event",
-            f"shorten --epoch, or check the onsets (dropped: {dropped})",
+            "shorten --epoch, or check the onsets; left out are "
+            + ", ".join(f"{number} {why}" for why, number in dropped.items() if number),
         )
     kept = choose(fitting, subject.repetitions.get(partition), settings.seed, recorded.path)
     check_disk(folder, len(kept) * settings.trial_bytes * (sessions_left + len(subject.sessions)))
