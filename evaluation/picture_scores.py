@@ -142,6 +142,9 @@ def network_values(
     return values, rows
 
 
+LEAST_RESAMPLED = 8  # stimuli: of fewer, some of 1000 draws are one stimulus alone, without pairs
+
+
 def distribution_row(
     name: str, truth: torch.Tensor, drawn: torch.Tensor, owner: np.ndarray, seed: int
 ) -> dict[str, Any]:
@@ -167,7 +170,10 @@ def distribution_row(
             "kernel": (metrics.kernel_distance, metrics.kernel_interval),
         }[kind]
         row["value"] = distance(truth, drawn)
-        row["interval"] = interval(truth, drawn, owner, seed)
+        if len(truth) < LEAST_RESAMPLED:
+            row["note"] = f"N = {len(truth)} is too small for an interval"
+        else:
+            row["interval"] = interval(truth, drawn, owner, seed)
     return row
 
 

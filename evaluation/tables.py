@@ -94,6 +94,8 @@ def _picture_cell(score: Row | None, paired: bool) -> str:
     cell = with_interval(score["value"], score["interval"])
     if paired:
         return f"{cell} · {number(score['other_stimulus'])}"
+    if "note" in score:
+        cell += f" ({score['note']})"
     if "bound" in score:  # what IS can reach at most, and what the stimuli themselves reach
         cell += f" of at most {score['bound']:.0f}; stimuli {number(score.get('stimuli'))}"
     return cell

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import metrics
+from evaluation import picture_scores, tables
 
 
 def _normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -264,3 +265,17 @@ def test_sign_flip_p_equals_scipy():
 def test_holm_corrects_as_published():
     assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert metrics.holm([0.9, 0.5]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["fid", "kid"])
+@pytest.mark.parametrize("n", [2, 4, 5, 7, 8])
+def test_few_pictures_are_told_instead_of_an_interval_of_nothing(name, n):
+    """Among 1000 draws of five stimuli some are one stimulus alone: KID of it is no number."""
+    truth, drawn = (torch.randn(n, 3, generator=torch.manual_seed(seed)) for seed in (0, 1))
+    row = picture_scores.distribution_row(name, truth, drawn, np.arange(n), 0)
+    assert np.isfinite(row["value"])
+    if n < 8:
+        assert row["interval"] is None
+        assert f"N = {n} is too small" in tables._picture_cell(row, paired=False)
+    else:
+        assert np.isfinite(row["interval"]).all() and "note" not in row
