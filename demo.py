@@ -111,6 +111,7 @@ def training(
     out: Path, seed: int, scale: Scale, name: str = "model", **more: object
 ) -> tuple[str, list[str]]:
     """Stage 2 into ``out/name``, with ``more`` of its flags."""
+    of_the_prior = {"noise_draws": 2} if more.get("aligner", "prior") == "prior" else {}
     given = {
         "data_path": out / "world" / "data",
         "clip_feature_path": out / "clip_features",
@@ -118,7 +119,7 @@ def training(
         "channels": POSTERIOR_CHANNELS,
         "time_window": TIME_WINDOW_S,
         "epochs": scale.epochs,
-        "noise_draws": 2,
+        **of_the_prior,
         "contrast_weight": 0.3,
         "val_every": 15,
         "batch_size": 64,
