@@ -220,6 +220,8 @@ def preprocess_parser() -> Parser:
     group.several("--events", type=Path, metavar="TABLE", per_call=True,
         help="CSV or TSV per recording: column stimulus (a picture of DATA) beside onset (s), "
         "sample or marker; default: *_events.tsv beside the recording, as in BIDS")
+    group.choose("--unit", choices=("V", "mV", "uV", "nV"), default=None,
+        help="of the numbers in the files, where these state none, or a wrong one")
     group.switch("--keep_bad_segments",
         help="keep trials in segments that the recording marks as BAD; those across a gap are "
         "always left out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import args
@@ -18,33 +18,20 @@ from datafiles.eeg_files import EEG_FOLDER, SIMULATED_NOTE
 from datafiles.published import OSF_SHAPE
 from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
 from preprocessing import quality
-from preprocessing.channels import THINGS_CHANNELS, eeg_names, refuse_missing, wanted_channels
+from preprocessing.amplitude import check_alike
+from preprocessing.channels import THINGS_CHANNELS, refuse_missing, wanted_channels
 from preprocessing.merging import merge_subject
 from preprocessing.own_recordings import own_subjects
-from preprocessing.reading import raw_files
-from preprocessing.recordings import Recorded, Subject, published_subjects
+from preprocessing.recordings import Recorded, RecordingSource, Subject, Take, published_subjects
 from preprocessing.sessions import Settings, check_distances, process_session
 from rundirs.directory import RunDirectory, open_run
-from rundirs.files import file_hash, read_json, write_json
+from rundirs.files import file_hash, json_hash, read_json, write_json
 from util import LOG, DataError, UserError
-
-
-@dataclass(frozen=True)
-class RecordingSource:
-    """Which recordings the flags of these names mean; without ``raw``, those of THINGS-EEG2."""
-
-    data_path: Path
-    raw: list[Path] | None
-    events: list[Path] | None
-    subjects: list[str] | None
-    sessions: int
 
 
 def find_subjects(source: RecordingSource) -> list[Subject]:
     """Whose recordings they are. Raises UserError / DataError."""
-    if source.raw:
-        return own_subjects(source.data_path, source.raw, source.events, source.subjects)
-    return published_subjects(source.data_path, source.subjects, source.sessions)
+    return own_subjects(source) if source.raw else published_subjects(source)
 
 
 def find_channels(
@@ -54,39 +41,46 @@ def find_channels(
     choice = asked.channels or [subjects[0].default_channels]
     if not source.raw:
         return wanted_channels(choice, THINGS_CHANNELS)
-    names: list[str] = []
-    for subject in subjects:
-        read: dict[str, Path] = {}
-        seen: dict[str, set[int]] = {partition: set() for partition in subject.rows}
-        for session in subject.sessions:
-            for take in session.takes:
-                recorded = take.open()
-                check_distances(recorded, asked)
-                refuse_twice(recorded, read)
-                eeg = eeg_names(recorded.raw)
-                names = names or wanted_channels(choice, eeg)
-                if not asked.interpolate_missing:
-                    has = {name.upper() for name in eeg}
-                    lost = [name for name in names if name.upper() not in has]
-                    refuse_missing(take.path, names, lost, eeg)
-                for partition, trials in recorded.trials.items():
-                    seen[partition] |= set(trials.conditions.tolist())
-        check_all_shown(subject, seen, source.data_path)
+    opened = [look(subject, asked, source.data_path) for subject in subjects]
+    every = [recorded for recordings in opened for recorded in recordings]
+    holding_none = {name for recorded in every for name in recorded.channels.left}
+    names = [name for name in every[0].channels.eeg if name not in holding_none]
+    names = wanted_channels(choice, names)
+    if not asked.interpolate_missing:
+        for recorded in every:
+            has = {name.upper() for name in recorded.channels.eeg}
+            refuse_missing(recorded, names, [name for name in names if name.upper() not in has])
     return names
 
 
-def refuse_twice(recorded: Recorded, read: dict[str, Path]) -> None:
+def look(subject: Subject, asked: Settings, data_path: Path) -> list[Recorded]:
+    """A subject's recordings, opened; what their headers and tables have wrong is refused."""
+    read: dict[str, Path] = {}
+    seen: dict[str, set[int]] = {partition: set() for partition in subject.rows}
+    found = []
+    for take in (take for session in subject.sessions for take in session.takes):
+        recorded = take.open()
+        check_distances(recorded, asked)
+        refuse_twice(take, read)
+        for partition, trials in recorded.trials.items():
+            seen[partition] |= set(trials.conditions.tolist())
+        found.append(recorded)
+    check_alike({recorded.path: recorded.amplitude_v for recorded in found})
+    check_all_shown(subject, seen, data_path)
+    return found
+
+
+def refuse_twice(take: Take, read: dict[str, Path]) -> None:
     """Raise DataError for a subject's recording that is another one's copy; note it in ``read``."""
-    for name in raw_files(recorded.raw):
-        content = file_hash(Path(name))
-        if content in read:
-            raise DataError(
-                recorded.path,
-                f"the same signal as {read[content]}",
-                "each recording once",
-                "name it once: its trials would stand in two places",
-            )
-        read[content] = recorded.path
+    content = json_hash(sorted(file_hash(file) for file in take.signal_files()))
+    if content in read:
+        raise DataError(
+            take.path,
+            f"the same signal as {read[content]}",
+            "each recording once",
+            "name it once: its trials would stand in two places",
+        )
+    read[content] = take.path
 
 
 def check_all_shown(subject: Subject, seen: Mapping[str, set[int]], data_path: Path) -> None:
@@ -153,10 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Preprocess all subjects, or go on, or do nothing for those that are finished."""
     options = args.resolve("preprocess", argv)
     source = options.settings(RecordingSource)
-    subjects = find_subjects(source)
-    settings = session_settings(options.settings(Settings), source, subjects)
     root = Path(options.values.output_path or source.data_path) / EEG_FOLDER
-    inputs = {subject.name: subject.inputs() for subject in subjects}
+    with util.foreign_errors_logged(root / "log.txt"):
+        subjects = find_subjects(source)
+        settings = session_settings(options.settings(Settings), source, subjects)
+        inputs = {subject.name: subject.inputs() for subject in subjects}
     plan = [
         f"{subject.name}: cut {len(subject.sessions)} sessions to {len(settings.channels)} "
         f"channels x {settings.kept} samples at {settings.rate:g} Hz, {settings.dtype}"

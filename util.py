@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -9,8 +10,9 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,8 @@ _SURROUNDINGS = {  # what no program can mend: expected, cure
 def _tell(error: StageError) -> None:
     if _LOG_HANDLERS:
         LOG.error("error: %s", error)
+        if error.__cause__ is not None:  # what a library raised: for its makers, in the file only
+            LOG.debug("%s", "".join(traceback.format_exception(error.__cause__)).rstrip())
     else:  # before a run directory was opened
         sys.stderr.write(f"error: {error}\n")
 
@@ -126,15 +130,28 @@ _LOG_HANDLERS: list[logging.Handler] = []  # ours; others may listen too
 def start_log(path: Path | None) -> None:
     """Log to stderr and, with ``path``, append to that file."""
     _close_log()
-    LOG.setLevel(logging.INFO)
+    LOG.setLevel(logging.DEBUG)
     LOG.propagate = False
     handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers[0].setLevel(logging.INFO)
     if path is not None:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOG.addHandler(handler)
         _LOG_HANDLERS.append(handler)
+
+
+@contextlib.contextmanager
+def foreign_errors_logged(path: Path) -> Iterator[None]:
+    """Before a run is opened: an error with a library's as its cause goes to this file, too."""
+    try:
+        yield
+    except StageError as error:
+        if error.__cause__ is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            start_log(path)
+        raise
 
 
 def claim_log() -> None:

@@ -88,6 +88,8 @@ def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:
     if values.band_pass and values.band_pass[0] >= values.band_pass[1]:
         low, high = values.band_pass
         parser.error(f"--band_pass {low} {high}: LOW_HZ must be below HIGH_HZ")
+    if values.unit and not values.raw:
+        parser.error("--unit belongs to your own recordings: name them with --raw")
     if values.events and not values.raw:
         parser.error("--events belongs to your own recordings: name them with --raw")
     if values.events and len(values.events) != len(values.raw):

@@ -22,8 +22,9 @@ from datafiles.eeg_files import (
     check_rows,
     eeg_file,
     list_subjects,
+    stored_unit,
 )
-from datafiles.electrodes import grade
+from datafiles.electrodes import LEAST_V, MOST_V, OTHER_SCALE, grade
 from datafiles.feature_bank import open_bank
 from datafiles.findings import NAMED, Findings, some, spaced
 from datafiles.pictures import PictureError, picture_size, read_picture
@@ -35,8 +36,9 @@ from util import DataError
 SAMPLED_TRIALS = 512  # of a file, whose every value is looked at
 COMPARED_TRIALS = 4000  # of a file, of which three channels' first samples are
 SAMPLED_PICTURES = 500  # of a partition, whose headers are read
-SCALE = (1e-9, 1e5)  # standard deviations from nanovolts in volts to millivolts in microvolts
-OTHER_SCALE = 100.0  # between two files: another unit
+# standard deviations: of volts as where they are preprocessed; of files of an unknown unit from
+# there to the same in microvolts
+SCALES = {"V": (LEAST_V, MOST_V), "": (LEAST_V, 1e6 * MOST_V), "whitened": (1e-2, 1e2)}
 OTHER_PICTURES = (".gif", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
 Stimuli = dict[str, list[Stimulus]]
 Recordings = dict[str, dict[str, Recording]]  # subject -> partition
@@ -197,7 +199,8 @@ def _describe(name: str, own: dict[str, Recording], simulated: bool, findings: F
         f"{name}: {', '.join(parts)}; {len(one.channels)} channels; {one.times[0]:.3f} to "
         f"{one.times[-1]:.3f} s{rate}; {one.eeg.dtype}{mark}"
     )
-    strange = [channel for channel in one.channels if electrodes.region(channel) is None]
+    regions = electrodes.region_by_channel(one.channels)
+    strange = [channel for channel, region in regions.items() if region is None]
     if strange:
         findings.notes.append(f"{name}: channels without a known region: {some(strange)}")
     if len(own) == len(PARTITIONS) and own["test"].eeg.shape[1] < own["training"].eeg.shape[1]:
@@ -280,10 +283,12 @@ def _judge_amplitude(recording: Recording, deviations: np.ndarray, findings: Fin
             "a signal in every channel",
             "leave them out of --channels, or rebuild them (preprocess.py --interpolate_missing)",
         )
-    if not SCALE[0] <= middle <= SCALE[1]:
+    unit = stored_unit(recording.path)
+    low, high = SCALES[unit]
+    if not low <= middle <= high:
         findings.problem(
             recording.path,
-            f"a standard deviation of {middle:.3g}",
+            f"a standard deviation of {middle:.3g}{' V' if unit == 'V' else ''}",
             "about 1 (whitened), 1e-5 (volts) or 10 (microvolts)",
             "check the unit that the recording was exported in",
         )

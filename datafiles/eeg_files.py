@@ -271,6 +271,18 @@ def average_trials(recording: Recording, signal: Signal) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.float32, copy=False))
 
 
+def stored_unit(path: Path) -> str:
+    """Of a subject's file or folder: ``whitened`` or ``V``, as preprocess.py noted; else empty."""
+    folder = path if path.is_dir() else path.parent
+    noted = folder / "options.json"
+    if not noted.is_file():  # downloaded
+        return ""
+    record = read_json(noted)
+    options = record.get("options") if isinstance(record, dict) else None
+    whiten = options.get("whiten") if isinstance(options, dict) else None
+    return "whitened" if whiten is True else "V" if whiten is False else ""
+
+
 def is_simulated(data_path: Path | None) -> bool:
     """Whether a subject below DATA carries the simulator's own note: nobody was recorded."""
     return data_path is not None and any(

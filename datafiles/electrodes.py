@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -27,38 +28,95 @@ def region(channel: str) -> str | None:
     return next((name for name, prefixes in REGIONS.items() if letters in prefixes), None)
 
 
+def region_by_channel(channels: Sequence[str]) -> dict[str, str | None]:
+    """{channel: its region, or None}; banks' names (``C3`` of BioSemi) tell no region."""
+    banks = is_banked(channels)
+    return {name: None if banks else region(name) for name in channels}
+
+
 def regions_of(channels: Sequence[str]) -> dict[str, list[str]]:
     """{region: its channels}, front to back; regions without a channel are left out."""
-    found = {name: [item for item in channels if region(item) == name] for name in REGIONS}
+    of = region_by_channel(channels)
+    found = {name: [item for item in channels if of[item] == name] for name in REGIONS}
     return {name: members for name, members in found.items() if members}
 
 
-@functools.lru_cache(maxsize=1)
-def _montage_positions() -> dict[str, np.ndarray]:
+@functools.cache
+def _montage_positions(name: str = "") -> dict[str, np.ndarray]:
+    """Of a montage of MNE, in its order; of the 10-05 system without a name."""
     import mne  # slow to import, so only when positions are asked for
 
     # "standard_1005" was renamed in MNE 1.13: same positions, and the old name is to disappear
-    names = ("colin27_1005", "standard_1005")
-    name = next(name for name in names if name in mne.channels.get_builtin_montages())
-    return mne.channels.make_standard_montage(name).get_positions()["ch_pos"]
+    names = (name,) if name else ("colin27_1005", "standard_1005")
+    found = next(name for name in names if name in mne.channels.get_builtin_montages())
+    return mne.channels.make_standard_montage(found).get_positions()["ch_pos"]
+
+
+# ---------------------------------------------------------------- BioSemi's banks
+
+BANK_PINS = 32
+LEAST_BANKED = 8  # names that no other system has, before C3 and F4 are taken for banks' names
+# {channels: letters of the banks, MNE's montage}; the montages list the places bank by bank
+CAPS = {
+    16: ("A", "biosemi16"),
+    32: ("A", "biosemi32"),
+    64: ("AB", "biosemi64"),
+    128: ("ABCD", "biosemi128"),
+    160: ("ABCDE", "biosemi160"),
+    256: ("ABCDEFGH", "biosemi256"),
+}
+
+
+def is_bank_name(channel: str) -> bool:
+    """Whether it may be a pin of BioSemi's cables: ``A1`` to ``H32``."""
+    return re.fullmatch(r"[A-H]([1-9]|[12]\d|3[0-2])", channel) is not None
+
+
+def is_banked(channels: Sequence[str]) -> bool:
+    """Whether channels bear the names of BioSemi's cables: ``C3`` is then no 10-05 name."""
+    own = {name for name in channels if is_bank_name(name)}
+    known = {name.upper() for name in _montage_positions()}
+    return len(own - known) >= LEAST_BANKED and 2 * len(own) > len(channels)
+
+
+def _cap_positions(channels: Sequence[str]) -> dict[str, np.ndarray]:
+    """Places of the cap that has just these pins; none where no cap has."""
+    own = [name for name in channels if is_bank_name(name)]
+    if len(own) not in CAPS:
+        return {}
+    letters, montage = CAPS[len(own)]
+    pins = [f"{letter}{pin}" for letter in letters for pin in range(1, BANK_PINS + 1)][: len(own)]
+    if set(pins) != set(own):
+        return {}
+    return dict(zip(pins, _montage_positions(montage).values(), strict=True))
+
+
+# ---------------------------------------------------------------- places and names
 
 
 def positions(channels: Sequence[str]) -> dict[str, np.ndarray]:
-    """{channel: [3] in metres, x right, y front, z up} of the channels that 10-05 knows.
+    """{channel: [3] in metres, x right, y front, z up} of the channels whose places are known.
 
-    Names are matched whatever their case, as recorders differ in it (``FP1``, ``Fp1``).
+    By the 10-05 system, whatever the case, as recorders differ in it (``FP1``, ``Fp1``); by
+    BioSemi's caps, where the names are those of its cables.
     """
+    if is_banked(channels):
+        return _cap_positions(channels)
     known = {name.upper(): place for name, place in _montage_positions().items()}
     return {name: known[name.upper()] for name in channels if name.upper() in known}
 
 
 def standard_names(channels: Sequence[str]) -> dict[str, str]:
     """{channel: its 10-05 spelling} of the channels that 10-05 knows (``FP1`` -> ``Fp1``)."""
+    if is_banked(channels):
+        return {}
     spelling = {name.upper(): name for name in _montage_positions()}
     return {name: spelling[name.upper()] for name in channels if name.upper() in spelling}
 
 
 FLAT, NOISY = 1e-4, 5.0  # times the median amplitude of the channels
+LEAST_V, MOST_V = 1e-9, 1e-2  # a recording's amplitude; EEG has some 1e-5 V
+OTHER_SCALE = 100.0  # times another file's: another unit
 
 
 def grade(amplitude: Mapping[str, float]) -> tuple[list[str], list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,13 @@ import numpy as np
 
 from datafiles import electrodes
 from datafiles.electrodes import grade
+from preprocessing.hints import explained
 from util import DataError, UserError, repeated
 
 if TYPE_CHECKING:
     import mne
+
+    from preprocessing.recordings import Recorded
 
 # fmt: off
 THINGS_CHANNELS = (
@@ -27,9 +30,6 @@ THINGS_CHANNELS = (
 )
 # fmt: on
 POSTERIOR = tuple(name for name in THINGS_CHANNELS if re.match("O|P", name))
-_BODY = re.compile(
-    r"[HV]?E[OCM]G", re.IGNORECASE
-)  # eyes, heart, muscles: typed as EEG by recorders
 _OLD_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
 GROUPS = {"things": THINGS_CHANNELS, "posterior": POSTERIOR}
 ALL = "all"
@@ -40,12 +40,6 @@ def plain_name(name: str) -> str:
     """A recorder's channel name without its ornaments, T3-T6 by their newer names."""
     short = re.sub(r"^EEG[ _-]+|[-_ ](REF|LE|AVG)$|\.+$", "", name.strip(), flags=re.IGNORECASE)
     return _OLD_NAMES.get(short.upper(), short)
-
-
-def eeg_names(raw: mne.io.BaseRaw) -> list[str]:
-    """Channels of type EEG, without those named after eyes, heart or muscles."""
-    pairs = zip(raw.ch_names, raw.get_channel_types(), strict=True)
-    return [name for name, kind in pairs if kind == "eeg" and not _BODY.match(name)]
 
 
 def check_unique(path: Path, names: Sequence[str]) -> None:
@@ -63,14 +57,23 @@ def check_unique(path: Path, names: Sequence[str]) -> None:
         )
 
 
-def rename_channels(raw: mne.io.BaseRaw, path: Path) -> None:
-    """Give EEG channels their 10-05 names: ``EEG FP1-REF`` and ``Fp1.`` -> ``Fp1``."""
+def rename_channels(raw: mne.io.BaseRaw, path: Path) -> dict[str, str]:
+    """Give EEG channels their 10-05 names: ``EEG FP1-REF`` and ``Fp1.`` -> ``Fp1``; new by old."""
     check_unique(path, raw.ch_names)
-    plain = {name: plain_name(name) for name in eeg_names(raw)}
+    kinds = zip(raw.ch_names, raw.get_channel_types(), strict=True)
+    plain = {name: plain_name(name) for name, kind in kinds if kind == "eeg"}
     standard = electrodes.standard_names(list(plain.values()))
     new = {name: standard.get(short, short) for name, short in plain.items()}
     check_unique(path, [*new.values(), *(name for name in raw.ch_names if name not in new)])
     raw.rename_channels(new, verbose="error")
+    return new
+
+
+def by_name(choice: Sequence[str] | None) -> tuple[str, ...]:
+    """The channels that ``--channels`` names one by one; none for a group or all."""
+    if not choice or (len(choice) == 1 and choice[0] in (ALL, *GROUPS)):
+        return ()
+    return tuple(choice)
 
 
 def wanted_channels(choice: Sequence[str], available: Sequence[str]) -> list[str]:
@@ -95,6 +98,7 @@ class ChannelReader:
     """
 
     raw: mne.io.BaseRaw
+    path: Path
     names: list[str]
     picks: list[int]
     flat: list[str]
@@ -112,12 +116,12 @@ class ChannelReader:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """float64 [C, stop - start] in volts."""
-        return self.raw.get_data(picks=self.picks, start=start, stop=stop, verbose="error")
+        with explained(self.path):
+            return self.raw.get_data(picks=self.picks, start=start, stop=stop, verbose="error")
 
 
 def prepare(
-    raw: mne.io.BaseRaw,
-    path: Path,
+    recorded: Recorded,
     wanted: Sequence[str],
     interpolate: bool,
     reference: Sequence[str] | None,
@@ -127,21 +131,24 @@ def prepare(
 
     Without any of the latter the recording is neither copied nor loaded.
     """
-    eeg = eeg_names(raw)
+    raw, path, eeg = recorded.raw, recorded.path, recorded.channels.eeg
     actual = {name.upper(): name for name in eeg}
     lost = [name for name in wanted if name.upper() not in actual]
-    if not interpolate:
-        refuse_missing(path, wanted, lost, eeg)
     read = [actual[name.upper()] for name in wanted if name.upper() in actual]
-    flat, noisy = grade(survey(raw, path, read))
+    with explained(path):
+        flat, noisy = grade(survey(raw, path, read))
+    strange = {name: why for name, why in recorded.suspects.items() if name in read}
     if not interpolate:
+        refuse_missing(recorded, wanted, lost)
         refuse_flat(path, flat)
+        refuse_strange(path, strange)
     bad = [name for name in raw.info["bads"] if name in read]
-    rebuilt = [*lost, *dict.fromkeys([*flat, *bad])] if interpolate else []
+    rebuilt = [*lost, *dict.fromkeys([*flat, *bad, *strange])] if interpolate else []
     if rebuilt or reference or band_hz:
         useless = [name for name in raw.info["bads"] if name not in read]
         raw = raw.copy().pick([name for name in eeg if name not in useless], verbose="error")
-        raw.load_data(verbose="error")
+        with explained(path):
+            raw.load_data(verbose="error")
     if rebuilt:
         raw = rebuild(raw, path, lost, rebuilt)
     if reference:
@@ -149,19 +156,32 @@ def prepare(
     if band_hz:
         band_pass(raw, path, band_hz)
     picks = [raw.ch_names.index(actual.get(name.upper(), name)) for name in wanted]
-    return ChannelReader(raw, list(wanted), picks, flat, noisy, bad, rebuilt)
+    return ChannelReader(raw, path, list(wanted), picks, flat, noisy, bad, rebuilt)
 
 
-def refuse_missing(
-    path: Path, wanted: Sequence[str], lost: Sequence[str], eeg: Sequence[str]
-) -> None:
+def refuse_missing(recorded: Recorded, wanted: Sequence[str], lost: Sequence[str]) -> None:
     """Raise DataError if there are ``lost`` channels."""
     if lost:
+        eeg, left = recorded.channels.eeg, recorded.channels.left
+        others = "; ".join(f"{name} ({why})" for name, why in list(left.items())[:8])
         raise DataError(
-            path,
-            f"no channel {', '.join(lost)}; it has {', '.join(eeg) or 'no EEG'}",
+            recorded.path,
+            f"no channel {', '.join(lost)}; it has {', '.join(eeg) or 'no EEG'}"
+            + (f"; no EEG are {others}" if left else ""),
             f"the {len(wanted)} channels of --channels",
             "choose others with --channels, or rebuild them with --interpolate_missing",
+        )
+
+
+def refuse_strange(path: Path, strange: Mapping[str, str]) -> None:
+    """Raise DataError for channels with an electrode's name that hold something else."""
+    if strange:
+        raise DataError(
+            path,
+            f"channels that hold no EEG: {', '.join(f'{n} ({w})' for n, w in strange.items())}",
+            "a signal of an electrode in every channel",
+            "leave them out with --channels, or rebuild them with --interpolate_missing; who names "
+            "them one by one in --channels keeps them",
         )
 
 
@@ -196,13 +216,27 @@ def survey(raw: mne.io.BaseRaw, path: Path, names: Sequence[str]) -> dict[str, f
     return dict(zip(names, np.sqrt(total / raw.n_times).tolist(), strict=True))
 
 
+def places_of(raw: mne.io.BaseRaw, lost: Sequence[str]) -> dict[str, np.ndarray]:
+    """{channel: [3] in metres}: as the file has them if it has all, else by their names.
+
+    A channel that is not in the file has no place there, so that all are taken by name.
+    """
+    montage = raw.get_montage()
+    own = {} if montage is None else montage.get_positions()["ch_pos"]
+    own = {name: place for name, place in own.items() if np.isfinite(place).all()}
+    spread = len({tuple(np.round(place, 6)) for place in own.values()}) == len(own)
+    if not lost and spread and all(name in own for name in raw.ch_names):
+        return own
+    return electrodes.positions([*raw.ch_names, *lost])
+
+
 def rebuild(
     raw: mne.io.BaseRaw, path: Path, lost: Sequence[str], rebuilt: Sequence[str]
 ) -> mne.io.BaseRaw:
-    """Interpolate channels by spherical splines from the others' 10-05 places. Raises DataError."""
+    """Interpolate channels by spherical splines from the others' places. Raises DataError."""
     import mne
 
-    known = electrodes.positions([*raw.ch_names, *lost])
+    known = places_of(raw, lost)
     usable = [name for name in raw.ch_names if name in known and name not in rebuilt]
     homeless = [name for name in rebuilt if name not in known]
     if homeless or len(usable) < len(rebuilt):
@@ -210,8 +244,9 @@ def rebuild(
             path,
             f"{', '.join(homeless or rebuilt)} to rebuild from {len(usable)} channels of known "
             "place",
-            "names of the 10-05 system, and no more rebuilt than recorded channels",
-            "choose fewer channels with --channels",
+            "places in the file, names of the 10-05 system or of a whole BioSemi cap, and no more "
+            "rebuilt than recorded channels",
+            "choose fewer channels with --channels, or save the places in the recording",
         )
     whole = raw.copy().pick([name for name in raw.ch_names if name in known], verbose="error")
     if lost:

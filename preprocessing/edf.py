@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,13 +15,14 @@ PAUSE_S = 1e-3  # records' own times are written in steps of microseconds or so
 
 
 @dataclass(frozen=True)
-class Header:
-    """``sizes``: bytes of each signal in a record; ``labels``: their names; ``pauses``: EDF+D."""
+class EdfHeader:
+    """``sizes``: bytes of each signal in a record; ``labels``, ``units``; ``pauses``: EDF+D."""
 
     start: int
     records: int
     record_s: float
     labels: list[str]
+    units: list[str]
     sizes: list[int]
     pauses: bool
 
@@ -29,12 +31,16 @@ class Header:
         return sum(self.sizes)
 
 
+def is_one(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
 def check_records(path: Path) -> None:
     """Raise DataError for a file that is shorter than its header says, or that has pauses.
 
     Times of events in a file with pauses (EDF+D) are those of the day, not those of the samples.
     """
-    if path.suffix.lower() not in SUFFIXES:
+    if not is_one(path):
         return
     with open(path, "rb") as file:
         header = _read_header(file, SUFFIXES[path.suffix.lower()])
@@ -45,18 +51,19 @@ def check_records(path: Path) -> None:
             _check_pauses(path, header, file)
 
 
-def _read_header(file: BinaryIO, sample_bytes: int) -> Header | None:
+def _read_header(file: BinaryIO, sample_bytes: int) -> EdfHeader | None:
     """None where it is none."""
     main = file.read(256)
     try:
-        count = int(main[252:256])
+        count = max(0, int(main[252:256]))
         names, rest = file.read(16 * count), file.read(240 * count)
         sizes = [int(rest[200 * count + 8 * i : 200 * count + 8 * (i + 1)]) for i in range(count)]
-        return Header(
+        return EdfHeader(
             int(main[184:192]),
             int(main[236:244]),
-            float(main[244:252]),
+            float(main[244:252].replace(b",", b".")),
             [names[16 * i : 16 * (i + 1)].decode("latin-1").strip() for i in range(count)],
+            [_text(rest, 80 * count, i) for i in range(count)],
             [size * sample_bytes for size in sizes],
             main[192:197] in (b"EDF+D", b"BDF+D"),
         )
@@ -64,7 +71,48 @@ def _read_header(file: BinaryIO, sample_bytes: int) -> Header | None:
         return None
 
 
-def _check_length(path: Path, header: Header, size: int) -> None:
+def _text(rest: bytes, begin: int, index: int) -> str:
+    """An entry of 8 bytes of a column."""
+    return rest[begin + 8 * index : begin + 8 * (index + 1)].decode("latin-1").strip()
+
+
+def stated_units(path: Path) -> dict[str, str]:
+    """{signal: its unit as written} of an EDF or BDF file; {} of another."""
+    if not is_one(path):
+        return {}
+    with open(path, "rb") as file:
+        header = _read_header(file, SUFFIXES[path.suffix.lower()])
+    if header is None:
+        return {}
+    pairs = zip(header.labels, header.units, strict=True)
+    return {name: unit for name, unit in pairs if not name.endswith(" Annotations")}
+
+
+def annotation_encoding(path: Path) -> str:
+    """``utf8``, as EDF+ has it, or ``latin1`` where a recorder has written something else."""
+    with open(path, "rb") as file:
+        header = _read_header(file, SUFFIXES[path.suffix.lower()])
+        if header is None:
+            return "utf8"
+        for begin, size in _annotation_places(header):
+            file.seek(begin)
+            try:
+                file.read(size).decode("utf8")
+            except UnicodeDecodeError:
+                return "latin1"
+    return "utf8"
+
+
+def _annotation_places(header: EdfHeader) -> Iterator[tuple[int, int]]:
+    """(begin, bytes) of the annotations of every record."""
+    own = [i for i, label in enumerate(header.labels) if label.endswith(" Annotations")]
+    for record in range(header.records if header.record_bytes else 0):
+        for i in own:
+            before = header.start + record * header.record_bytes + sum(header.sizes[:i])
+            yield before, header.sizes[i]
+
+
+def _check_length(path: Path, header: EdfHeader, size: int) -> None:
     if header.records < 0 or not header.record_bytes:  # -1: the recorder did not count them
         return
     there = (size - header.start) / header.record_bytes
@@ -77,7 +125,7 @@ def _check_length(path: Path, header: Header, size: int) -> None:
         )
 
 
-def _check_pauses(path: Path, header: Header, file: BinaryIO) -> None:
+def _check_pauses(path: Path, header: EdfHeader, file: BinaryIO) -> None:
     """Compare the time that each record states with the one it has without pauses."""
     places = [i for i, label in enumerate(header.labels) if label.endswith(" Annotations")]
     if not places:

@@ -15,11 +15,12 @@ import util
 from datafiles.eeg_files import EEG_FILE
 from datafiles.stimuli import PARTITIONS
 from preprocessing import quality
+from preprocessing.amplitude import check_alike
 from preprocessing.recordings import Subject
 from preprocessing.sessions import SessionTrials, Settings, part_path
 from preprocessing.whitening import whitener
 from rundirs.directory import RunDirectory
-from rundirs.files import atomic_write
+from rundirs.files import atomic_write, read_json
 from util import LOG, DataError
 
 
@@ -153,6 +154,8 @@ def write_streamed(
 def merge_subject(subject: Subject, settings: Settings, run: RunDirectory) -> None:
     """Whiten, join and write both partitions, and what to look at."""
     folder = run.path / "parts"
+    rows = [row for path in sorted(folder.glob("ses-*.json")) for row in read_json(path)]
+    check_alike({f"{subject.name} {row['session']}": row["amplitude_uv"] / 1e6 for row in rows})
     parts = {
         partition: {
             session.name: SessionTrials.load(part_path(folder, session, partition))

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datafiles import electrodes
 from datafiles.eeg_files import SIMULATED_NOTE
-from preprocessing.channels import ALL
+from preprocessing.amplitude import check_amplitude, in_volts
+from preprocessing.brainvision import BrainVisionHeader
+from preprocessing.channels import ALL, by_name
 from preprocessing.events import EventTable, Pictures, onset_of, pictures_by_partition, read_table
+from preprocessing.hints import explained
 from preprocessing.reading import import_mne_bids, raw_files, read_raw
-from preprocessing.recordings import Recorded, Session, Subject, Trials
+from preprocessing.recordings import Recorded, RecordingSource, Session, Subject, Trials
+from preprocessing.signals import Sorted, glance, sort_by_name
 from preprocessing.timeline import annotated, trigger_codes
 from util import DataError, UserError
 
@@ -26,26 +31,36 @@ if TYPE_CHECKING:
 class OwnTake:
     """A file that MNE reads, its table of events, and the pictures that it names.
 
-    ``bids``: the folder, if it lies in one.
+    ``bids``: the folder, if it lies in one; ``named``: channels that were asked for by name;
+    ``unit``: of --unit.
     """
 
     path: Path
     table: Path
     pictures: Pictures
     bids: Path | None = None
+    named: Sequence[str] = ()
+    unit: str | None = None
 
     def files(self) -> list[Path]:
-        markers = self.path.with_suffix(".vmrk")  # BrainVision has three files, MNE names one
-        read = [self.path, *map(Path, raw_files(self._read())), self.table]
-        return list(dict.fromkeys([*read, markers] if markers.exists() else read))
+        """Signal, markers and table: whatever changes the trials."""
+        read = [self.path, *self.signal_files(), *self._markers(), self.table]
+        return list(dict.fromkeys(file for file in read if file.is_file()))
 
-    def _read(self) -> mne.io.BaseRaw:
-        return read_raw(self.path, self.bids)
+    def signal_files(self) -> list[Path]:
+        return raw_files(read_raw(self.path, self.bids, self.unit).raw)
+
+    def _markers(self) -> list[Path]:
+        """BrainVision has three files, MNE names one of them."""
+        if self.path.suffix.lower() != ".vhdr":
+            return []
+        named = BrainVisionHeader.read(self.path).marker_file
+        return [named] if named is not None else []
 
     def open(self) -> Recorded:
-        """Its header and events; the signal is read when asked for. Raises DataError."""
-        raw = self._read()
-        events = read_table(self.table)
+        """Its header and events, and a glance at the signal. Raises DataError."""
+        opened = read_raw(self.path, self.bids, self.unit)
+        raw, events = opened.raw, read_table(self.table)
         shown, others = _shown_pictures(raw, events, self.path)
         dropped = {"without picture": events.skipped, "other marker": others}
         rows = [(*self.pictures.find(event, events), onset, event.line) for event, onset in shown]
@@ -55,8 +70,29 @@ class OwnTake:
             if own:
                 onsets, conditions, lines = np.array(sorted(own), np.int64).T
                 trials[name] = Trials(onsets, conditions, lines.tolist())
+        channels = sort_by_name(raw, self.named)
+        channels = in_volts(raw, self.path, opened.units, channels, self.unit)
+        with explained(self.path):
+            seen = glance(raw, channels.eeg, trials)
+        check_amplitude(self.path, seen.amplitude_v, opened.units)
+        channels, suspects = self._judge(channels, seen.suspects())
         markers = [event.when for event in events.shown] if events.kind == "marker" else []
-        return Recorded(raw, self.path, trials, dropped, self.table, markers)
+        return Recorded(
+            raw, self.path, trials, dropped, channels, seen.amplitude_v, suspects, self.table,
+            markers, opened.warnings,
+        )  # fmt: skip
+
+    def _judge(self, channels: Sorted, found: dict[str, str]) -> tuple[Sorted, dict[str, str]]:
+        """What holds no EEG is left out; electrodes that do so are suspects; what was named stays.
+
+        ``found``: {channel: why what is in it can be no EEG}.
+        """
+        named = {name.upper() for name in self.named}
+        places = electrodes.positions(channels.eeg)
+        doubted = {name: why for name, why in found.items() if name.upper() not in named}
+        suspects = {name: why for name, why in doubted.items() if name in places}
+        left = {name: why for name, why in doubted.items() if name not in places}
+        return channels.without(left), suspects
 
 
 def _shown_pictures(
@@ -104,34 +140,36 @@ def _markers(raw: mne.io.BaseRaw) -> list[tuple[str, int]]:
     return [(text, onset) for text, onset, _ in annotated(raw)] + trigger_codes(raw)
 
 
-def own_subjects(
-    data_path: Path,
-    files: Sequence[Path],
-    tables: Sequence[Path] | None,
-    wanted: Sequence[str] | None,
-) -> list[Subject]:
+def own_subjects(source: RecordingSource) -> list[Subject]:
     """One subject with a session per file, or the subjects of a BIDS folder.
 
     Raises UserError / DataError.
     """
-    pictures = pictures_by_partition(data_path)
+    files, wanted = source.raw or [], source.subjects or []
+    pictures = pictures_by_partition(source.data_path)
     if len(files) == 1 and (files[0] / "dataset_description.json").is_file():
-        return _bids_subjects(files[0], pictures, wanted)
-    if len(wanted or []) != 1 or not re.fullmatch(r"sub-[A-Za-z0-9]+", wanted[0]):
+        return _bids_subjects(source, pictures)
+    if len(wanted) != 1 or not re.fullmatch(r"sub-[A-Za-z0-9]+", wanted[0]):
         raise UserError(
             "--subjects",
             " ".join(wanted or ["(none)"]),
             "one name, as sub-01: --raw names one subject's recordings",
             "give --subjects sub-01",
         )
-    tables = tables or [beside(path) for path in files]
+    tables = source.events or [beside(path) for path in files]
     sessions = [
-        Session(f"ses-{number:02d}", [OwnTake(path, table, pictures)])
+        Session(f"ses-{number:02d}", [_take(source, path, table, pictures)])
         for number, (path, table) in enumerate(zip(files, tables, strict=True), start=1)
     ]
     notes = [path.parent / SIMULATED_NOTE for path in files]
     simulated = next((note for note in notes if note.exists()), None)
     return [_own_subject(wanted[0], sessions, pictures, simulated)]
+
+
+def _take(
+    source: RecordingSource, path: Path, table: Path, pictures: Pictures, bids: Path | None = None
+) -> OwnTake:
+    return OwnTake(path, table, pictures, bids, by_name(source.channels), source.unit)
 
 
 def beside(path: Path) -> Path:
@@ -147,7 +185,8 @@ def beside(path: Path) -> Path:
     return table
 
 
-def _bids_subjects(root: Path, pictures: Pictures, wanted: Sequence[str] | None) -> list[Subject]:
+def _bids_subjects(source: RecordingSource, pictures: Pictures) -> list[Subject]:
+    root, wanted = source.raw[0], source.subjects
     mne_bids = import_mne_bids()
     found = mne_bids.find_matching_paths(
         root,
@@ -159,7 +198,8 @@ def _bids_subjects(root: Path, pictures: Pictures, wanted: Sequence[str] | None)
     by_subject: dict[str, list[OwnTake]] = {}
     for path in sorted(item.fpath for item in found):
         name = path.name.split("_")[0]
-        by_subject.setdefault(name, []).append(OwnTake(path, beside(path), pictures, root))
+        take = _take(source, path, beside(path), pictures, root)
+        by_subject.setdefault(name, []).append(take)
     lost = [name for name in wanted or [] if name not in by_subject]
     if lost or not by_subject:
         raise UserError(

@@ -16,6 +16,8 @@ from rundirs.markdown import table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from preprocessing.recordings import Recorded
+
 TEXT, FIGURE = "quality.md", "evoked.png"
 REGION_COLOURS = {
     "frontal": "#9467bd",
@@ -30,6 +32,7 @@ REGION_COLOURS = {
 def record(
     session: str,
     partition: str,
+    recorded: Recorded,
     signal: ChannelReader,
     kept: int,
     dropped: Mapping[str, int],
@@ -47,6 +50,9 @@ def record(
         "noisy": signal.noisy,
         "bad": signal.bad,
         "rebuilt": signal.rebuilt,
+        "left_out": dict(recorded.channels.left),
+        "warnings": list(recorded.warnings),
+        "amplitude_uv": recorded.amplitude_v * 1e6,
         "peak_uv": float(np.abs(evoked).max() * 1e6),
     }
 
@@ -58,7 +64,17 @@ def _dropped(row: Mapping[str, Any]) -> str:
 
 def _channels(row: Mapping[str, Any]) -> str:
     named = ((kind, row[kind]) for kind in ("flat", "noisy", "bad", "rebuilt"))
-    return "; ".join(f"{kind} {' '.join(names)}" for kind, names in named if names) or "all good"
+    parts = [f"{kind} {' '.join(names)}" for kind, names in named if names] or ["all good"]
+    return "; ".join([*parts, *left_out(row["left_out"])])
+
+
+def left_out(channels: Mapping[str, str]) -> list[str]:
+    """What is no EEG, by reason: ``left out EXG1 EXG2 (named after something else)``."""
+    reasons = dict.fromkeys(channels.values())
+    return [
+        f"left out {' '.join(name for name in channels if channels[name] == why)} ({why})"
+        for why in reasons
+    ]
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -101,6 +117,9 @@ def write(
     written = [written_line(name, shape, parts[name]) for name, shape in shapes.items()]
     lines = [f"# {subject}: {len(channels)} channels{mark}", "", *written, ""]
     lines += table(head, cells)
+    told = dict.fromkeys(f"{row['session']}: {text}" for row in rows for text in row["warnings"])
+    if told:
+        lines += ["", "What the reader warned of:", "", *(f"- {text}" for text in told)]
     with atomic_write(folder / TEXT) as file:
         file.write("\n".join(lines) + "\n")
     draw_quality(folder / FIGURE, f"{subject}{mark}", channels, parts)
@@ -147,8 +166,9 @@ def draw_quality(
 def _butterfly(axes: Axes, channels: Sequence[str], parts: Sequence[Any]) -> None:
     evoked = np.mean([part.evoked for part in parts], axis=0) * 1e6
     seen = set()
+    regions = electrodes.region_by_channel(channels)
     for name, curve in zip(channels, evoked, strict=True):
-        region = electrodes.region(name)
+        region = regions[name]
         label = None if region in seen else region or "other"
         seen.add(region)
         axes.plot(parts[0].times, curve, color=REGION_COLOURS[region], lw=0.6, label=label)

@@ -1,77 +1,93 @@
-"""Recordings of any format that MNE reads, opened; whatever a reader raises is told."""
+"""Recordings of any format that MNE reads, opened; whatever a reader raises or warns of is told."""
 
 from __future__ import annotations
 
-import configparser
 import re
-import struct
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preprocessing import brainvision, edf
 from preprocessing.channels import check_unique, rename_channels
-from preprocessing.edf import check_records
+from preprocessing.hints import check_header, check_there, explained
 from util import DataError, UserError
 
 if TYPE_CHECKING:
     import mne
 
-_UNREADABLE = (  # what MNE's readers raise for damaged files
-    ValueError,
-    OSError,
-    RuntimeError,
-    LookupError,
-    ArithmeticError,
-    TypeError,
-    EOFError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-    UnboundLocalError,
-    configparser.Error,
-    re.error,
-    struct.error,
-)
+
+@dataclass(frozen=True)
+class OpenedRaw:
+    """A recording whose signal has not been read yet.
+
+    ``units``: {channel: as its header states it}, where it does; ``warnings``: of the reader.
+    """
+
+    raw: mne.io.BaseRaw
+    units: dict[str, str]
+    warnings: list[str]
 
 
-def read_raw(path: Path, bids: Path | None = None) -> mne.io.BaseRaw:
+def read_raw(path: Path, bids: Path | None = None, unit: str | None = None) -> OpenedRaw:
     """Open a recording of any format of MNE, its EEG channels by their 10-05 names.
 
-    Raises UserError for a missing file or package, DataError for an unreadable or odd one.
+    With ``unit``, channels of a unit that the reader does not know are EEG, too. Raises UserError
+    for a missing file or package, DataError for an unreadable or odd one.
     """
-    if not path.exists():
-        raise UserError("--raw", f"{path}: no such file", "a recording", "check the path")
+    check_there(path)
+    edf.check_records(path)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            raw = _open_any(path, bids)
+            with explained(path):
+                raw = _open_any(path, bids)
         except ImportError as error:
             raise UserError(
                 "--raw", f"{path}: {error}", "the package that reads this format", "pip install it"
-            ) from None
-        except _UNREADABLE as error:
+            ) from error
+        except DataError:  # it may be for a reason that can be told better
             _refuse_duplicates(path, told)
-            raise DataError(
-                path,
-                f"MNE cannot read it: {str(error).splitlines()[0] if str(error) else type(error)}",
-                "a whole recording: .vhdr, .edf, .bdf, .set, .fif or another format of MNE",
-                "copy it again with all files that belong to it, or convert it",
-            ) from None
+            raise
     _refuse_duplicates(path, told)
-    check_records(path)
+    check_header(path)
     check_files(raw, path, bids)
-    rename_channels(raw, path)
-    return raw
+    brainvision.check_data_length(path, raw.n_times)
+    units = _stated_units(path)
+    if unit:
+        _type_as_eeg(raw, units)
+    new = rename_channels(raw, path)
+    lines = dict.fromkeys(" ".join(str(one.message).split()) for one in told)
+    return OpenedRaw(raw, {new.get(name, name): text for name, text in units.items()}, list(lines))
 
 
 def _open_any(path: Path, bids: Path | None) -> mne.io.BaseRaw:
     import mne
 
+    extra = {"encoding": edf.annotation_encoding(path)} if edf.is_one(path) else {}
     if bids is None:
-        return mne.io.read_raw(path, preload=False, verbose="warning")
+        return mne.io.read_raw(path, preload=False, verbose="warning", **extra)
     mne_bids = import_mne_bids()
-    return mne_bids.read_raw_bids(mne_bids.get_bids_path_from_fname(path), verbose="warning")
+    where = mne_bids.get_bids_path_from_fname(path)
+    return mne_bids.read_raw_bids(where, extra_params=extra, verbose="warning")
+
+
+def _stated_units(path: Path) -> dict[str, str]:
+    """{channel: unit} of the formats whose units are free text."""
+    if path.suffix.lower() == ".vhdr":
+        return brainvision.BrainVisionHeader.read(path).units()
+    return edf.stated_units(path)
+
+
+def _type_as_eeg(raw: mne.io.BaseRaw, units: dict[str, str]) -> None:
+    """MNE calls BrainVision's channels of a unit that it does not know miscellaneous."""
+    misc = [
+        name
+        for name, kind in zip(raw.ch_names, raw.get_channel_types(), strict=True)
+        if kind == "misc" and name in units
+    ]
+    raw.set_channel_types(dict.fromkeys(misc, "eeg"), verbose="error")
 
 
 def _refuse_duplicates(path: Path, told: Sequence[warnings.WarningMessage]) -> None:
@@ -93,13 +109,20 @@ def import_mne_bids() -> Any:
     return mne_bids
 
 
-def raw_files(raw: mne.io.BaseRaw) -> list[str]:
-    return [str(name) for name in raw.filenames if name is not None]
+def raw_files(raw: mne.io.BaseRaw) -> list[Path]:
+    """The files of its signal; of a recording that is a folder, all files in it."""
+    named = [Path(name) for name in raw.filenames if name is not None]
+    return [
+        file
+        for path in named
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if file.is_file()
+    ]
 
 
 def check_files(raw: mne.io.BaseRaw, path: Path, bids: Path | None) -> None:
     """Raise DataError if a header sends the reader to a file outside the recording's folder."""
     home = (bids or path.parent).resolve()
     for name in raw_files(raw):
-        if not Path(name).parent.resolve().is_relative_to(home):
+        if not name.parent.resolve().is_relative_to(home):
             raise DataError(path, f"its data in {name}", f"files inside {home}", "put them there")

@@ -12,7 +12,9 @@ import numpy as np
 from datafiles.eeg_files import RAW_FOLDER, SIMULATED_NOTE
 from datafiles.published import array_in, list_in, read_pickled_dict, refuse_missing_keys
 from datafiles.stimuli import PARTITIONS
+from preprocessing.amplitude import check_amplitude
 from preprocessing.channels import check_unique
+from preprocessing.signals import Sorted, glance
 from rundirs.files import file_hash
 from util import DataError, UserError
 
@@ -47,18 +49,40 @@ class Trials:
 
 
 @dataclass(frozen=True)
+class RecordingSource:
+    """Which recordings the flags of these names mean; without ``raw``, those of THINGS-EEG2.
+
+    ``channels``: as asked; ``unit``: of the numbers in the files, where these are wrong or silent.
+    """
+
+    data_path: Path
+    raw: list[Path] | None
+    events: list[Path] | None
+    subjects: list[str] | None
+    sessions: int
+    channels: list[str] | None
+    unit: str | None
+
+
+@dataclass(frozen=True)
 class Recorded:
     """An opened recording, its trials by partition, and how many events are none, by reason.
 
-    ``table``: what names the events; ``markers``: texts that mean pictures.
+    ``channels``: EEG and what is none; ``suspects``: {EEG channel: why it can be none};
+    ``amplitude_v``; ``table``: what names the events; ``markers``: texts that mean pictures;
+    ``warnings``: of the reader.
     """
 
     raw: mne.io.BaseRaw
     path: Path
     trials: Mapping[str, Trials]
     dropped: Mapping[str, int]
+    channels: Sorted
+    amplitude_v: float
+    suspects: Mapping[str, str] = field(default_factory=dict)
     table: Path | None = None
     markers: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
 class Take(Protocol):
@@ -69,6 +93,8 @@ class Take(Protocol):
     def open(self) -> Recorded: ...
 
     def files(self) -> list[Path]: ...
+
+    def signal_files(self) -> list[Path]: ...
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,9 @@ class PublishedTake:
     def files(self) -> list[Path]:
         return [self.path]
 
+    def signal_files(self) -> list[Path]:
+        return [self.path]
+
     def open(self) -> Recorded:
         """Read a pickled dict without running it, and its events. Raises DataError."""
         import mne
@@ -136,7 +165,13 @@ class PublishedTake:
         is_target = events[:, 2] == TARGET
         kept = events[~is_target]
         trials = Trials(kept[:, 0].astype(np.int64), kept[:, 2].astype(np.int64) - 1)
-        return Recorded(raw, self.path, {self.partition: trials}, {"target": int(is_target.sum())})
+        of = {self.partition: trials}
+        kinds = zip(names, kinds, strict=True)
+        channels = Sorted([name for name, kind in kinds if kind == "eeg"], {})
+        amplitude_v = glance(raw, channels.eeg, of).amplitude_v
+        check_amplitude(self.path, amplitude_v, {})
+        dropped = {"target": int(is_target.sum())}
+        return Recorded(raw, self.path, of, dropped, channels, amplitude_v)
 
 
 def _published_content(path: Path) -> tuple[np.ndarray, list[str], list[str], float]:
@@ -168,11 +203,9 @@ def _published_content(path: Path) -> tuple[np.ndarray, list[str], list[str], fl
     return data, names, kinds, rate_hz
 
 
-def published_subjects(
-    data_path: Path, wanted: Sequence[str] | None, sessions: int
-) -> list[Subject]:
+def published_subjects(source: RecordingSource) -> list[Subject]:
     """The subjects below ``DATA/Raw_data``, with all their sessions. Raises DataError."""
-    root = Path(data_path) / RAW_FOLDER
+    root, wanted = Path(source.data_path) / RAW_FOLDER, source.subjects
     found = sorted(path.name for path in root.glob("sub-*") if path.is_dir())
     if not found:
         raise DataError(
@@ -184,7 +217,7 @@ def published_subjects(
     lost = [name for name in wanted or [] if name not in found]
     if lost:
         raise UserError("--subjects", ", ".join(lost), f"some of {', '.join(found)}", "mend them")
-    return [_published_subject(root / name, sessions) for name in wanted or found]
+    return [_published_subject(root / name, source.sessions) for name in wanted or found]
 
 
 def _published_subject(folder: Path, sessions: int) -> Subject:

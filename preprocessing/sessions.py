@@ -180,10 +180,11 @@ def process_session(
     records = []
     for take in session.takes:
         recorded = take.open()
+        for text in recorded.warnings:
+            LOG.warning("%s: %s", recorded.path, text)
         check_distances(recorded, settings)
         signal = prepare(
-            recorded.raw,
-            recorded.path,
+            recorded,
             settings.channels,
             settings.interpolate_missing,
             settings.reference,
@@ -242,7 +243,9 @@ def _partition(
     dropped["surplus"] = len(fitting.onsets) - len(kept)
     if partition == next(iter(recorded.trials)):  # events that are no trials are counted once
         dropped = dict(recorded.dropped) | dropped
-    return quality.record(session.name, partition, signal, len(kept), dropped, part.evoked)
+    return quality.record(
+        session.name, partition, recorded, signal, len(kept), dropped, part.evoked
+    )
 
 
 def whole_trials(
