@@ -76,7 +76,8 @@ def is_banked(channels: Sequence[str]) -> bool:
     """Whether channels bear the names of BioSemi's cables: ``C3`` is then no 10-05 name."""
     own = {name for name in channels if is_bank_name(name)}
     known = {name.upper() for name in _montage_positions()}
-    return len(own - known) >= LEAST_BANKED and 2 * len(own) > len(channels)
+    sure = {name for name in own - known if name[0] != "E"}  # E1, E2, ... are EGI's
+    return len(sure) >= LEAST_BANKED and 2 * len(own) > len(channels)
 
 
 def _cap_positions(channels: Sequence[str]) -> dict[str, np.ndarray]:

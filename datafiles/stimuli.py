@@ -15,7 +15,7 @@ from util import DataError
 
 PARTITIONS = ("training", "test")
 IMAGE_FOLDER = {partition: f"{partition}_images" for partition in PARTITIONS}
-PICTURES = (".png", ".jpg", ".jpeg")
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe")
 STIMULUS_COLUMNS = ("stimulus", "stim_file", "image", "picture")  # of users' tables
 
 
@@ -67,27 +67,77 @@ def list_stimuli(data_path: Path, partition: str) -> list[Stimulus]:
             f"pictures as {IMAGE_FOLDER[partition]}/NNNNN_concept/*.jpg",
             "give --data_path the folder that holds training_images/ and test_images/",
         )
-    found, links, others = [], [], []
     try:
-        for folder in _entries(root):
-            if folder.is_dir():
-                files = [file for file in _entries(folder) if Path(file).suffix.lower() in PICTURES]
-                links += [file for file in (folder, *files) if file.is_symlink()]
-                others += [file.path for file in files if not file.is_file()]
-                found += [
-                    Stimulus(f"{root.name}/{folder.name}/{file.name}", Path(file)) for file in files
-                ]
+        found, empty = _listed(root)
+        deeper = next(filter(None, map(_picture_below, empty)), None)
     except OSError as error:
         raise DataError(root, str(error), "folders that can be read", "check its rights") from None
-    for link in links:
-        _refuse_leaving(Path(link), root)
-    for file in others:
-        raise DataError(file, "a folder, or a link to nothing", "a picture", "remove it")
+    if deeper:
+        raise DataError(
+            root,
+            f"pictures a folder deeper than expected, e.g. {deeper}",
+            f"{root.name}/NNNNN_concept/*.jpg or *.png",
+            "move the folders of concepts up, so that they lie in it; empty folders may stay",
+        )
     if not found:
         raise DataError(
-            root, "no pictures", "NNNNN_concept/*.jpg or *.png", "unpack the stimuli there"
+            root,
+            f"no pictures{_other_files(root)}",
+            "NNNNN_concept/*.jpg or *.png",
+            "unpack the stimuli there; convert pictures of other kinds to PNG",
         )
     return found
+
+
+def _listed(root: Path) -> tuple[list[Stimulus], list[os.DirEntry[str]]]:
+    """The pictures, and the folders without any. Raises DataError for one that cannot be used."""
+    found, empty = [], []
+    for folder in _entries(root):
+        if not folder.is_dir():
+            continue
+        files = [file for file in _entries(folder) if Path(file).suffix.lower() in PICTURES]
+        empty += [] if files else [folder]
+        for link in (folder, *files):
+            if link.is_symlink():
+                _refuse_leaving(Path(link), root)
+        for file in files:
+            key = f"{root.name}/{folder.name}/{file.name}"
+            _refuse_undecodable(key)
+            if not file.is_file():
+                raise DataError(
+                    file.path, "a folder, or a link to nothing", "a picture", "remove it"
+                )
+            found.append(Stimulus(key, Path(file)))
+    return found, empty
+
+
+def _picture_below(folder: os.DirEntry[str]) -> str | None:
+    """A picture in a folder of this folder."""
+    below = (entry for entry in _entries(folder) if entry.is_dir())
+    return next(
+        (file.path for inner in below for file in _entries(inner)
+         if Path(file).suffix.lower() in PICTURES),
+        None,
+    )  # fmt: skip
+
+
+def _other_files(root: Path) -> str:
+    """For a message: what the folders hold instead of pictures."""
+    kinds = {path.suffix.lower() for path in root.glob("*/*") if path.is_file()}
+    return f"; there are {', '.join(sorted(kinds)[:5])}" if kinds else ""
+
+
+def _refuse_undecodable(key: str) -> None:
+    """Raise DataError for a name that is no UTF-8: no JSON, table or report can hold it."""
+    try:
+        key.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{key.split('/')[0]}: {os.fsencode(key)!r}",
+            "a name that is not in UTF-8",
+            "names in UTF-8",
+            "rename it; convmv -f latin1 -t utf8 does it for many",
+        ) from None
 
 
 def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:

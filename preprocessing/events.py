@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,12 +77,14 @@ def onset_of(event: Shown, table: EventTable) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value < 0:
+        comma = re.fullmatch(r"\d+,\d+", event.when)
         raise DataError(
             f"{table.path}, line {event.line}",
-            f"{table.kind} {event.when!r}",
+            f"{table.kind} {event.when!r}{', with a decimal comma' if comma else ''}",
             "seconds, or samples, since the recording began",
-            "mend the line; an event that is none has n/a as its stimulus",
-        )
+            f"write {event.when.replace(',', '.')}, and so in all lines" if comma
+            else "mend the line; an event that is none has n/a as its stimulus",
+        )  # fmt: skip
     return value
 
 
@@ -119,19 +122,28 @@ class Pictures:
             raise DataError(
                 where, f"{event.stimulus!r}, which may be {keys}", "one picture", "name its folder"
             )
+        raise self._unknown(event, asked, where)
+
+    def _unknown(self, event: Shown, asked: tuple[str, ...], where: str) -> DataError:
+        """Names the picture that is meant, where one is near: of another file type, or misspelt."""
         known = {
             "/".join(item.key.split("/")[-len(asked) :]): item.key
             for items in self.rows.values()
             for item in items
         }
-        near = difflib.get_close_matches("/".join(asked), known, n=1)
-        raise DataError(
+        text = "/".join(asked)
+        stems = {name.rsplit(".", 1)[0]: key for name, key in known.items()}
+        retyped = stems.get(text.rsplit(".", 1)[0])
+        near = difflib.get_close_matches(text, known, n=1)
+        perhaps = retyped or (known[near[0]] if near else None)
+        return DataError(
             where,
             f"unknown stimulus {event.stimulus!r}",
             f"one of the {sum(self.counts.values())} pictures below {self.data_path}"
-            + (f", perhaps {known[near[0]]}" if near else ""),
-            "mend the name, or put the picture there",
-        )
+            + (f", perhaps {perhaps}" if perhaps else ""),
+            f"write its file type as in DATA: {retyped}" if retyped
+            else "mend the name, or put the picture there",
+        )  # fmt: skip
 
     @cached_property
     def _by_file(self) -> dict[str, list[tuple[str, int, tuple[str, ...]]]]:

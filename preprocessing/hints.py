@@ -112,9 +112,9 @@ def why_unreadable(path: Path, error: BaseException) -> DataError:
 
 
 def check_header(path: Path) -> None:
-    """Raise DataError for a BrainVision header that MNE reads, and reads wrong."""
+    """Raise DataError for a BrainVision header that MNE reads, and reads wrong or in part."""
     if path.suffix.lower() == ".vhdr":
-        found = _decimal_comma(BrainVisionHeader.read(path))
+        found = _header_fault(path)
         if found:
             raise DataError(path, *found)
 

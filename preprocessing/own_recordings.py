@@ -48,7 +48,7 @@ class OwnTake:
         return list(dict.fromkeys(file for file in read if file.is_file()))
 
     def signal_files(self) -> list[Path]:
-        return raw_files(read_raw(self.path, self.bids, self.unit).raw)
+        return raw_files(read_raw(self.path, self.bids).raw)
 
     def _markers(self) -> list[Path]:
         """BrainVision has three files, MNE names one of them."""
@@ -59,7 +59,7 @@ class OwnTake:
 
     def open(self) -> Recorded:
         """Its header and events, and a glance at the signal. Raises DataError."""
-        opened = read_raw(self.path, self.bids, self.unit)
+        opened = read_raw(self.path, self.bids)
         raw, events = opened.raw, read_table(self.table)
         shown, others = _shown_pictures(raw, events, self.path)
         dropped = {"without picture": events.skipped, "other marker": others}

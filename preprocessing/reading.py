@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import mne
 
 
+_NO_VOLTAGES = ("C", "\u00b0C", "\u00b5S", "uS", "S", "ARU", "%", "N", "Pa", "lx", "m/s\u00b2")
+
+
 @dataclass(frozen=True)
 class OpenedRaw:
     """A recording whose signal has not been read yet.
@@ -30,11 +33,10 @@ class OpenedRaw:
     warnings: list[str]
 
 
-def read_raw(path: Path, bids: Path | None = None, unit: str | None = None) -> OpenedRaw:
+def read_raw(path: Path, bids: Path | None = None) -> OpenedRaw:
     """Open a recording of any format of MNE, its EEG channels by their 10-05 names.
 
-    With ``unit``, channels of a unit that the reader does not know are EEG, too. Raises UserError
-    for a missing file or package, DataError for an unreadable or odd one.
+    Raises UserError for a missing file or package, DataError for an unreadable or odd one.
     """
     check_there(path)
     edf.check_records(path)
@@ -55,8 +57,7 @@ def read_raw(path: Path, bids: Path | None = None, unit: str | None = None) -> O
     check_files(raw, path, bids)
     brainvision.check_data_length(path, raw.n_times)
     units = _stated_units(path)
-    if unit:
-        _type_as_eeg(raw, units)
+    _type_as_eeg(raw, units)
     new = rename_channels(raw, path)
     lines = dict.fromkeys(" ".join(str(one.message).split()) for one in told)
     return OpenedRaw(raw, {new.get(name, name): text for name, text in units.items()}, list(lines))
@@ -81,11 +82,14 @@ def _stated_units(path: Path) -> dict[str, str]:
 
 
 def _type_as_eeg(raw: mne.io.BaseRaw, units: dict[str, str]) -> None:
-    """MNE calls BrainVision's channels of a unit that it does not know miscellaneous."""
+    """MNE calls BrainVision's channels of a unit that it does not know miscellaneous.
+
+    Those of a unit that is known to be no voltage stay so.
+    """
     misc = [
         name
         for name, kind in zip(raw.ch_names, raw.get_channel_types(), strict=True)
-        if kind == "misc" and name in units
+        if kind == "misc" and units.get(name, "C") not in _NO_VOLTAGES
     ]
     raw.set_channel_types(dict.fromkeys(misc, "eeg"), verbose="error")
 

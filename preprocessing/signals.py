@@ -24,17 +24,18 @@ GLANCE_S = 0.8  # from the onset on, of each trial that is looked at
 GLANCED, PAIRED = 32, 8  # trials that are looked at; pictures of which two trials are
 FEW_VALUES = 16  # distinct ones; EEG has hundreds
 STEADY = 0.9  # share of samples after which a counter or a trigger changes by the same step, or not
+ROUNDED = 1e-5  # of the range: formats and units round what was equal
 IDENTICAL = 1e-5  # of the signal: difference between two trials of a picture
 MASTOIDS = ("A1", "A2", "M1", "M2")  # 10-05 knows them; they are references
 
 # what recorders call everything else; names of the 10-05 system are never compared with it
 _ELSEWHERE = re.compile(
     # anywhere in the name: eyes, heart, muscles, skin, pulse, breath, movement, triggers, device
-    r".*(E[OCM]G|EKG|GSR|EDA\b|PLETH|PPG|PULSE|RESP|THORA|ABDOM|AIRFLOW|SNORE|S[AP]O2|GYRO|ACCEL"
-    r"|MAGNETO|TRIG|MARKER|STATUS|EVENT|COUNTER|PACKET|SAMPLE|INTERPOL|QUALITY|IMPED|BATTERY"
+    r".*(E[OCM]G|EKG|GSR|EDA\b|PLET|PPG|PULSE|RESP|THORA|ABDOM|AIRFLOW|SNORE|S[AP]O2|GYRO|ACCEL"
+    r"|MAGNETO|AUX|TRIG|MARKER|STATUS|EVENT|COUNTER|PACKET|SAMPLE|INTERPOL|QUALITY|IMPED|BATTERY"
     r"|TIMESTAMP|PHOTO|DIODE|SENSOR|MASTOID|AUDIO|SOUND|JOYSTICK|KEYPAD|EAR ?LOBE).*"
     # the whole name, perhaps numbered
-    r"|(EXG|ANA|AUX|BIP|ERG|DC|GPIO|EXT|EXTRA|PD|LIGHT|HR|HEART|ACC|MAG|TEMP|MRK|MK|STIM?|TRG|DIN"
+    r"|(EXG|ANA|BIP|ERG|DC|GPIO|EXT|EXTRA|PD|LIGHT|HR|HEART|ACC|MAG|TEMP|MRK|MK|STIM?|TRG|DIN"
     r"|AIN|ADC|DIGI|CNT|COUNT|SYNC|TIME|MIC|EDA|SC|BVP|CQ|RAW_CQ|BAT|POS|POSITION|ANALOG|INPUT|EYE"
     r"|PUPIL|GAZE|LIGHTSENSOR)[ _-]*([A-Z]{0,3}|[A-Z]?\d*)"
     # mastoids and ears
@@ -129,10 +130,11 @@ class Glance:
 
 def _steady(windows: np.ndarray) -> str:
     """Why values [n, S] can be no EEG: too few of them, or a step that repeats."""
-    values = len(np.unique(windows))
+    grain = ROUNDED * np.ptp(windows) or 1.0
+    values = len(np.unique(np.round(windows / grain)))
     if values <= FEW_VALUES:
         return f"{values} distinct values"
-    _, counts = np.unique(np.diff(windows, axis=1), return_counts=True)
+    _, counts = np.unique(np.round(np.diff(windows, axis=1) / grain), return_counts=True)
     if counts.max() > STEADY * counts.sum():
         return "the same step from sample to sample: a trigger or a counter"
     return ""

@@ -117,10 +117,15 @@ CAP_32 = (
 # fmt: on
 
 
-def write_brainvision(folder: Path, raw: mne.io.BaseRaw, markers: np.ndarray) -> Path:
-    """A BrainVision recording (header, markers, float32 µV) as the format's description has it."""
+def write_brainvision(
+    folder: Path, raw: mne.io.BaseRaw, markers: np.ndarray, unit: str = "µV"
+) -> Path:
+    """A BrainVision recording (header, markers, float32 µV) as the format's description has it.
+
+    ``unit``: what the header says that the numbers are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    channels = "\n".join(f"Ch{i}={name},,1,µV" for i, name in enumerate(raw.ch_names, start=1))
+    channels = "\n".join(f"Ch{i}={name},,1,{unit}" for i, name in enumerate(raw.ch_names, start=1))
     (folder / "a.vhdr").write_text(
         "Brain Vision Data Exchange Header File Version 1.0\n\n[Common Infos]\nCodepage=UTF-8\n"
         "DataFile=a.eeg\nMarkerFile=a.vmrk\nDataFormat=BINARY\nDataOrientation=MULTIPLEXED\n"
@@ -148,11 +153,16 @@ def write_events(path: Path, head: str, rows: Sequence[str], ends: str = "\n") -
 
 
 def write_edf(
-    path: Path, raw: mne.io.BaseRaw, pauses: Mapping[int, float] | None = None, units: str = "uV"
+    path: Path,
+    raw: mne.io.BaseRaw,
+    pauses: Mapping[int, float] | None = None,
+    units: str = "uV",
+    note_text: bytes = b"",
 ) -> Path:
     """An EDF+ file of 1-s records of 16 bits, as the format's description has it.
 
-    ``pauses``: {record: s before it}, which make it EDF+D.
+    ``pauses``: {record: s before it}, which make it EDF+D; ``note_text``: an annotation in the
+    first record.
     """
     rate, records = round(raw.info["sfreq"]), raw.n_times // round(raw.info["sfreq"])
     names, reach_uv, note = [*raw.ch_names, "EDF Annotations"], 400.0, 32
@@ -174,7 +184,8 @@ def write_edf(
     for record in range(records):
         onset += (pauses or {}).get(record, 0.0)
         body.append(digital[:, record * rate : (record + 1) * rate].astype("<i2").tobytes())
-        body.append(f"+{onset:g}\x14\x14\0".encode().ljust(2 * note, b"\0"))
+        more = b"+0.5\x14" + note_text + b"\x14\0" if note_text and not record else b""
+        body.append((f"+{onset:g}\x14\x14\0".encode() + more).ljust(2 * note, b"\0"))
         onset += 1
-    path.write_bytes(text.encode("ascii") + b"".join(body))
+    path.write_bytes(text.encode("latin-1") + b"".join(body))
     return path
