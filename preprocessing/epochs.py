@@ -6,41 +6,43 @@ NumPy, MNE and scikit-learn only: worker processes import this, and torch would 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from preprocessing import whitening
+
+if TYPE_CHECKING:
+    import mne
 
 CHUNK = 256  # trials: 155 MB of 63 channels x 1201 samples while they are cut
 
 
 @dataclass(frozen=True)
 class Window:
-    """Seconds around the onset, the rate of the recording and the rate that is written."""
+    """Seconds around the onset, the rate of the recording and the rate that is written.
+
+    ``published``: resample as THINGS-EEG2's own code does, whose padding moves samples against
+    ``times`` (by 1 ms from 1000 to 250 Hz); else samples are where ``times`` says.
+    """
 
     start_s: float
     end_s: float
     raw_hz: float
     out_hz: float
+    published: bool = False
 
     @property
     def offsets(self) -> tuple[int, int]:
         """First and last sample of a trial relative to its onset, as MNE rounds them.
 
-        Where the two rates round to one sample less than is kept, some more are read.
+        Where the rate that is written is the higher one, the last sample to write may lie later.
         """
-        first, last = round(self.start_s * self.raw_hz), round(self.end_s * self.raw_hz)
-        while self._resampled(first, last) < self.kept:
-            last += 1
-        return first, last
-
-    def _resampled(self, first: int, last: int) -> int:
-        """Samples from the onset on, of those from ``first`` to ``last`` at the rate written."""
-        length = round((last - first + 1) * self.out_hz / self.raw_hz)
-        times = first / self.raw_hz + np.arange(length) / self.out_hz
-        return length - int(np.abs(times).argmin())
+        needed = math.ceil(round((self.kept - 1) * self.raw_hz / self.out_hz, 6))
+        return round(self.start_s * self.raw_hz), max(round(self.end_s * self.raw_hz), needed)
 
     @property
     def raw_samples(self) -> int:
@@ -50,6 +52,11 @@ class Window:
     def kept(self) -> int:
         """Samples after the onset: its own is the first, the one at ``end_s`` is left out."""
         return round(self.end_s * self.out_hz)
+
+    @property
+    def before(self) -> int:
+        """Samples of the baseline at the rate that is written."""
+        return math.floor(round(-self.offsets[0] * self.out_hz / self.raw_hz, 6))
 
     def fits(self, onsets: np.ndarray, samples: int) -> np.ndarray:
         """Whether each trial lies wholly inside a recording of that many samples: bool [n]."""
@@ -88,8 +95,7 @@ class Stretch:
 
 def cut_trials(piece: Stretch, window: Window, dtype: str) -> Chunk:
     """Cut, subtract the baseline and resample the trials of one piece."""
-    epochs = _epochs(piece, window)
-    data, times = epochs.get_data(copy=False), np.asarray(epochs.times)
+    data, times = resampled(_epochs(piece, window), window)
     onset = int(np.abs(times).argmin())
     trials = data[:, :, onset : onset + window.kept]
     sigma = np.zeros((trials.shape[1],) * 2)
@@ -101,7 +107,7 @@ def cut_trials(piece: Stretch, window: Window, dtype: str) -> Chunk:
     return Chunk(piece.rows, trials.astype(dtype), evoked, sigma, shown)
 
 
-def _epochs(piece: Stretch, window: Window) -> object:
+def _epochs(piece: Stretch, window: Window) -> mne.Epochs:
     import mne
 
     info = mne.create_info(len(piece.signal), window.raw_hz, "eeg")
@@ -118,9 +124,61 @@ def _epochs(piece: Stretch, window: Window) -> object:
     )
     if len(epochs) != len(piece.onsets):
         raise ValueError(f"{len(epochs)} of {len(piece.onsets)} trials lie inside the recording")
-    if window.out_hz != window.raw_hz:
-        epochs.resample(window.out_hz, verbose="error")
     return epochs
+
+
+def resampled(epochs: mne.Epochs, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    """(trials [n, C, B + T], times [B + T] in s) at the rate that is written."""
+    if window.published:
+        epochs.resample(window.out_hz, verbose="error")
+    if window.published or window.out_hz == window.raw_hz:
+        return epochs.get_data(copy=False), np.asarray(epochs.times)
+    data = epochs.get_data(copy=False)
+    grid = common_grid(window)
+    begin = grid.onset - window.before
+    trials = np.empty((*data.shape[:2], window.before + window.kept))
+    for row, trial in enumerate(data):  # one at a time: padded, it is three times as long
+        trials[row] = grid.resample(trial)[:, begin : begin + trials.shape[2]]
+    return trials, np.arange(-window.before, window.kept) / window.out_hz
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a trial is padded, so that both rates have a sample at its onset and one at its end.
+
+    ``left`` and ``right``: samples added; ``length``: samples after resampling; ``onset``: of it.
+    """
+
+    left: int
+    right: int
+    length: int
+    onset: int
+
+    def resample(self, trial: np.ndarray) -> np.ndarray:
+        """[C, S] -> [C, length], by the Fourier transform; the edges' values are repeated."""
+        from scipy.signal import resample
+
+        padded = np.pad(trial, ((0, 0), (self.left, self.right)), mode="edge")
+        return resample(padded, self.length, axis=1)
+
+
+def common_grid(window: Window) -> Grid:
+    """The padding, of half a trial to a trial and a half, under which both rates agree best.
+
+    For rates that are whole numbers it is exact; for 256.016 Hz the best is good to microseconds.
+    """
+    ratio, size = window.out_hz / window.raw_hz, window.raw_samples
+    choices = np.arange(size // 2, size // 2 + max(size, round(window.raw_hz)))
+    left = int(choices[_miss((choices - window.offsets[0]) * ratio).argmin()])
+    right = int(choices[_miss((left + size + choices) * ratio).argmin()])
+    return Grid(
+        left, right, round((left + size + right) * ratio), round((left - window.offsets[0]) * ratio)
+    )
+
+
+def _miss(samples: np.ndarray) -> np.ndarray:
+    """Distance from whole samples, below a millionth counted as none."""
+    return np.round(np.abs(samples - np.round(samples)), 6)
 
 
 def cut_all(pieces: Iterator[Stretch], window: Window, dtype: str, n_jobs: int) -> Iterator[Chunk]:

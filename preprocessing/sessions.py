@@ -20,6 +20,7 @@ from preprocessing.whitening import condition_weights
 from rundirs.files import atomic_write, write_json
 from util import LOG, DataError
 
+PUBLISHED_RATES_HZ = (1000.0, 250.0)  # of THINGS-EEG2: recorded, written
 PIECE_S = 120.0  # longest stretch of recording that is cut at once
 
 
@@ -49,8 +50,10 @@ class Settings:
         wanted_s = -self.epoch[0] / 2 if self.min_distance is None else self.min_distance
         return max(LEAST_SAMPLES, round(wanted_s * raw_hz))
 
-    def window(self, raw_hz: float) -> Window:
-        return Window(self.epoch[0], self.epoch[1], raw_hz, self.rate)
+    def window(self, raw_hz: float, published: bool = False) -> Window:
+        """``published``: a recording of THINGS-EEG2, to 250 Hz resampled as its authors did."""
+        alike = published and (raw_hz, self.rate) == PUBLISHED_RATES_HZ
+        return Window(self.epoch[0], self.epoch[1], raw_hz, self.rate, alike)
 
     @property
     def kept(self) -> int:
@@ -139,12 +142,17 @@ def pieces(
 
 
 def extract(
-    signal: ChannelReader, trials: Trials, settings: Settings, path: Path, whiten: bool, label: str
+    signal: ChannelReader,
+    trials: Trials,
+    window: Window,
+    settings: Settings,
+    path: Path,
+    whiten: bool,
+    label: str,
 ) -> SessionTrials:
     """Cut the trials of a partition into ``path`` [n, C, T], row by row."""
     from tqdm import tqdm
 
-    window = settings.window(signal.rate_hz)
     weights = condition_weights(trials.conditions) if whiten else None
     temporary = path.with_name(f".{path.name}.tmp")
     evoked, sigma, times = 0.0, 0.0, None
@@ -220,7 +228,8 @@ def _partition(
 ) -> dict[str, Any]:
     """Cut one partition of a recording; what to know about its quality."""
     trials = recorded.trials[partition]
-    fitting, dropped = whole_trials(recorded, trials, settings, signal)
+    window = settings.window(signal.rate_hz, published=recorded.table is None)
+    fitting, dropped = whole_trials(recorded, trials, settings, window)
     if not len(fitting.onsets):
         raise DataError(
             recorded.path,
@@ -234,6 +243,7 @@ def _partition(
     part = extract(
         signal,
         fitting.chosen(kept),
+        window,
         settings,
         part_path(folder, session, partition),
         settings.whiten and partition == "training",
@@ -249,14 +259,13 @@ def _partition(
 
 
 def whole_trials(
-    recorded: Recorded, trials: Trials, settings: Settings, signal: ChannelReader
+    recorded: Recorded, trials: Trials, settings: Settings, window: Window
 ) -> tuple[Trials, dict[str, int]]:
     """The trials that lie wholly in one stretch of good recording, and how many do not, by why."""
-    window = settings.window(signal.rate_hz)
     first, last = window.offsets
     begin, end = trials.onsets + first, trials.onsets + last
     found = interruptions(recorded.raw, recorded.markers)
-    outside = ~window.fits(trials.onsets, signal.samples)
+    outside = ~window.fits(trials.onsets, recorded.raw.n_times)
     across = found.crossed(begin, end) & ~outside
     marked = found.marked(begin, end) & ~outside & ~across
     if settings.keep_bad_segments:
