@@ -20,7 +20,7 @@ from preprocessing.whitening import condition_weights
 from rundirs.files import atomic_write, write_json
 from util import LOG, DataError
 
-PUBLISHED_RATES_HZ = (1000.0, 250.0)  # of THINGS-EEG2: recorded, written
+PUBLISHED_HZ = 250.0  # the rate of THINGS-EEG2's files
 PIECE_S = 120.0  # longest stretch of recording that is cut at once
 
 
@@ -52,7 +52,7 @@ class Settings:
 
     def window(self, raw_hz: float, published: bool = False) -> Window:
         """``published``: a recording of THINGS-EEG2, to 250 Hz resampled as its authors did."""
-        alike = published and (raw_hz, self.rate) == PUBLISHED_RATES_HZ
+        alike = published and self.rate == PUBLISHED_HZ
         return Window(self.epoch[0], self.epoch[1], raw_hz, self.rate, alike)
 
     @property
