@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
 from preprocessing import quality
 from preprocessing.amplitude import check_alike
 from preprocessing.channels import THINGS_CHANNELS, refuse_missing, wanted_channels
-from preprocessing.merging import merge_subject
+from preprocessing.merging import check_counts, merge_subject
 from preprocessing.own_recordings import own_subjects
 from preprocessing.recordings import Recorded, RecordingSource, Subject, Take, published_subjects
-from preprocessing.sessions import Settings, check_distances, process_session
+from preprocessing.sessions import Settings, check_distances, process_session, refuse_rare
 from rundirs.directory import RunDirectory, open_run
 from rundirs.files import file_hash, json_hash, read_json, write_json
 from util import LOG, DataError, UserError
@@ -37,12 +38,12 @@ def find_subjects(source: RecordingSource) -> list[Subject]:
 def find_channels(
     asked: Settings, source: RecordingSource, subjects: Sequence[Subject]
 ) -> list[str]:
-    """The channels of the file; own recordings' headers and tables are checked on the way."""
+    """The channels of the file; headers, events and tables are checked on the way."""
     choice = asked.channels or [subjects[0].default_channels]
+    read: dict[str, Path] = {}
+    every = [one for subject in subjects for one in look(subject, asked, source.data_path, read)]
     if not source.raw:
         return wanted_channels(choice, THINGS_CHANNELS)
-    opened = [look(subject, asked, source.data_path) for subject in subjects]
-    every = [recorded for recordings in opened for recorded in recordings]
     holding_none = {name for recorded in every for name in recorded.channels.left}
     names = [name for name in every[0].channels.eeg if name not in holding_none]
     names = wanted_channels(choice, names)
@@ -53,20 +54,34 @@ def find_channels(
     return names
 
 
-def look(subject: Subject, asked: Settings, data_path: Path) -> list[Recorded]:
-    """A subject's recordings, opened; what their headers and tables have wrong is refused."""
-    read: dict[str, Path] = {}
-    seen: dict[str, set[int]] = {partition: set() for partition in subject.rows}
+def look(
+    subject: Subject, asked: Settings, data_path: Path, read: dict[str, Path]
+) -> list[Recorded]:
+    """A subject's recordings, opened; what their headers and events have wrong is refused.
+
+    ``read``: {content: file} of the recordings that were looked at before.
+    """
+    shown: dict[str, Counter[int]] = {}
     found = []
     for take in (take for session in subject.sessions for take in session.takes):
         recorded = take.open()
         check_distances(recorded, asked)
         refuse_twice(take, read)
         for partition, trials in recorded.trials.items():
-            seen[partition] |= set(trials.conditions.tolist())
+            own = Counter(trials.conditions.tolist())
+            most = subject.repetitions.get(partition)
+            refuse_rare(own, most, recorded.path)
+            shown.setdefault(partition, Counter()).update(
+                own if most is None else dict.fromkeys(own, most)
+            )
         found.append(recorded)
     check_alike({recorded.path: recorded.amplitude_v for recorded in found})
-    check_all_shown(subject, seen, data_path)
+    if subject.rows:
+        check_all_shown(subject, shown, data_path)
+    else:
+        for partition, counts in shown.items():
+            where = f"{subject.name}: {partition} trials of all sessions"
+            check_counts(counts, None, bool(subject.repetitions), where)
     return found
 
 
@@ -83,10 +98,12 @@ def refuse_twice(take: Take, read: dict[str, Path]) -> None:
     read[content] = take.path
 
 
-def check_all_shown(subject: Subject, seen: Mapping[str, set[int]], data_path: Path) -> None:
+def check_all_shown(
+    subject: Subject, shown: Mapping[str, Mapping[int, int]], data_path: Path
+) -> None:
     """Raise DataError for pictures that no event shows: a row of EEG belongs to each."""
-    for partition, rows in seen.items():
-        lost = sorted(set(range(subject.rows[partition])) - rows)
+    for partition, pictures in subject.rows.items():
+        lost = sorted(set(range(pictures)) - shown.get(partition, {}).keys())
         if lost:
             keys = [item.key for item in list_stimuli(data_path, partition)]
             raise DataError(

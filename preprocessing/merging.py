@@ -59,8 +59,25 @@ def places(
     for number, part in enumerate(parts):
         for row, condition in enumerate(part.conditions.tolist()):
             found.setdefault(condition, []).append((number, row))
-    expected = pictures or max(found) + 1
-    lost = sorted(set(range(expected)) - found.keys())
+    counts = check_counts({row: len(items) for row, items in found.items()}, pictures, fixed, where)
+    expected = len(counts)
+    if len(set(counts)) > 1:
+        LOG.warning(
+            "%s: %d to %d trials of a picture, so %d of each are kept, drawn at random",
+            where, min(counts), max(counts), min(counts),
+        )  # fmt: skip
+    return [_chosen_repetitions(found[row], min(counts), seed, row) for row in range(expected)]
+
+
+def check_counts(
+    shown: Mapping[int, int], pictures: int | None, fixed: bool, where: str
+) -> list[int]:
+    """How often each picture was shown, by row; ``fixed``: all must have been equally often.
+
+    ``pictures``: how many there are, where that is known. Raises DataError.
+    """
+    expected = pictures or max(shown, default=0) + 1
+    lost = sorted(set(range(expected)) - shown.keys())
     if lost:
         raise DataError(
             where,
@@ -68,7 +85,7 @@ def places(
             f"trials of pictures 1 to {expected}",
             "add the sessions in which they were shown (--sessions), or remove the pictures",
         )
-    counts = [len(found[condition]) for condition in range(expected)]
+    counts = [shown[row] for row in range(expected)]
     if fixed and len(set(counts)) > 1:
         raise DataError(
             where,
@@ -76,12 +93,7 @@ def places(
             "the same number of each",
             "THINGS-EEG2 needs all of its sessions",
         )
-    if len(set(counts)) > 1:
-        LOG.warning(
-            "%s: %d to %d trials of a picture, so %d of each are kept, drawn at random",
-            where, min(counts), max(counts), min(counts),
-        )  # fmt: skip
-    return [_chosen_repetitions(found[row], min(counts), seed, row) for row in range(expected)]
+    return counts
 
 
 def _chosen_repetitions(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,18 +105,24 @@ def choose(trials: Trials, repetitions: int | None, seed: int, path: Path) -> np
 
     if repetitions is None:
         return np.lexsort((trials.onsets, trials.conditions))
+    refuse_rare(Counter(trials.conditions.tolist()), repetitions, path)
     kept = []
     for condition in np.unique(trials.conditions):
         shown = np.flatnonzero(trials.conditions == condition)
-        if len(shown) < repetitions:
+        kept.append(shuffle(shown, random_state=seed, n_samples=repetitions))
+    return np.concatenate(kept)
+
+
+def refuse_rare(shown: Mapping[int, int], repetitions: int | None, path: Path) -> None:
+    """Raise DataError for a picture that a session shows less often than it must."""
+    for condition, times in shown.items() if repetitions else ():
+        if times < repetitions:
             raise DataError(
                 path,
-                f"picture {condition + 1} was shown {len(shown)} times",
+                f"picture {condition + 1} was shown {times} times",
                 f"{repetitions} times in each session",
                 "the recording is incomplete: download it again",
             )
-        kept.append(shuffle(shown, random_state=seed, n_samples=repetitions))
-    return np.concatenate(kept)
 
 
 def pieces(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def _change(content):
         "Fz for Cz": ({"ch_names": fz}, "no channel Cz"),
         "shape": ({"raw_eeg_data": data[:5]}, "for 64 names"),
         "picture lost": ({"raw_eeg_data": few}, "no trial of 1 pictures, e.g. picture 2"),
-        "no trials": ({"raw_eeg_data": blank}, "no whole training trial among 0"),
+        "no trials": ({"raw_eeg_data": blank}, "no trial of 1 pictures"),
         "shown once": ({"raw_eeg_data": once}, "picture 2 was shown 1 times"),
     }
 
@@ -181,3 +182,45 @@ def test_a_full_disk_is_told_before_it_is_full(noisy, tmp_path, capsys, monkeypa
     monkeypatch.setattr(sessions.shutil, "disk_usage", lambda _: Usage)
     assert run(noisy, "--output_path", tmp_path) == 1
     assert "GB free" in capsys.readouterr().err
+
+
+def test_too_few_sessions_are_refused_before_the_first_is_cut(tmp_path, capsys):
+    """Each session of THINGS-EEG2 shows a part of the pictures."""
+    for session, codes in ((1, [1, 1, 2, 2]), (2, [3, 3, 4, 4])):
+        for partition in ("training", "test"):
+            shown = codes if partition == "training" else [*[1] * 20, *[2] * 20]
+            raw, events = simulate(shown, THINGS_CHANNELS, NOISE, seed=session)
+            write_raw(session_file(tmp_path, "sub-01", session, partition),
+                      published_raw(raw, events))  # fmt: skip
+    later = session_file(tmp_path, "sub-01", 1, "training")
+    later.unlink()
+    raw, events = simulate([1, 1, 4, 4], THINGS_CHANNELS, NOISE, seed=9)
+    write_raw(later, published_raw(raw, events))
+    told = _refused(capsys, 1, tmp_path)
+    assert "no trial of 2 pictures, e.g. picture 2" in told and "--sessions" in told
+    assert not (tmp_path / "Preprocessed_data_250Hz").exists()
+    told = _refused(capsys, 1, tmp_path, sessions=2)
+    assert "no trial of 1 pictures, e.g. picture 2" in told
+
+
+@pytest.mark.parametrize("other", ["session", "partition", "subject"])
+def test_a_file_that_is_another_s_copy_is_refused(tmp_path, capsys, other):
+    write_subject(tmp_path, noise=NOISE)
+    write_subject(tmp_path, "sub-02", noise=0.9 * NOISE)
+    source = session_file(tmp_path, "sub-01", 1, "training")
+    copy = {
+        "session": session_file(tmp_path, "sub-01", 2, "training"),
+        "partition": session_file(tmp_path, "sub-01", 1, "test"),
+        "subject": session_file(tmp_path, "sub-02", 1, "training"),
+    }[other]
+    shutil.copy(source, copy)
+    told = _refused(capsys, 1, tmp_path, sessions=2)
+    assert f"the same signal as {source}" in told or f"the same signal as {copy}" in told
+
+
+def test_sessions_in_another_unit_are_refused(tmp_path, capsys):
+    write_subject(tmp_path, noise=NOISE, sessions=1)
+    for partition, codes in (("training", [1, 1, 2, 2, 3, 3, 4, 4]), ("test", [1] * 20 + [2] * 20)):
+        raw, events = simulate(codes, THINGS_CHANNELS, 150 * NOISE, seed=4, height_v=1e-3)
+        write_raw(session_file(tmp_path, "sub-01", 2, partition), published_raw(raw, events))
+    assert "one unit for all sessions" in _refused(capsys, 1, tmp_path, sessions=2)
