@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     import mne
 
 
+SET_TRIAL = [sys.executable, "-c", "import sys, scipy.io; scipy.io.loadmat(sys.argv[1])"]
 _NO_VOLTAGES = ("C", "\u00b0C", "\u00b5S", "uS", "S", "ARU", "%", "N", "Pa", "lx", "m/s\u00b2")
 
 
@@ -66,12 +71,28 @@ def read_raw(path: Path, bids: Path | None = None) -> OpenedRaw:
 def _open_any(path: Path, bids: Path | None) -> mne.io.BaseRaw:
     import mne
 
+    if path.suffix.lower() == ".set":
+        status = path.stat()
+        _try_in_another_process(path, (status.st_size, status.st_mtime_ns))
     extra = {"encoding": edf.annotation_encoding(path)} if edf.is_one(path) else {}
     if bids is None:
         return mne.io.read_raw(path, preload=False, verbose="warning", **extra)
     mne_bids = import_mne_bids()
     where = mne_bids.get_bids_path_from_fname(path)
     return mne_bids.read_raw_bids(where, extra_params=extra, verbose="warning")
+
+
+@functools.cache
+def _try_in_another_process(path: Path, _version: tuple[int, int]) -> None:
+    """Raise DataError for a damaged ``.set`` at which SciPy's compiled code ends the process."""
+    tried = subprocess.run([*SET_TRIAL, str(path)], capture_output=True, check=False)
+    if tried.returncode < 0:
+        raise DataError(
+            path,
+            f"a file at which SciPy's reader crashes ({signal.Signals(-tried.returncode).name})",
+            "a whole .set file",
+            "it is damaged: copy it again, or export it again",
+        )
 
 
 def _stated_units(path: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import builders
 import helpers_raw
+import mne
 import numpy as np
 import pytest
 import torch
@@ -34,11 +35,13 @@ from helpers_fuzz import (
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from scipy.io import savemat
 
 import args
 from datafiles import eeg_files, feature_bank, pictures, published, stimuli
 from datafiles.captions import read_captions
-from preprocessing import events, reading, recordings
+from preprocessing import events, recordings, timeline
+from preprocessing.own_recordings import OwnTake
 from rundirs.directory import RunDirectory
 from rundirs.files import json_line, read_json, read_jsonl, write_json
 from rundirs.tensors import load_tensors
@@ -53,13 +56,17 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is watch
 
 @dataclass(frozen=True)
 class Reader:
-    """``read`` opens the file at ``place``, below a folder that ``seeds`` may fill first."""
+    """``read`` opens the file at ``place``, below a folder that ``seeds`` may fill first.
+
+    ``slow``: how many times fewer files are tried, where each takes a process of its own.
+    """
 
     place: str
     seeds: Callable[[Path], Sequence[bytes]]
     read: Callable[[Path], object]
     others: st.SearchStrategy[bytes] | None = None
     errors: tuple[type[BaseException], ...] = (StageError,)
+    slow: int = 1
 
 
 # --- valid files, to be damaged -----------------------------------------------------------------
@@ -196,9 +203,48 @@ def _presets(_: Path) -> list[bytes]:
     return [path.read_bytes() for path in paths]
 
 
-def _header(folder: Path) -> list[bytes]:
-    raw, onsets = helpers_raw.simulate([1, 2], ("Fz", "Cz", "Pz"), rate_hz=100.0)
-    return [helpers_raw.write_brainvision(folder, raw, onsets).read_bytes()]
+def _own(folder: Path) -> tuple[mne.io.BaseRaw, np.ndarray]:
+    """Four pictures, their table, and a recording of them, to be saved in some format."""
+    builders.write_pictures(folder, training=2, images=1, test=1)
+    rows = ["1.5,train1_1.png", "3.0,train2_1.png", "4.5,00001_test1/a.png"]
+    helpers_raw.write_events(folder / "t.csv", "onset,stimulus", rows)
+    noise = np.eye(3) * 1e-6
+    return helpers_raw.simulate([1, 2, 3], ("Fz", "Cz", "Pz"), noise, rate_hz=100.0)
+
+
+def _edf(folder: Path) -> list[bytes]:
+    raw, _ = _own(folder)
+    kinds = ({}, {"pauses": {}}, {"note_text": "Öl".encode("latin-1")}, {"units": "mV"})
+    return [helpers_raw.write_edf(folder / "e.edf", raw, **kind).read_bytes() for kind in kinds]
+
+
+def _vhdr(folder: Path) -> list[bytes]:
+    return [helpers_raw.write_brainvision(folder, *_own(folder)).read_bytes()]
+
+
+def _vmrk(folder: Path) -> list[bytes]:
+    _vhdr(folder)
+    return [(folder / "a.vmrk").read_bytes()]
+
+
+def _set(folder: Path) -> list[bytes]:
+    raw, _ = _own(folder)
+    places = np.array([(name,) for name in raw.ch_names], dtype=[("labels", object)])
+    events = np.array([("boundary", 50.0), ("a", 70.0)], [("type", object), ("latency", float)])
+    eeg = {
+        "nbchan": 3.0, "trials": 1.0, "pnts": float(raw.n_times), "srate": 100.0, "xmin": 0.0,
+        "xmax": raw.times[-1], "data": raw.get_data() * 1e6, "chanlocs": places, "event": events,
+        "icawinv": [], "icaweights": [], "icasphere": [],
+    }  # fmt: skip
+    savemat(folder / "s.set", {"EEG": eeg}, appendmat=False)
+    return [(folder / "s.set").read_bytes()]
+
+
+def _fif(folder: Path) -> list[bytes]:
+    raw, _ = _own(folder)
+    raw.set_annotations(mne.Annotations([1.0, 2.0], [0.5, 0.0], ["BAD_x", "boundary"]))
+    raw.save(folder / "f_raw.fif", verbose="error")
+    return [(folder / "f_raw.fif").read_bytes()]
 
 
 def _adapter(_: Path) -> list[bytes]:
@@ -222,6 +268,15 @@ def _read_events(path: Path) -> None:
         known.find(event, table)
         if table.kind != "marker":
             events.onset_of(event, table)
+
+
+def _open_own(path: Path, header: str | None = None) -> None:
+    """A recording whose table is good; then its events, gaps and some of its signal."""
+    recording = path if header is None else path.with_name(header)
+    known = events.pictures_by_partition(path.parent)
+    recorded = OwnTake(recording, path.parent / "t.csv", known).open()
+    timeline.interruptions(recorded.raw)
+    timeline.trigger_codes(recorded.raw)
 
 
 def _read_picture(path: Path) -> None:
@@ -273,13 +328,18 @@ READERS = {
     "copy": Reader("found.npy", lambda folder: _copy(folder, ".npy"), _read_copy),
     "copy.json": Reader("found.json", lambda folder: _copy(folder, ".json"), _read_copy),
     "injection": Reader("i.yaml", _presets, lambda p: injection_map.load_injection(str(p))),
-    "vhdr": Reader("a.vhdr", _header, reading.read_raw),
+    "vhdr": Reader("a.vhdr", _vhdr, _open_own),
+    "vmrk": Reader("a.vmrk", _vmrk, lambda p: _open_own(p, "a.vhdr")),
+    "edf": Reader("a.edf", _edf, _open_own),
+    "set": Reader("a.set", _set, _open_own, slow=20),
+    "fif": Reader("a_raw.fif", _fif, _open_own),
 }
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_no_file_hurts(tmp_path, name, pytestconfig, monkeypatch, capsys):
     reader, watch, count = READERS[name], Watch(), pytestconfig.getoption("--fuzz")
+    count = max(5, count // reader.slow)
     monkeypatch.chdir(tmp_path)
     seeds = reader.seeds(tmp_path)
     files = damaged(seeds) if reader.others is None else st.one_of(damaged(seeds), reader.others)

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from conftest import Chain
 from helpers_own import PICTURES, check_responses, recording, run, save, write_data
-from helpers_raw import CAP_32, RATE_HZ, simulate, write_brainvision, write_events
+from helpers_raw import (
+    CAP_32,
+    RATE_HZ,
+    response,
+    simulate,
+    write_brainvision,
+    write_edf,
+    write_events,
+)
 
 import generate
 import preprocess
@@ -378,6 +386,38 @@ def test_later_stages_run_unchanged_on_32_channels_at_256_hz(
     )
     assert generate.main([*drawn, "--mode", "fused"]) == 0
     assert list((tmp_path / "images").rglob("*.png"))
+
+
+def test_sessions_of_three_recorders_are_one_person(data):
+    """Another rate, format, order and spelling of the channels in each."""
+    tables, files = [], []
+    for kind, rate_hz in (("fif", 1000.0), ("edf", 512.0), ("vhdr", 256.016)):
+        folder = data / kind
+        folder.mkdir()
+        raw, events, lines = recording(rate_hz=rate_hz)
+        order = np.random.default_rng(int(rate_hz)).permutation(len(CAP_32)).tolist()
+        raw.reorder_channels([CAP_32[place] for place in order])
+        if kind == "fif":
+            raw.save(folder / "a_raw.fif", verbose="error")
+            files.append(folder / "a_raw.fif")
+        elif kind == "edf":
+            raw.rename_channels({name: f"EEG {name.upper()}-REF" for name in raw.ch_names})
+            files.append(write_edf(folder / "a.edf", raw))
+        else:
+            files.append(write_brainvision(folder, raw, events))
+        rows = [",".join(map(str, line)) for line in lines]
+        tables.append(write_events(folder / "a.csv", "onset,stimulus", rows))
+    flags = ("--channels", *CAP_32)
+    assert run(data, "--raw", *files, "--events", *tables, *flags) == 0
+    row = 0
+    for partition, pictures in (("training", 3), ("test", 1)):
+        eeg, _, times = published.parse_published(eeg_file(data, "sub-01", partition))
+        assert eeg.shape[:2] == (pictures, 9)
+        for trials in eeg:
+            known = response(row + 1, len(CAP_32), np.asarray(times))
+            for trial in trials:
+                assert np.corrcoef(trial.ravel(), known.ravel())[0, 1] > 0.9998
+            row += 1
 
 
 def test_the_documented_walk_through_runs_as_it_stands(tmp_path, monkeypatch, capsys):
