@@ -59,6 +59,10 @@ class OwnTake:
 
     def open(self) -> Recorded:
         """Its header and events, and a glance at the signal. Raises DataError."""
+        with explained(self.path):  # what is odd about a file may show in whatever is asked of it
+            return self._open()
+
+    def _open(self) -> Recorded:
         opened = read_raw(self.path, self.bids)
         raw, events = opened.raw, read_table(self.table)
         shown, others = _shown_pictures(raw, events, self.path)
@@ -72,8 +76,7 @@ class OwnTake:
                 trials[name] = Trials(onsets, conditions, lines.tolist())
         channels = sort_by_name(raw, self.named)
         channels = in_volts(raw, self.path, opened.units, channels, self.unit)
-        with explained(self.path):
-            seen = glance(raw, channels.eeg, trials)
+        seen = glance(raw, channels.eeg, trials)
         check_amplitude(self.path, seen.amplitude_v, opened.units)
         channels, suspects = self._judge(channels, seen.suspects())
         markers = [event.when for event in events.shown] if events.kind == "marker" else []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preprocessing import brainvision, edf
+from preprocessing import brainvision, edf, fif
 from preprocessing.channels import check_unique, rename_channels
 from preprocessing.hints import check_header, check_there, explained
 from util import DataError, UserError
@@ -45,11 +45,14 @@ def read_raw(path: Path, bids: Path | None = None) -> OpenedRaw:
     """
     check_there(path)
     edf.check_records(path)
+    fif.check_tags(path)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
             with explained(path):
                 raw = _open_any(path, bids)
+                units = _stated_units(path)
+                _type_as_eeg(raw, units)
         except ImportError as error:
             raise UserError(
                 "--raw", f"{path}: {error}", "the package that reads this format", "pip install it"
@@ -61,8 +64,6 @@ def read_raw(path: Path, bids: Path | None = None) -> OpenedRaw:
     check_header(path)
     check_files(raw, path, bids)
     brainvision.check_data_length(path, raw.n_times)
-    units = _stated_units(path)
-    _type_as_eeg(raw, units)
     new = rename_channels(raw, path)
     lines = dict.fromkeys(" ".join(str(one.message).split()) for one in told)
     return OpenedRaw(raw, {new.get(name, name): text for name, text in units.items()}, list(lines))

@@ -15,6 +15,7 @@ import numpy as np
 from preprocessing import quality
 from preprocessing.channels import ChannelReader, prepare
 from preprocessing.epochs import CHUNK, Stretch, Window, cut_all
+from preprocessing.hints import explained
 from preprocessing.recordings import Recorded, Session, Subject, Trials
 from preprocessing.timeline import LEAST_SAMPLES, check_apart, interruptions
 from preprocessing.whitening import condition_weights
@@ -271,7 +272,8 @@ def whole_trials(
     """The trials that lie wholly in one stretch of good recording, and how many do not, by why."""
     first, last = window.offsets
     begin, end = trials.onsets + first, trials.onsets + last
-    found = interruptions(recorded.raw, recorded.markers)
+    with explained(recorded.path):
+        found = interruptions(recorded.raw, recorded.markers)
     outside = ~window.fits(trials.onsets, recorded.raw.n_times)
     across = found.crossed(begin, end) & ~outside
     marked = found.marked(begin, end) & ~outside & ~across
