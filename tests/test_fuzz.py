@@ -41,7 +41,7 @@ from scipy.io import savemat
 import args
 from datafiles import eeg_files, feature_bank, pictures, published, stimuli
 from datafiles.captions import read_captions
-from preprocessing import events, recordings, timeline
+from preprocessing import events, reading, recordings, timeline
 from preprocessing.hints import explained
 from preprocessing.own_recordings import OwnTake
 from rundirs.directory import RunDirectory
@@ -347,6 +347,7 @@ def test_no_file_hurts(tmp_path, name, pytestconfig, monkeypatch, capsys):
     reader, watch, count = READERS[name], Watch(), pytestconfig.getoption("--fuzz")
     count = max(5, count // reader.slow)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading, "TRIAL_S", 1.0)
     seeds = reader.seeds(tmp_path)
     files = damaged(seeds) if reader.others is None else st.one_of(damaged(seeds), reader.others)
     path = tmp_path / reader.place
