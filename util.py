@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -154,15 +154,16 @@ def foreign_errors_logged(path: Path) -> Iterator[None]:
         raise
 
 
-def claim_log() -> None:
+def claim_log(meanwhile: Callable[[], None]) -> None:
     """Keep the run that is logged for this process, until it closes the log or ends, however.
 
     Waits for another one that has it: a server may take a minute to see that a machine has died.
+    ``meanwhile`` is called every second of that, and may raise.
     Raises BlockingIOError if it goes on. File systems that know no locks are left without.
     """
     import fcntl
 
-    (file,) = (one.stream for one in _LOG_HANDLERS if isinstance(one, logging.FileHandler))
+    file = _log_file()
     for second in range(CLAIM_SECONDS + 1):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,10 +174,24 @@ def claim_log() -> None:
             if not second:
                 LOG.warning("another process is at work here: waiting %d s for it", CLAIM_SECONDS)
             time.sleep(1)
+            meanwhile()
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
             return
+
+
+def release_log() -> None:
+    """Let other processes have the run, too: see :func:`claim_log`."""
+    import fcntl
+
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(_log_file(), fcntl.LOCK_UN)
+
+
+def _log_file() -> IO[str]:
+    (file,) = (one.stream for one in _LOG_HANDLERS if isinstance(one, logging.FileHandler))
+    return file
 
 
 def _close_log() -> None:

@@ -77,7 +77,8 @@ VARIANTS: Mapping[str, Variant] = {
 TOP1 = ("top1_image", "top1_encoder")  # whose chance is 1 / gallery; cosines' is 0
 SCORES = (*TOP1, *(f"cosine_{name}" for name in NAMES), "variance")
 MEANING = (
-    "top1_image: retrieval of the predicted image embedding among all validation pictures; "
+    "top1_image: retrieval of the predicted image embedding among all validation pictures, by the "
+    "cosine of standardised embeddings; "
     "top1_encoder: of the EEG embedding; cosine: of standardised prediction and truth; variance: "
     "of standardised predictions, 1 = as training targets"
 )
@@ -92,7 +93,8 @@ def scores_of(
     predicted = decoder.predict(read, everything, sampling, seed)
     encoded = decoder.condition(read, everything)
     found = {}
-    asked = ((predicted["image"], gallery["image"]), (encoded, decoder.gallery(gallery)))
+    standard = decoder.standardised(predicted)["image"], decoder.standardised(gallery)["image"]
+    asked = (standard, (encoded, decoder.gallery(gallery)))
     for name, pair in zip(TOP1, asked, strict=True):
         similarity = metrics.cosine_similarity(*pair)
         found[name] = metrics.top_k_probability(*metrics.ranks(similarity, truth), 1)

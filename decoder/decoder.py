@@ -16,6 +16,7 @@ from decoder import aligners
 from decoder.atms import ATMS
 from decoder.encoders import NICE, Braindecode, EEGProject, Encoder, UnknownEncoder, check_name
 from decoder.projector import Projector
+from modalities import NAMES
 from rundirs.tensors import load_tensors
 from unet import Sampling, TargetSpace
 
@@ -97,6 +98,21 @@ class Decoder(nn.Module):
         """What EEG embeddings retrieve, of pictures with ``features`` {name: [N, W]}: [N, D]."""
         rows = features[self.picture_features]
         return self.image_side(rows.to(next(self.parameters()).device)).to(rows.device)
+
+    @torch.no_grad()
+    def standardised(self, embeddings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{modality: [N, D]} by mean and std of the training targets, which the aligner keeps.
+
+        Raises ValueError for an encoder alone.
+        """
+        if self.bank is None:
+            raise ValueError("a pre-trained encoder has no aligner that knows the training targets")
+        device = next(self.parameters()).device
+        return {
+            name: self.bank.standardise(name, embeddings[name].to(device)).to(rows.device)
+            for name, rows in embeddings.items()
+            if name in NAMES
+        }
 
     def subject_index(self, subject: str) -> int:
         """Row of a subject's own parameters; -1 for a person the model was not trained on."""

@@ -8,9 +8,12 @@ from util import CHECKOUT
 
 LITERATURE = CHECKOUT / "configs" / "literature.yaml"
 RETRIEVAL_PROTOCOL = {
-    "retrieval": "cosine, whole test gallery, EEG averaged over repetitions; "
-    "k-way = exact expectation over distractors; MRR = mean reciprocal rank; back = from the "
-    "gallery to the EEG; fused priors = cosines of the five, weighted by the registry's gains",
+    "retrieval": "cosine, whole test gallery, EEG averaged over repetitions; priors: cosine of "
+    "embeddings standardised by the training targets (CLIP's embeddings share a large mean, near "
+    "which a shrunken prediction is close to all); plain cosine: of the embeddings as they are; "
+    "encoder: of its output and what it was trained to be near; k-way = exact expectation over "
+    "distractors; MRR = mean reciprocal rank; back = from the gallery to the EEG; "
+    "fused priors = cosines of the five, weighted by the registry's gains",
     "intervals": "95 % percentile bootstrap over stimuli, 2000 draws",
     "control": "retrieval: EEG of the test stimuli shuffled, mean and 95 % range over shuffles; "
     "pictures: each scored against another stimulus (one seeded cyclic shift)",

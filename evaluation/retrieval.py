@@ -22,11 +22,16 @@ from modalities import MODALITIES, NAMES, WITHOUT_EEG
 
 @dataclass(frozen=True)
 class Query:
-    """Similarity [N, N] of what was predicted from EEG with a gallery, truth on the diagonal."""
+    """Similarity [N, N] of what was predicted from EEG with a gallery, truth on the diagonal.
+
+    ``plain``: the same by the cosine of the embeddings as they are, where ``similarity`` is that
+    of standardised ones.
+    """
 
     name: str
     subject: str
     similarity: torch.Tensor
+    plain: torch.Tensor | None = None
 
     @property
     def truth(self) -> torch.Tensor:
@@ -51,6 +56,10 @@ def retrieval_row(query: Query, seed: int, permutations: int) -> dict[str, Any]:
         shuffled = shuffled_top_k(similarity, truth, k, seed, permutations)
         row[f"top{k}_shuffled"] = float(shuffled.mean())
         row[f"top{k}_shuffled_range"] = np.percentile(shuffled, [2.5, 97.5]).tolist()
+        if query.plain is not None:
+            hits = metrics.top_k_probability(*metrics.ranks(query.plain, truth), k).numpy()
+            row[f"top{k}_plain"] = float(hits.mean())
+            row[f"top{k}_plain_interval"] = metrics.bootstrap_interval(hits, seed)
     return row
 
 
@@ -100,23 +109,42 @@ def check_finite(what: str, rows: torch.Tensor, test: TestEEG) -> None:
 def subject_queries(
     decoder: Decoder, test: TestEEG, bank: Bank, how: controls.Prediction
 ) -> list[Query]:
-    """What one subject's EEG retrieves with: the encoder's output, each prior, the five fused."""
+    """What one subject's EEG retrieves with: the encoder's output, each prior, the five fused.
+
+    Predicted embeddings are ranked by the cosine of standardised ones: embeddings of CLIP share a
+    large mean, so that by their plain cosine what lies near the mean is nearest to everything.
+    """
     everything, true = range(len(test.eeg)), bank.rows_for(test.stimuli)
-    found = {}
+    found = []
     if how.control not in WITHOUT_EEG:
         read = controls.controlled_eeg(test, how.control, how.seed)
         encoded = decoder.condition(read, everything)
         check_finite("the encoder's output", encoded, test)
-        gallery = decoder.gallery(true)
-        found["encoder -> image"] = metrics.cosine_similarity(encoded, gallery)
+        similarity = metrics.cosine_similarity(encoded, decoder.gallery(true))
+        found.append(Query("encoder -> image", test.subject, similarity))
     if decoder.bank is not None:
         samples = controls.predict_embeddings(decoder, test, everything, how)
         for name in NAMES:
             check_finite(f"the predicted {name} embedding", samples[name], test)
-        of = {name: metrics.cosine_similarity(samples[name], true[name]) for name in NAMES}
-        found |= {f"prior {name}": similarity for name, similarity in of.items()}
-        found["fused priors"] = sum(item.gain * of[item.name] for item in MODALITIES)
-    return [Query(name, test.subject, similarity) for name, similarity in found.items()]
+        found += prior_queries(decoder, samples, true, test.subject)
+    return found
+
+
+def prior_queries(
+    decoder: Decoder,
+    predicted: Mapping[str, torch.Tensor],
+    true: Mapping[str, torch.Tensor],
+    subject: str,
+) -> list[Query]:
+    """Of embeddings {modality: [N, D]} predicted and true: each modality, and the five fused."""
+    by_space = []
+    for space in (decoder.standardised, dict):
+        query, gallery = space(predicted), space(true)
+        of = {name: metrics.cosine_similarity(query[name], gallery[name]) for name in NAMES}
+        fused = sum(item.gain * of[item.name] for item in MODALITIES)
+        by_space.append({f"prior {name}": of[name] for name in NAMES} | {"fused priors": fused})
+    standardised, plain = by_space
+    return [Query(name, subject, standardised[name], plain[name]) for name in standardised]
 
 
 def rank_lines(query: Query, stimuli: Sequence[Stimulus]) -> list[dict[str, Any]]:

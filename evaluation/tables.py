@@ -20,6 +20,8 @@ def retrieval_lines(rows: Sequence[Row]) -> list[str]:
     head = ["query", "subject", "N"]
     for k in (1, 5):
         head += [f"top-{k} [95 %]", "shuffled EEG", "chance"]
+    plain = any("top1_plain" in row for row in rows)
+    head += ["plain cosine: top-1 [95 %]", "plain cosine: top-5 [95 %]"] if plain else []
     lines = []
     for row in rows:
         cells = [row["query"], row["subject"], f"{row['n']}"]
@@ -30,6 +32,10 @@ def retrieval_lines(rows: Sequence[Row]) -> list[str]:
                 f"{row[f'top{k}_shuffled']:.3f} ({least:.3f}..{most:.3f})",
                 f"{row[f'top{k}_chance']:.3f}",
             ]
+        for k in (1, 5) if plain else ():
+            value = row.get(f"top{k}_plain")
+            interval = row.get(f"top{k}_plain_interval")
+            cells.append("-" if value is None else with_interval(value, interval))
         cells += [number(row[way]) for way in ways] + [number(row["mrr"])]
         for k in (1, 5):
             cells.append(with_interval(row[f"back_top{k}"], row[f"back_top{k}_interval"]))

@@ -113,6 +113,13 @@ def retrieval_table(scores: Scores) -> dict[str, Any]:
         interval = bracket(row.get(f"{key}_interval"), percent)
         return table_cell(percent(row.get(key)), interval, notes)
 
+    def plain(row: Mapping[str, Any], k: int) -> dict[str, Any]:
+        key = f"top{k}_plain"
+        if key not in row:
+            return table_cell("")
+        return table_cell(percent(row[key]), bracket(row.get(f"{key}_interval"), percent))
+
+    unlike = any("top1_plain" in row for row in rows)
     table = [
         {
             "name": row["query"].replace("superpixel_", "").replace("->", "→"),
@@ -120,6 +127,7 @@ def retrieval_table(scores: Scores) -> dict[str, Any]:
             "n": f"{row['n']} / {row['gallery']}",
             "cells": [
                 *(top(row, k) for k in (1, 5)),
+                *(plain(row, k) for k in (1, 5) if unlike),
                 *(table_cell(percent(row.get(way))) for way in ways),
                 table_cell(shown_number(row.get("mrr"))),
                 *(top(row, k, "back_") for k in (1, 5)),
@@ -127,7 +135,8 @@ def retrieval_table(scores: Scores) -> dict[str, Any]:
         }
         for row in rows
     ]
-    titles = ["top-1", "top-5", *ways, "MRR", "image → EEG top-1", "image → EEG top-5"]
+    by_plain = ["plain cosine top-1", "plain cosine top-5"] if unlike else []
+    titles = ["top-1", "top-5", *by_plain, *ways, "MRR", "image → EEG top-1", "image → EEG top-5"]
     return {"columns": titles, "rows": table}
 
 

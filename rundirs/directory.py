@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rundirs.environment import environment
-from rundirs.files import read_json, write_json
-from util import LOG, DataError, UserError, claim_log, start_log
+from rundirs.files import create_json, read_json, write_json
+from util import LOG, DataError, UserError, claim_log, release_log, start_log
 
 
 def _changes(
@@ -100,17 +100,19 @@ class RunDirectory:
         *,
         shared: bool = False,
     ) -> None:
-        """Check, create the directory, write its records and open the log.
+        """Check, create the directory, open the log and write the records, one process at a time.
 
         Unless several processes may share the run, raises UserError where another is at work.
         """
         self.check(options, inputs, fixed)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write_records(options, provenance, inputs)
             start_log(self.path / "log.txt")
-            if not shared:
-                claim_log()
+            # again: another process may have begun meanwhile
+            claim_log(lambda: self.check(options, inputs, fixed))
+            self.check(options, inputs, fixed)
+            self._write_records(options, provenance, inputs)
+            self.check(options, inputs, fixed)  # where locks are unknown the first records stand
         except BlockingIOError:
             raise UserError(
                 self.path,
@@ -122,28 +124,29 @@ class RunDirectory:
             raise UserError(
                 self.path, str(error), "a directory that can be written", "name another one"
             ) from None
-        starts = read_json(self.path / "env.json") if (self.path / "env.json").exists() else []
-        write_json(self.path / "env.json", [*starts, environment()])
+        if shared:
+            release_log()
         LOG.info("%s: %s", self.stage, self.path)
 
     def _write_records(
         self, options: Mapping[str, Any], provenance: Mapping[str, str], inputs: Mapping[str, Any]
     ) -> None:
-        """What the run was asked and given; a kill may have come between the two."""
-        if not (self.path / "options.json").exists():
-            asked = {"options": _plain(options), "provenance": dict(provenance)}
-            write_json(self.path / "options.json", {"stage": self.stage, **asked})
-        if not (self.path / "inputs.json").exists():
-            write_json(self.path / "inputs.json", _plain(inputs))
+        """What the run was asked and given, and by whom; a kill may have come between them."""
+        asked = {"options": _plain(options), "provenance": dict(provenance)}
+        create_json(self.path / "options.json", {"stage": self.stage, **asked})
+        create_json(self.path / "inputs.json", _plain(inputs))
+        starts = read_json(self.path / "env.json") if (self.path / "env.json").exists() else []
+        write_json(self.path / "env.json", [*starts, environment()])
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         write_json(self._done, {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **summary})
 
 
 def _unused(path: Path) -> bool:
-    """An empty folder, or one in which a kill left a temporary file of :func:`atomic_write`."""
+    """An empty folder, or one in which a run was killed, or is at work, before its records."""
     return path.is_dir() and all(
-        item.name.startswith(".") and item.suffix == ".tmp" for item in path.iterdir()
+        item.name == "log.txt" or (item.name.startswith(".") and item.suffix == ".tmp")
+        for item in path.iterdir()
     )
 
 

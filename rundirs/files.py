@@ -42,8 +42,11 @@ def in_work(file: IO[Any]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path``; it takes the name only when complete and on disk."""
+def atomic_write(path: Path, mode: str = "w", *, exclusive: bool = False) -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path``; it takes the name only when complete and on disk.
+
+    ``exclusive``: and only if no other file has the name by then.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
@@ -55,11 +58,27 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())  # mkstemp makes 0600; colleagues read run directories
-        os.replace(name, path)
+        if not (exclusive and _linked(name, path)):
+            os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+def _linked(name: str, path: Path) -> bool:
+    """Give a file its name in place of a temporary one, unless another file has it.
+
+    False where the file system knows no hard links.
+    """
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    os.unlink(name)
+    return True
 
 
 @functools.cache
@@ -71,6 +90,15 @@ def _umask() -> int:
 
 def write_json(path: Path, content: Any) -> None:
     with atomic_write(path) as file:
+        json.dump(content, file, indent=1, ensure_ascii=False, default=str)
+        file.write("\n")
+
+
+def create_json(path: Path, content: Any) -> None:
+    """Write JSON unless the file is there: of several processes the first one's content stands."""
+    if path.exists():
+        return
+    with atomic_write(path, exclusive=True) as file:
         json.dump(content, file, indent=1, ensure_ascii=False, default=str)
         file.write("\n")
 

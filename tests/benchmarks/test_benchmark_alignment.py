@@ -63,9 +63,9 @@ def test_scores_are_those_of_the_predictions(benchmark, chain: Chain, scored) ->
         sampling = benchmark.VARIANTS[benchmark.BASE].sampling
         made = decoder.predict(test, range(6), sampling, 0)["image"]
         true = bank.rows_for(test.stimuli)["image"]
+        made, true = (decoder.bank.standardise("image", rows) for rows in (made, true))
         first = torch.cosine_similarity(made[:, None], true, dim=2).argmax(dim=1)
-        unit = (decoder.bank.standardise("image", rows) for rows in (made, true))
-        found.append([(first == torch.arange(6)).double(), torch.cosine_similarity(*unit)])
+        found.append([(first == torch.arange(6)).double(), torch.cosine_similarity(made, true)])
     for place, name in enumerate(("top1_image", "cosine_image")):
         wanted = (found[0][place] + found[1][place]) / 2
         np.testing.assert_allclose(scores["eeg"][name], wanted, rtol=1e-4, atol=1e-5)

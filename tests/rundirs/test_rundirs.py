@@ -281,11 +281,55 @@ def test_a_run_is_one_process_at_a_time_until_that_dies(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="another process at work"):
             _start(tmp_path / "run")
         assert len(read_json(tmp_path / "run" / "env.json")) == 1
-        _start(tmp_path / "run", shared=True)  # as the shards of a stage do
     finally:
         other.kill()
         other.join()
     _start(tmp_path / "run")
+
+
+def test_shards_of_a_stage_share_a_run(tmp_path):
+    first = _begin(tmp_path / "run", shared=True)  # its log is open
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(2) as pool:
+        pool.starmap(_start_shared, [(first.path,)] * 2)
+    assert len(read_json(first.path / "env.json")) == 3
+    util._close_log()
+
+
+def _start_shared(path):
+    _start(path, shared=True)
+
+
+def _race(path, gate, number):
+    """Whether this process may start the run with options of its own; what it is told if not."""
+    gate.wait()
+    try:
+        _begin(path, epochs=number)
+    except UserError as refused:
+        return str(refused)
+    time.sleep(1)  # at work
+    util._close_log()
+    return None
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_of_processes_with_different_options_one_gets_the_folder(tmp_path, locks):
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(4, None if locks else _without_locks) as pool:
+        for attempt in range(2):
+            path, gate = tmp_path / f"run{attempt}", manager.Barrier(4)
+            told = pool.starmap(_race, [(path, gate, number) for number in range(4)], 1)
+            assert told.count(None) == 1
+            assert all("--epochs" in text for text in told if text)
+            winner = told.index(None)
+            assert read_json(path / "options.json")["options"]["epochs"] == winner
+
+
+def _without_locks():
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.flock = unknown
 
 
 def test_where_locks_are_unknown_a_run_starts_all_the_same(tmp_path, monkeypatch):
