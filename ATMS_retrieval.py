@@ -73,6 +73,7 @@ def pretrain(options: Options, processes: Processes) -> None:
     encoder = new_encoder(data, values.seed, values.encoder)
     projector = new_projector(layer, data.targets, data.train_rows, values.seed)
     decoder = Decoder(encoder, None, data.signal, data.clip, projector)
+    decoder.concepts = data.concepts()
     objective = ContrastiveObjective(decoder, data, options.settings(Contrast))
     loop.train(options, decoder, objective, data, processes)
 

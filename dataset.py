@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +144,17 @@ class TrainingData:
     clip: dict[str, Any]
     hashes: dict[str, str] = field(default_factory=dict)
     first_subject: int = 0  # the model's index of the first subject here
+    concept_names: Sequence[str] = ()  # by number
+    notes: Sequence[str] = ()  # to be said in the log
     held: list[torch.Tensor] | None = None  # on a device: EEG [N, R, C, T] per subject, cut
+
+    def concepts(self) -> dict[str, list[str]]:
+        """Names of the concepts that are trained on and ``held_out``, sorted."""
+        parts = {"trained": self.train_rows, "held_out": self.val_rows}
+        return {
+            part: [self.concept_names[number] for number in self.concept[rows].unique().tolist()]
+            for part, rows in parts.items()
+        }
 
     @cached_property
     def samples(self) -> torch.Tensor:
@@ -290,6 +300,7 @@ class TrainingData:
             f"train on {len(self.train_rows)} pictures, validate on {len(self.val_rows)} pictures "
             "of held-out concepts"
         )
+        yield from self.notes
 
 
 def split_concepts(concepts: Sequence[str], fraction: float, seed: int) -> set[str]:
@@ -299,6 +310,33 @@ def split_concepts(concepts: Sequence[str], fraction: float, seed: int) -> set[s
         return set()
     number = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
     return set(util.numpy_generator_for(seed, "validation").permutation(distinct)[:number].tolist())
+
+
+def fair_validation(
+    chosen: set[str], here: set[str], donor: Mapping[str, Sequence[str]]
+) -> tuple[set[str], list[str]]:
+    """The concepts to hold out where training goes on from a model, and what is to be said of them.
+
+    ``chosen``, if the model was trained on none of them; else those that it held out, of the
+    concepts ``here``. Raises UserError where it held out none of them.
+    """
+    seen = chosen & set(donor["trained"])
+    if not seen:
+        return chosen, []
+    inherited = here & set(donor["held_out"])
+    if not inherited:
+        raise util.UserError(
+            "--val_fraction",
+            f"{len(seen)} of {len(chosen)} validation concepts were trained on by the model that "
+            "this run starts from, which held out none of these concepts",
+            "concepts that neither was trained on",
+            "give --val_fraction 0: nothing here can validate or select",
+        )
+    return inherited, [
+        f"{len(seen)} of the {len(chosen)} concepts that this --seed and --val_fraction hold out "
+        "were trained on by the model that this run starts from: validating on the "
+        f"{len(inherited)} that it held out"
+    ]
 
 
 def training_stimuli(data_path: Path) -> list[Stimulus]:
@@ -332,10 +370,13 @@ class DataChoice:
         }
 
 
-def open_training(asked: DataChoice, layer: str | None = None) -> TrainingData:
+def open_training(
+    asked: DataChoice, layer: str | None = None, donor: Mapping[str, Sequence[str]] | None = None
+) -> TrainingData:
     """Open everything training reads, checked and joined by stimulus id.
 
-    ``layer``: of CLIP, whose features are wanted among the targets. Raises UserError / DataError.
+    ``layer``: of CLIP, whose features are wanted among the targets. ``donor``: the concepts of the
+    model that training starts from, see :func:`fair_validation`. Raises UserError / DataError.
     """
     stimuli = training_stimuli(asked.data_path)
     bank = open_bank(asked.clip_feature_path, "training", [layer])
@@ -347,8 +388,12 @@ def open_training(asked: DataChoice, layer: str | None = None) -> TrainingData:
     cut = select_signal(recordings[0], asked.channels, asked.time_window)
     concepts = [item.concept for item in stimuli]
     held_out = split_concepts(concepts, asked.val_fraction, asked.seed)
+    notes: list[str] = []
+    if donor:
+        held_out, notes = fair_validation(held_out, set(concepts), donor)
     is_val = torch.tensor([concept in held_out for concept in concepts])
-    number = {name: place for place, name in enumerate(sorted(set(concepts)))}
+    names = sorted(set(concepts))
+    number = {name: place for place, name in enumerate(names)}
     return TrainingData(
         recordings,
         [match_signal(recording, cut.channels, cut.times) for recording in recordings],
@@ -362,6 +407,8 @@ def open_training(asked: DataChoice, layer: str | None = None) -> TrainingData:
         asked.seed,
         bank.clip,
         {"clip_features": bank.hash} | {f"eeg_{name}": item.hash for name, item in of.items()},
+        concept_names=names,
+        notes=notes,
     )
 
 

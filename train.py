@@ -25,10 +25,11 @@ from training import loop
 from training.objectives import global_losses, validation_retrieval
 from training.processes import Processes
 from training.settings import Fold, folds
-from training.starting import adapted, new_decoder
+from training.starting import adapted, all_concepts, donor_of, new_decoder, with_donor
 from util import WHOLE, Part
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
+VALIDATION_ROWS = 512  # of all subjects, whose losses are computed at once
 
 
 class JointObjective:
@@ -93,15 +94,12 @@ class JointObjective:
         if not len(eeg):
             return {}
         embeddings = self.decoder.embed(eeg, subject)
-        device = next(self.decoder.parameters()).device
         rows = self.data.val_rows.repeat(len(self.data.recordings))
-        targets = {name: features[rows].to(device) for name, features in self.data.targets.items()}
-        generator = util.generator_for(self.data.seed, "validation noise")
-        losses = self._losses(
-            embeddings.to(device), targets, self.data.stimulus[rows], generator, VALIDATION_DRAWS
-        )
-        scores = {f"val_{name}": float(value) for name, value in losses.items()}
-        self.decoder.calibration = self._calibrate(embeddings.to(device), targets)
+        scores = {
+            f"val_{name}": value
+            for name, value in self._validation_losses(embeddings, rows).items()
+        }
+        self._calibrate(embeddings, rows)
         self.decoder.held_out = aligners.held_out_rows(embeddings)
         scores |= {
             f"val_{name}_skill": of["skill"] for name, of in self.decoder.calibration.items()
@@ -109,14 +107,41 @@ class JointObjective:
         scores |= validation_retrieval(self.decoder, embeddings, self.data)
         return scores | {"select": -scores["val_aligner"]}
 
-    def _calibrate(
-        self, condition: torch.Tensor, targets: dict[str, torch.Tensor]
-    ) -> dict[str, dict[str, float]]:
+    def _targets(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        device = next(self.decoder.parameters()).device
+        return {name: features[rows].to(device) for name, features in self.data.targets.items()}
+
+    def _validation_losses(self, embeddings: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
+        """Mean losses of embeddings [n, D] of stimuli in ``rows`` [n], VALIDATION_ROWS at a time.
+
+        Memory would not hold ten subjects at once. The contrast is then with the rows of a piece.
+        """
+        generator = util.generator_for(self.data.seed, "validation noise")
+        means: dict[str, float] = {}
+        for place in torch.arange(len(rows)).split(VALIDATION_ROWS):
+            targets = self._targets(rows[place])
+            losses = self._losses(
+                embeddings[place].to(targets["image"].device),
+                targets,
+                self.data.stimulus[rows[place]],
+                generator,
+                VALIDATION_DRAWS,
+            )
+            for name, value in losses.items():
+                means[name] = means.get(name, 0.0) + float(value) * len(place) / len(rows)
+        return means
+
+    def _calibrate(self, embeddings: torch.Tensor, rows: torch.Tensor) -> None:
         """What ``--fusion_weights`` needs to know, saved with the model."""
-        bank = self.decoder.bank
-        samples = fusion.repeated_samples(bank, condition, range(len(condition)), self.data.seed)
+        bank, chosen = self.decoder.bank, fusion.calibration_rows(len(rows))
+        if len(chosen) < len(rows) and not self.decoder.calibration:
+            util.LOG.info("calibration sees %d of %d held-out rows", len(chosen), len(rows))
+        targets = self._targets(rows[chosen])
+        condition = embeddings[chosen].to(targets["image"].device)
+        noise = util.generator_for(self.data.seed, "agreement")
+        samples = fusion.repeated_samples(bank, condition, noise)
         truth = {name: bank.standardise(name, targets[name]).cpu() for name in NAMES}
-        return fusion.calibrate(samples, truth)
+        self.decoder.calibration = fusion.calibrate(samples, truth)
 
 
 @util.command
@@ -133,12 +158,14 @@ def train_one(options: Options, processes: Processes) -> None:
     """One model."""
     values = options.values
     check_encoder(values.encoder)
-    known = Decoder.load(values.adapt_from, "best") if values.adapt_from else None
-    layer = known.layer if known else layer_name(values.contrast_layer)
-    data = open_training(options.settings(DataChoice), layer)
-    if known:
+    start = values.adapt_from or values.init_from
+    donor = donor_of(start, whole=start == values.adapt_from) if start else None
+    adapting = donor if values.adapt_from else None
+    layer = adapting.layer if adapting else layer_name(values.contrast_layer)
+    data = open_training(options.settings(DataChoice), layer, donor.concepts if donor else None)
+    if adapting:
         features = values.clip_feature_path
-        data, decoder = adapted(known, values.adapt_from, data, features, values.trainable)
+        data, decoder = adapted(adapting, values.adapt_from, data, features, values.trainable)
     else:
         alignment = Alignment(
             values.aligner,
@@ -147,7 +174,10 @@ def train_one(options: Options, processes: Processes) -> None:
             values.prior_predicts,
             values.prior_loss,
         )
-        decoder = new_decoder(data, values.seed, alignment, values.init_from, values.encoder, layer)
+        decoder = new_decoder(data, values.seed, alignment, donor, values.encoder, layer)
+    if donor:
+        data = with_donor(data, "adapt_from" if adapting else "init_from", start, donor)
+    decoder.concepts = all_concepts(data, donor)
     objective = JointObjective(
         decoder, data, options.settings(Contrast), values.contrast_weight, values.noise_draws
     )

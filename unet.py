@@ -25,6 +25,7 @@ from util import WHOLE, Part, generator_for, grouped
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
+Seeds = Sequence[int] | torch.Generator  # of the noise that sampling starts from
 MANY_TIMESTEPS = 512  # so many of TRAIN_STEPS repeat enough for sorting them to pay
 TRAIN_STEPS = 1000  # DDPM: linear betas 1e-4 .. 2e-2 over 1000 steps
 NOISE_SCHEDULE = {
@@ -278,11 +279,12 @@ class TargetSpace(nn.Module):
                 )
         return torch.stack([self.standardise(name, targets[name]) for name in NAMES])
 
-    def check_request(self, cond: torch.Tensor, seeds: Sequence[int]) -> None:
-        """Raise ValueError unless there is one seed per row of cond [B, C]."""
-        if cond.ndim != 2 or len(seeds) != len(cond):
+    def check_request(self, cond: torch.Tensor, seeds: Seeds) -> None:
+        """Raise ValueError unless there is one seed per row of cond [B, C], or a generator."""
+        number = len(cond) if isinstance(seeds, torch.Generator) else len(seeds)
+        if cond.ndim != 2 or number != len(cond):
             raise ValueError(
-                f"cond {tuple(cond.shape)} and {len(seeds)} seeds, expected [B, C] and B seeds"
+                f"cond {tuple(cond.shape)} and {number} seeds, expected [B, C] and B seeds"
             )
 
 
@@ -442,22 +444,22 @@ class PriorBank(TargetSpace):
         cond: torch.Tensor,
         steps: int,
         guidance: float,
-        seeds: Sequence[int],
+        seeds: Seeds,
         sampler: str = "dpm",
         draws: int = 1,
     ) -> dict[str, torch.Tensor]:
         """One embedding per modality and row: cond [B, C] -> {modality: [B, D]}, un-normalised.
 
         ``seeds``: one int per row, so that a row's sample depends on nothing but its own condition
-        and seed. ``guidance``: uncond + g (cond - uncond); 1 = off (Ho & Salimans 2022). ``draws``:
-        the mean of so many samples, which is nearer to the truth than any one of them. Call in eval
-        mode.
+        and seed; or a CPU's generator for all, which is faster. ``guidance``: uncond + g (cond -
+        uncond); 1 = off (Ho & Salimans 2022). ``draws``: the mean of so many samples, which is
+        nearer to the truth than any one of them. Call in eval mode.
         """
         self.check_request(cond, seeds)
         scheduler = sampler_named(sampler)
         scheduler.set_timesteps(steps)
         conditions = self.priors.embed_condition(cond, draws)  # the same at every step
-        x = self._start_noise(seeds, draws).to(cond)
+        x = self._start_noise(seeds, len(cond), draws).to(cond)
         for t in scheduler.timesteps:
             velocity = self._guided(x, t.to(x.device).expand(len(NAMES), 1), conditions, guidance)
             x = scheduler.step(velocity, t, x).prev_sample
@@ -466,8 +468,10 @@ class PriorBank(TargetSpace):
             for name, rows in zip(NAMES, x, strict=True)
         }
 
-    def _start_noise(self, seeds: Sequence[int], draws: int) -> torch.Tensor:
-        """[M, B * draws, D], a generator of its own for each modality and row."""
+    def _start_noise(self, seeds: Seeds, rows: int, draws: int) -> torch.Tensor:
+        """[M, B * draws, D]; of seeds, a generator of its own for each modality and row."""
+        if isinstance(seeds, torch.Generator):
+            return torch.randn(len(NAMES), rows * draws, self.embed_dim, generator=seeds)
         shape = (draws, self.embed_dim)
         return torch.stack(
             [

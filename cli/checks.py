@@ -72,6 +72,11 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
         parser.error("--adapt_from goes with neither --init_from nor --leave_out")
     if values.trainable != "all" and not values.adapt_from:
         parser.error(f"--trainable {values.trainable} freezes parts of a model: needs --adapt_from")
+    if values.adapt_from and values.trainable == "subject_layers" and values.subject_dropout:
+        parser.error(
+            f"--subject_dropout {values.subject_dropout} would train what strangers share, and "
+            "with it the people that the model knows: not with --trainable subject_layers"
+        )
     for flag in _given(parser, values, OF_THE_MODEL) if values.adapt_from else ():
         parser.error(f"--{flag} was settled when the model of --adapt_from was trained")
     for flag in _given(parser, values, OF_THE_PRIOR) if values.aligner != "prior" else ():

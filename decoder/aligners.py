@@ -18,7 +18,7 @@ from loss import LossTerms, stacked_prior_loss, terms_of
 from modalities import NAMES
 from subject_layers.dropout import Dropout
 from subject_layers.stacked import keep_separate_state, stacked
-from unet import PriorBank, Sampling, TargetSpace
+from unet import PriorBank, Sampling, Seeds, TargetSpace
 from util import WHOLE, Part
 
 HELD_OUT_ROWS = 64  # a spread over so many stimuli and all dimensions is known to a few per cent
@@ -54,7 +54,7 @@ class Regression(TargetSpace):
         cond: torch.Tensor,
         steps: int,
         guidance: float,
-        seeds: Sequence[int],
+        seeds: Seeds,
         sampler: str = "dpm",
         draws: int = 1,
     ) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from decoder.atms import ATMS
 from decoder.encoders import NICE, Braindecode, EEGProject, Encoder, UnknownEncoder, check_name
 from decoder.projector import Projector
 from modalities import NAMES
+from rundirs.checkpoints import MODEL, checkpoint_folder
 from rundirs.tensors import load_tensors
 from unet import Sampling, TargetSpace
 
@@ -35,7 +36,7 @@ def make_encoder(name: str, config: Mapping[str, Any]) -> Encoder:
 
 def model_file(run: Path, checkpoint: str) -> Path:
     """The ``best`` or ``latest`` model of a training run."""
-    return run / "checkpoints" / checkpoint / "model.safetensors"
+    return checkpoint_folder(run, checkpoint) / MODEL
 
 
 class Decoder(nn.Module):
@@ -62,6 +63,8 @@ class Decoder(nn.Module):
         # by validation, for decoder/fusion.py and aligners.spread_factors
         self.calibration: dict[str, dict[str, float]] | None = None
         self.held_out: list[list[float]] | None = None
+        # names, of this run and those that it went on from: {"trained", "held_out"}
+        self.concepts: dict[str, list[str]] | None = None
 
     def header(self) -> dict[str, Any]:
         return {
@@ -73,7 +76,17 @@ class Decoder(nn.Module):
             "clip": self.clip,
             "calibration": self.calibration,
             "held_out": self.held_out,
+            "concepts": self.concepts,
         }
+
+    def recall(self, header: Mapping[str, Any]) -> None:
+        """What validation found out, and what a model was trained on, from its header.
+
+        Headers of older models have not all of it.
+        """
+        self.calibration = header["calibration"]
+        self.held_out = header.get("held_out")
+        self.concepts = header.get("concepts", self.concepts)
 
     def networks(self) -> list[nn.Module]:
         """Where the time of a training step goes."""
@@ -156,8 +169,7 @@ class Decoder(nn.Module):
         config = header.get("projector")  # headers of older models have none
         projector = Projector(**config) if config else None
         decoder = cls(encoder, bank, header["signal"], header["clip"], projector)
-        decoder.calibration = header["calibration"]
-        decoder.held_out = header.get("held_out")  # headers of older models have none
+        decoder.recall(header)
         try:
             decoder.load_state_dict(state)
         except RuntimeError as error:

@@ -13,22 +13,24 @@ import torch.nn.functional as F
 
 import util
 from modalities import NAMES
-from unet import Sampling, TargetSpace
+from unet import Sampling, Seeds, TargetSpace
 
 SAMPLES = 8  # of a stochastic aligner, whose agreement is the confidence
 SAMPLING = Sampling(steps=5, guidance=1.0, sampler="ddim")  # cheap: done at each validation
+CALIBRATION_ROWS = 1024  # of held-out stimuli: a mean cosine over so many is known to 0.005
 LEAST_GAIN = 0.01  # no modality is silenced altogether
 
 
-def repeated_samples(
-    bank: TargetSpace, condition: torch.Tensor, stimuli: Sequence[int], seed: int
-) -> dict[str, torch.Tensor]:
-    """Standardised samples {modality: [K, n, D]} of conditions [n, C].
+def sample_count(bank: TargetSpace) -> int:
+    """K: SAMPLES, or 1 where all samples are the same one."""
+    return SAMPLES if bank.stochastic else 1
 
-    K = SAMPLES, or 1 where all samples are the same one.
-    """
-    number = SAMPLES if bank.stochastic else 1
-    seeds = [util.seed_for(seed, "agreement", k, item) for k in range(number) for item in stimuli]
+
+def repeated_samples(
+    bank: TargetSpace, condition: torch.Tensor, seeds: Seeds
+) -> dict[str, torch.Tensor]:
+    """Standardised samples {modality: [K, n, D]} of conditions [n, C]. ``seeds``: of all K n."""
+    number = sample_count(bank)
     drawn = bank.sample(
         condition.repeat(number, 1), SAMPLING.steps, SAMPLING.guidance, seeds, SAMPLING.sampler
     )
@@ -36,6 +38,11 @@ def repeated_samples(
         name: bank.standardise(name, rows).unflatten(0, (number, -1)).cpu()
         for name, rows in drawn.items()
     }
+
+
+def calibration_rows(count: int) -> torch.Tensor:
+    """Which of ``count`` held-out rows :func:`calibrate` sees: at most CALIBRATION_ROWS, evenly."""
+    return torch.linspace(0, count - 1, min(count, CALIBRATION_ROWS)).round().long()
 
 
 def agreement(samples: torch.Tensor) -> torch.Tensor:
@@ -53,7 +60,7 @@ def agreement(samples: torch.Tensor) -> torch.Tensor:
 def calibrate(
     samples: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]
 ) -> dict[str, dict[str, float]]:
-    """Per modality, from held-out stimuli: mean ``skill``, and the line from agreement to skill.
+    """Per modality, from ``n`` held-out rows: mean ``skill``, and the line from agreement to skill.
 
     ``samples`` {modality: [K, n, D]} and ``truth`` {modality: [n, D]}, standardised. The line is
     least squares; where more agreement does not go with more skill it is flat.
@@ -66,6 +73,7 @@ def calibrate(
         slope = float(((x - x.mean()) * (skill - skill.mean())).sum() / spread.clamp(min=1e-6))
         slope = max(slope, 0.0)
         found[name] = {
+            "n": len(skill),
             "skill": float(skill.mean()),
             "slope": slope,
             "intercept": float(skill.mean()) - slope * float(x.mean()),
@@ -111,4 +119,6 @@ def gains_for(
         )
     if kind == "validated":
         return validated_gains(calibration).expand(len(stimuli), -1)
-    return confident_gains(calibration, repeated_samples(bank, condition, stimuli, seed))
+    repetitions = range(sample_count(bank))
+    seeds = [util.seed_for(seed, "agreement", k, item) for k in repetitions for item in stimuli]
+    return confident_gains(calibration, repeated_samples(bank, condition, seeds))

@@ -131,9 +131,10 @@ def test_features(decoder: Decoder, test: TestEEG, rows: Sequence[int]) -> torch
     return head_inputs(decoder, test.eeg[list(rows)], decoder.subject_index(test.subject))
 
 
-def training_features(decoder: Decoder, data: TrainingData, subject: int) -> torch.Tensor:
-    """[N, F] of all training stimuli, averaged over their trials, read in batches."""
-    recording, cut = data.recordings[subject], data.cuts[subject]
+def training_features(decoder: Decoder, data: TrainingData, number: int) -> torch.Tensor:
+    """[N, F] of all training stimuli of a recording, averaged over trials, read in batches."""
+    recording, cut = data.recordings[number], data.cuts[number]
+    subject = data.first_subject + number
     found = []
     for start in range(0, len(recording.eeg), _BATCH):
         rows = range(start, min(start + _BATCH, len(recording.eeg)))
@@ -171,12 +172,15 @@ def fit_ridge(
 
 
 def fit_head(decoder: Decoder, data: TrainingData, stimuli: Sequence[Stimulus]) -> LowLevelHead:
-    """A head for every subject of a trained decoder. ``stimuli``: the training pictures."""
+    """A head for every subject whose EEG is here. ``stimuli``: the training pictures.
+
+    The people whom an adapted model knew before have theirs in the run that it was adapted from.
+    """
     targets = coarse_pictures(stimuli).flatten(1)
-    names = tuple(data.signal["subjects"])
+    names = tuple(data.signal["subjects"][data.first_subject :])
     found = []
-    for subject, name in enumerate(names):
-        features = training_features(decoder, data, subject)
+    for number, name in enumerate(names):
+        features = training_features(decoder, data, number)
         found.append(fit_ridge(features, targets, data.train_rows, data.val_rows))
         util.LOG.info(
             "low-level head of %s: %.3f of held-out pictures' variance at %d x %d, ridge %g",

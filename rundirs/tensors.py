@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,30 @@ def save_tensors(
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read safetensors and its JSON header ({} if it has none). Raises DataError."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _header(file)
+
+
+def tensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header alone. Raises DataError."""
+    with _opened(path) as file:
+        return _header(file)
+
+
+def _header(file: Any) -> dict[str, Any]:
+    header = json.loads((file.metadata() or {}).get("header", "{}"))
+    if not isinstance(header, dict):
+        raise ValueError("a header of another kind")
+    return header
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("header", "{}"))
-            if not isinstance(header, dict):
-                raise ValueError("a header of another kind")
-            return {name: file.get_tensor(name) for name in file.keys()}, header
+            yield file
     except FileNotFoundError:
         raise DataError(
             path, "no such file", "a safetensors file", "run the stage that writes it"

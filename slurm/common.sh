@@ -118,14 +118,16 @@ train_command() {
 # launch_on_all_gpus -> LAUNCH: one process for each GPU of each node of this job. Together they
 # compute one batch, so their number has to divide --batch_size.
 launch_on_all_gpus() {
-    local gpus=${SLURM_GPUS_ON_NODE:-1} nodes=${SLURM_NNODES:-1} head
+    local gpus=${SLURM_GPUS_ON_NODE:-1} nodes=${SLURM_NNODES:-1} hosts head
     LAUNCH=(python)
     if ((gpus * nodes == 1)); then
         return
     fi
     LAUNCH=(python -m accelerate.commands.launch)
     if ((nodes > 1)); then # a launcher on each node; only there it is known which one it is
-        head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        # not `| head`: scontrol might write on to a closed pipe, and with it this job would end
+        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+        head=${hosts%%$'\n'*}
         # shellcheck disable=SC2016 # the node expands it
         LAUNCH=(srun --ntasks="$nodes" --ntasks-per-node=1
             bash -c 'exec "${@:2:3}" --machine_rank "$SLURM_NODEID" --main_process_ip "$1" "${@:5}"'

@@ -358,7 +358,7 @@ def test_a_warning_stops_all_processes_and_the_job_comes_back(
     job.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=120)
     assert job.returncode == util.PREEMPTED, errors[-2000:]
-    _, state = Checkpoints(tmp_path / "model" / "sub-01" / "checkpoints").load()
+    _, _, state = Checkpoints(tmp_path / "model" / "sub-01" / "checkpoints").load()
     assert state["step"] > 0 and not (tmp_path / "model" / "sub-01" / "DONE").exists()
 
 

@@ -10,17 +10,73 @@ from typing import Any
 
 import torch
 
+from rundirs import checkpoints
+from rundirs.checkpoints import BEST, LATEST, MODEL, POINTERS, STATE
+from rundirs.files import file_hash
 from rundirs.tensors import load_tensors, load_torch, save_tensors, save_torch
+from util import LOG, DataError
+
+_Loaded = tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]
 
 
 class Checkpoints:
     """``checkpoints/step-NNNNNNNN/`` with model.safetensors and state.pt.
 
-    ``latest`` and ``best`` point to them.
+    ``latest`` and ``best`` point to them. Removes only what it wrote or went on from.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.links = True
+        self._own: set[str] = set()  # names of folders
+
+    @property
+    def written(self) -> bool:
+        """Whether there is a checkpoint of this call, or that it went on from."""
+        return bool(self._own)
+
+    def prepare(self) -> None:
+        """Before the first step: make the pointers whole that a copy of the run has changed.
+
+        By one process. Raises DataError where two checkpoints of one step differ.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.links = checkpoints.links_work(self.folder)
+        if not self.links:
+            LOG.warning("%s: links cannot be made here: best and latest are texts", self.folder)
+        for name in POINTERS:
+            place = self.folder / name
+            if place.is_dir() and not place.is_symlink():  # a copy that followed the link
+                self._unfollow(place)
+        for name in POINTERS:
+            target = checkpoints.checkpoint_folder(self.folder.parent, name)
+            if target.name not in POINTERS:
+                LOG.warning("%s: %s is %s, by what it holds", self.folder, name, target.name)
+                checkpoints.point(self.folder, name, target.name, links=self.links)
+
+    def _unfollow(self, copy: Path) -> None:
+        """Make a folder that once was a link one again."""
+        header = checkpoints.header_of(copy)
+        if "step" not in header:
+            raise DataError(
+                copy,
+                "a folder without a readable model",
+                "a link to a checkpoint, or a copy of one",
+                "remove it: the other checkpoints are kept",
+            )
+        target = self.folder / checkpoints.step_name(header["step"])
+        if not target.exists():
+            os.replace(copy, target)
+        elif file_hash(target / MODEL) == file_hash(copy / MODEL):
+            shutil.rmtree(copy)
+        else:
+            raise DataError(
+                copy,
+                f"another model than that of {target.name}, of the same step",
+                "a copy of it",
+                "remove the one that is not of this run",
+            )
+        checkpoints.point(self.folder, copy.name, target.name, links=self.links)
 
     def save(
         self,
@@ -31,43 +87,49 @@ class Checkpoints:
         *,
         best: bool,
     ) -> None:
-        """Write a whole new folder, then move the pointers.
+        """Write a whole new folder, then move the pointers; this call's own of the step: its files.
 
         A kill at any moment leaves a readable ``latest``.
         """
-        target = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".{target.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_tensors(temporary / "model.safetensors", model, header)
-        save_torch(temporary / "state.pt", state)
-        shutil.rmtree(target, ignore_errors=True)  # left there by a kill before its pointer moved
-        os.replace(temporary, target)
-        for name in ("best", "latest") if best else ("latest",):
-            self._point(name, target.name)
+        target = self.folder / checkpoints.step_name(step)
+        again = target.name in self._own
+        written = target if again else self.folder / f".{target.name}.tmp"
+        if not again:
+            shutil.rmtree(written, ignore_errors=True)
+        save_tensors(written / MODEL, model, {**header, "step": step, "best": best})
+        save_torch(written / STATE, state)
+        if not again:
+            shutil.rmtree(target, ignore_errors=True)  # left by a kill before its pointer moved
+            os.replace(written, target)
+        self._own.add(target.name)
+        for name in (BEST, LATEST) if best else (LATEST,):
+            checkpoints.point(self.folder, name, target.name, links=self.links)
         self._prune()
 
-    def _point(self, name: str, target: str) -> None:
-        link = self.folder / f".{name}.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
-        os.replace(link, self.folder / name)
-
     def _prune(self) -> None:
-        kept = {
-            os.readlink(self.folder / name)
-            for name in ("best", "latest")
-            if (self.folder / name).is_symlink()
-        }
-        for folder in self.folder.glob("step-*"):
-            if folder.name not in kept:
-                shutil.rmtree(folder)
+        places = (checkpoints.pointed(self.folder, name) for name in POINTERS)
+        kept = {place.resolve().name for place in places if place}
+        for name in sorted(self._own - kept):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._own &= kept
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The ``latest`` model and training state, None before the first. Raises DataError."""
-        latest = self.folder / "latest"
-        if not latest.is_symlink():
-            return None
-        model, _ = load_tensors(latest / "model.safetensors")
-        return model, load_torch(
-            latest / "state.pt", "a whole checkpoint", "delete the run directory and train again"
-        )
+    def load(self) -> _Loaded | None:
+        """Model, its header and the training state of the newest whole checkpoint.
+
+        None before the first. Raises DataError where there are some, none of them whole.
+        """
+        trouble = None
+        for place in checkpoints.step_folders(self.folder):
+            try:
+                model, header = load_tensors(place / MODEL)
+                cure = "copy it again, or delete the run directory and train again"
+                state = load_torch(place / STATE, "a whole checkpoint", cure)
+            except DataError as error:
+                LOG.warning("%s is not whole: an older one is looked for", place.name)
+                trouble = trouble or error
+            else:
+                self._own.add(place.name)
+                return model, header, state
+        if trouble:
+            raise trouble
+        return None

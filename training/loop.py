@@ -107,21 +107,29 @@ class _Training:
         decay = self.schedule.ema_decay
         self.average = Average(model, decay) if decay else None
         self.step, self.best = 0, float("-inf")
+        self.seconds = 0.0  # that the epoch took
         self.ledger = monitor.Ledger(1 if processes.device.type == "cpu" else monitor.READ_EVERY)
 
     def resume(self) -> None:
         loaded = self.checkpoints.load()
         if loaded is None:
             return
-        model, state = loaded
+        model, header, state = loaded
         self.model.load_state_dict(model)
+        self.model.recall(header)
         if self.average:
             self.average = Average(self.model, self.schedule.ema_decay)
             self.model.load_state_dict(state["raw"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.ledger.sums = state["step"], state["best"], state["sums"]
+        self.seconds = state.get("seconds", 0.0)
         util.LOG.info("resuming at step %d", self.step)
+
+    @property
+    def unrecorded(self) -> bool:
+        """Whether an epoch is trained and saved, but not validated and recorded."""
+        return bool(self.step and self.step % self.epoch_steps == 0 and self.ledger.sums)
 
     def save(self, *, best: bool = False) -> None:
         """By the first process, once it has seen that all losses were finite."""
@@ -133,7 +141,7 @@ class _Training:
             self.checkpoints.save(
                 self.step,
                 self.model.state_dict(),
-                self.model.header() | {"step": self.step},
+                self.model.header(),
                 {
                     "raw": raw,
                     "optimizer": self.optimizer.state_dict(),
@@ -141,6 +149,7 @@ class _Training:
                     "step": self.step,
                     "best": self.best,
                     "sums": self.ledger.sums,
+                    "seconds": self.seconds,
                 },
                 best=best,
             )
@@ -241,6 +250,8 @@ def train(
         options.settings(Disturbance).masking(),
     )
     run = open_together(options, data.hashes, plan(model, data, how, processes), processes)
+    for note in data.notes if processes.first else ():
+        util.LOG.warning("%s", note)
     fit(run, model, objective, data, how, processes)
     return run
 
@@ -284,9 +295,14 @@ def fit(
     steps = data.steps_per_epoch(how.schedule.batch_size)
     model = model.to(processes.device)
     training = _Training(run, model, objective, how, processes, steps)
+    if processes.first:
+        training.checkpoints.prepare()
+    processes.wait()
     training.resume()
     if processes.first:
-        _drop_later_records(run.path / "metrics.jsonl", training.step)
+        _drop_later_records(
+            run.path / "metrics.jsonl", training.step, unrecorded=training.unrecorded
+        )
     _announce(training)
     training.train_mode()
     with monitor.watched(run, training, data) as watch, stop_requests() as stops:
@@ -305,12 +321,14 @@ def _train_epochs(
 ) -> None:
     """All epochs that are left, or those of this call. Raises util.Preempted."""
     schedule, first_epoch = training.schedule, training.step // training.epoch_steps
+    if training.unrecorded:
+        _end_epoch(run, training, first_epoch - 1, watch, stopping=False)
     for epoch in range(first_epoch, schedule.epochs):
         started = time.monotonic()
         _train_epoch(training, data, epoch, watch, stops)
         stopping = training.processes.any(bool(stops))
-        seconds = time.monotonic() - started
-        _end_epoch(run, training, epoch, seconds, watch, stopping)
+        training.seconds = time.monotonic() - started
+        _end_epoch(run, training, epoch, watch, stopping=stopping)
         if stopping:
             raise util.Preempted(
                 f"{_reason(stops)}: saved after epoch {epoch + 1}; the same command goes on"
@@ -370,15 +388,16 @@ def _reason(stops: list[str]) -> str:
 
 
 def _end_epoch(
-    run: RunDirectory,
-    training: _Training,
-    epoch: int,
-    seconds: float,
-    watch: monitor.Watch,
-    stopping: bool,
+    run: RunDirectory, training: _Training, epoch: int, watch: monitor.Watch, *, stopping: bool
 ) -> None:
-    """Record the epoch, validate, and save what is due."""
+    """Record the epoch, validate, and save; for the first time before validation, which may fail.
+
+    It needs more memory than training does: if that is too much, nothing is lost.
+    """
     schedule, last = training.schedule, epoch + 1 == training.schedule.epochs
+    validated = last or (epoch + 1) % schedule.val_every == 0
+    if not training.checkpoints.written:
+        training.save()
     training.ledger.read()
     sums, training.ledger.sums = training.ledger.sums, {}
     means = training.processes.mean([value / training.epoch_steps for value in sums.values()])
@@ -390,7 +409,7 @@ def _end_epoch(
             **dict(zip(sums, means, strict=True)),
         }
         better = False
-        if last or (epoch + 1) % schedule.val_every == 0:
+        if validated:
             record |= training.validate()
             # without held-out concepts nothing can choose: best is the last one
             chosen_by = record.get("select", training.best)
@@ -399,7 +418,7 @@ def _end_epoch(
         watch.report(record, training.step)
         append_jsonl(
             run.path / "metrics.jsonl",
-            record | {"seconds": round(seconds, 1), "best_so_far": better},
+            record | {"seconds": round(training.seconds, 1), "best_so_far": better},
         )
         called = schedule.epochs_per_call and (epoch + 1) % schedule.epochs_per_call == 0
         if better or last or stopping or called or (epoch + 1) % schedule.save_every == 0:
@@ -407,10 +426,13 @@ def _end_epoch(
     training.processes.wait()
 
 
-def _drop_later_records(path: Path, step: int) -> None:
-    """Forget epochs that were recorded but not saved before a kill: they are trained again."""
+def _drop_later_records(path: Path, step: int, *, unrecorded: bool) -> None:
+    """Forget epochs that were recorded but not saved before a kill: they are trained again.
+
+    That of ``step`` itself, too, where it was recorded but its record not yet saved.
+    """
     records = read_jsonl(path)
-    kept = [record for record in records if record["step"] <= step]
+    kept = [record for record in records if record["step"] < step + (not unrecorded)]
     if len(kept) < len(records):
         with atomic_write(path) as file:
             file.writelines(json_line(record) for record in kept)

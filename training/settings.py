@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,6 +91,8 @@ class Trainable(Protocol):
     encoder: nn.Module
 
     def header(self) -> dict[str, Any]: ...
+
+    def recall(self, header: Mapping[str, Any]) -> None: ...
 
     def networks(self) -> list[nn.Module]: ...
 

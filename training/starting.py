@@ -19,13 +19,13 @@ def new_decoder(
     data: TrainingData,
     seed: int,
     alignment: Alignment,
-    init_from: Path | None,
+    donor: Decoder | None,
     encoder_name: str = ATMS.__name__,
     layer: str | None = None,
 ) -> Decoder:
     """A fresh decoder, its aligner standardised on the training rows.
 
-    ``init_from``: a run of ATMS_retrieval.py whose encoder, and projector of CLIP's ``layer``, it
+    ``donor``: a model of ATMS_retrieval.py whose encoder, and projector of CLIP's ``layer``, it
     starts from. Raises UserError.
     """
     encoder = new_encoder(data, seed, encoder_name)
@@ -34,9 +34,44 @@ def new_decoder(
     bank = new_aligner(width, encoder.embed_dim, alignment, seed)
     bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
     decoder = Decoder(encoder, bank, data.signal, data.clip, projector)
-    if init_from is not None:
-        start_from(Decoder.load(init_from, "best"), decoder)
+    if donor is not None:
+        start_from(donor, decoder)
     return decoder
+
+
+def donor_of(run: Path, whole: bool) -> Decoder:
+    """The model of a run to start from.
+
+    Raises UserError if the ``whole`` of it is to be adapted, and it has no aligner.
+    """
+    donor = Decoder.load(run, "best")
+    if whole and donor.bank is None:
+        raise util.UserError(
+            f"--adapt_from {run}",
+            "an encoder alone, as ATMS_retrieval.py writes it",
+            "a model of train.py",
+            "start from it with --init_from",
+        )
+    return donor
+
+
+def with_donor(data: TrainingData, flag: str, run: Path, donor: Decoder) -> TrainingData:
+    """The data of a run that starts from another, whose model is one of its inputs."""
+    notes = list(data.notes)
+    if donor.concepts is None:
+        notes.append(
+            f"{run} does not say what it was trained on, it is of an older version: whether the "
+            "concepts of validation are new to it is not known"
+        )
+    hashes = data.hashes | {flag: file_hash(model_file(run, "best"))}
+    return replace(data, hashes=hashes, notes=notes)
+
+
+def all_concepts(data: TrainingData, donor: Decoder | None) -> dict[str, list[str]]:
+    """What a model has seen in the end: trained on here, or by what it started from."""
+    here = data.concepts()
+    before = (donor.concepts if donor else None) or {"trained": []}
+    return here | {"trained": sorted({*here["trained"], *before["trained"]})}
 
 
 def start_from(donor: Decoder, decoder: Decoder) -> None:
@@ -99,5 +134,4 @@ def adapted(
         data,
         signal=data.signal | {"subjects": decoder.signal["subjects"]},
         first_subject=len(known),
-        hashes=data.hashes | {"adapt_from": file_hash(model_file(run, "best"))},
     ), decoder

@@ -261,7 +261,7 @@ def test_held_out_rows_are_few_and_from_everywhere() -> None:
 @pytest.mark.parametrize("kind", REGRESSIONS)
 def test_confidence_without_noise_is_the_validated_skill(kind) -> None:
     aligner, cond = untrained(kind), normal(16, D)
-    drawn = fusion.repeated_samples(aligner, cond, range(16), 0)
+    drawn = fusion.repeated_samples(aligner, cond, range(16))
     assert all(rows.shape == (1, 16, D) for rows in drawn.values())
     truth = {name: rows[0] + (i + 1) * normal(16, D, seed=i) for i, (name, rows) in
              enumerate(drawn.items())}  # fmt: skip

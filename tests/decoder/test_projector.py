@@ -175,7 +175,7 @@ def test_pre_training_hands_its_projection_on(features: Chain, tmp_path: Path, c
         dataset.DataChoice(features.data, features.features, "random", 0.2, 0), LAYER
     )
     decoder = new_decoder(
-        data, 1, Alignment("none", False, 0.1, "velocity", None), encoder,
+        data, 1, Alignment("none", False, 0.1, "velocity", None), donor,
         layer=LAYER,
     )  # fmt: skip
     assert torch.equal(decoder.projector.linear.weight, donor.projector.linear.weight)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ class Linear(nn.Module):
 
     def header(self) -> dict[str, Any]:
         return {"kind": "linear"}
+
+    def recall(self, header: Mapping[str, Any]) -> None:
+        assert header["kind"] == "linear"
 
     def networks(self) -> list[nn.Module]:
         return [self.encoder]

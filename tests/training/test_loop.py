@@ -87,7 +87,7 @@ def test_lower_precision_learns_about_the_same(world, tmp_path, precision, apart
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     full, low = losses_of(tmp_path / "full"), losses_of(tmp_path / "low")
     assert low != full and low == pytest.approx(full, rel=apart)
-    _, state = Checkpoints(tmp_path / "low" / "checkpoints").load()
+    _, _, state = Checkpoints(tmp_path / "low" / "checkpoints").load()
     assert bool(state["scaler"]) == (precision == "float16")
 
 

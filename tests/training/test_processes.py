@@ -155,7 +155,9 @@ def test_kills_at_any_moment_lose_nothing_beyond_the_last_checkpoint(world, tmp_
     fit_linear(world, run, epochs=EPOCHS)
     whole = tmp_path / "whole"
     fit_linear(world, whole, epochs=EPOCHS)
-    (one, state), (two, other) = (Checkpoints(out / "checkpoints").load() for out in (run, whole))
+    (one, _, state), (two, _, other) = (
+        Checkpoints(out / "checkpoints").load() for out in (run, whole)
+    )
     assert [name for name in two if not torch.equal(one[name], two[name])] == []
     assert state["step"] == other["step"] and state["best"] == other["best"]
     records = [read_jsonl(out / "metrics.jsonl") for out in (run, whole)]

@@ -44,7 +44,7 @@ EVERYTHING = (
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the latest checkpoint: saved model, raw weights, optimizer."""
-    model, state = Checkpoints(run / "checkpoints").load()
+    model, _, state = Checkpoints(run / "checkpoints").load()
     moments = {
         f"adam.{index}.{name}": value
         for index, entry in state["optimizer"]["state"].items()
@@ -97,7 +97,7 @@ def test_a_signal_in_the_middle_of_an_epoch_loses_nothing(
     command = features.train_flags(tmp_path / "run", *EVERYTHING)
     monkeypatch.setattr(loop._Training, "update", warned)
     assert train.main(command) == util.PREEMPTED
-    assert Checkpoints(tmp_path / "run" / "checkpoints").load()[1]["step"] == 4
+    assert Checkpoints(tmp_path / "run" / "checkpoints").load()[2]["step"] == 4
     monkeypatch.setattr(loop._Training, "update", update)
     assert train.main(command) == 0
     assert_same_run(uninterrupted, tmp_path / "run")
@@ -125,11 +125,11 @@ def test_a_death_between_record_and_checkpoint_is_repaired(
 def test_a_torn_checkpoint_folder_is_ignored_and_replaced(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
-    model, state = Checkpoints(uninterrupted / "checkpoints").load()
+    model, _, state = Checkpoints(uninterrupted / "checkpoints").load()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, model, {}, state, best=True)
     (checkpoints.folder / "step-00000002").mkdir()  # killed before its pointer moved
-    assert checkpoints.load()[1]["step"] == state["step"]
+    assert checkpoints.load()[2]["step"] == state["step"]
     checkpoints.save(2, model, {}, state, best=False)
     assert os.readlink(checkpoints.folder / "latest") == "step-00000002"
     assert os.readlink(checkpoints.folder / "best") == "step-00000001"
@@ -168,7 +168,7 @@ def joint(features: Chain) -> tuple[train.JointObjective, object]:
     alignment = Alignment(
         "prior", learned_weights=False, condition_dropout=0.0, predicts="velocity", loss_on=None
     )
-    decoder = new_decoder(data, 0, alignment, init_from=None)
+    decoder = new_decoder(data, 0, alignment, None)
     return train.JointObjective(decoder, data, Contrast(0.01), 1.0, noise_draws=2), data
 
 
@@ -303,7 +303,7 @@ def test_pretraining_then_joint_training_from_its_encoder(features: Chain, tmp_p
     assert donor.bank is None
     data = open_training(DataChoice(features.data, features.features, "average", 0.2, 0))
     alignment = Alignment("prior", False, 0.1, "velocity", None)
-    started = new_decoder(data, 0, alignment, encoder_run)
+    started = new_decoder(data, 0, alignment, Decoder.load(encoder_run, "best"))
     for name, value in donor.encoder.state_dict().items():
         assert torch.equal(value, started.encoder.state_dict()[name])
 
