@@ -133,6 +133,8 @@ def run_scores(options: Options) -> Path:
     inputs = identities(opened)
     run = open_run(options, values.output_dir, inputs, opened.plan())
     if not run.finished:
+        for images, lacks in opened.unfinished.items():
+            util.LOG.warning("%s: %s: scored as it is", images, lacks)
         how, prediction = options.settings(Scoring), options.settings(Prediction)
         results = score(run.path, opened, how, prediction, inputs)
         write_json(run.path / "results.json", results)

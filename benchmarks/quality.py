@@ -208,7 +208,7 @@ def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
 
 def pixel_scores(images: Path, data: Path) -> dict[str, np.ndarray]:
     """PixCorr and SSIM of the fused pictures of a run, by stimulus."""
-    (group,) = pair([images], list_stimuli(data, "test"))
+    (group,) = pair(images, [], list_stimuli(data, "test"))
     values = picture_scores.pixel_values(group, metrics.PROTOCOLS[0], 0)
     return {name: found.own for name, found in values.items()}
 

@@ -272,15 +272,18 @@ def average_trials(recording: Recording, signal: Signal) -> torch.Tensor:
 
 
 def stored_unit(path: Path) -> str:
-    """Of a subject's file or folder: ``whitened`` or ``V``, as preprocess.py noted; else empty."""
+    """Of a subject's file or folder: ``whitened`` or ``V``, as preprocess.py noted; else empty.
+
+    Simulated EEG is made in units of whitened recordings.
+    """
     folder = path if path.is_dir() else path.parent
     noted = folder / "options.json"
-    if not noted.is_file():  # downloaded
-        return ""
-    record = read_json(noted)
+    record = read_json(noted) if noted.is_file() else None  # none: downloaded, or simulated
     options = record.get("options") if isinstance(record, dict) else None
     whiten = options.get("whiten") if isinstance(options, dict) else None
-    return "whitened" if whiten is True else "V" if whiten is False else ""
+    if whiten is None:
+        return "whitened" if (folder / SIMULATED_NOTE).is_file() else ""
+    return "whitened" if whiten else "V"
 
 
 def is_simulated(data_path: Path | None) -> bool:

@@ -51,7 +51,16 @@ def read_stimulus_scores(run: Path) -> dict[tuple[str, str], StimulusScores]:
     if results["retrieval"]:
         found |= dict(_of_ranks(read_csv(run / "ranks.csv")))
     if results["pictures"]:
-        own = {(row["images"], row["recipe"]) for row in results["pictures"] if not row["control"]}
+        rows = [row for row in results["pictures"] if _is_main(row)]
+        for row in rows:
+            if row.get("unfinished"):
+                raise DataError(
+                    run,
+                    f"scores of a part of the pictures; {row['images']}: {row['unfinished']}",
+                    "scores of a whole run of generate.py",
+                    "finish that run, and score it again to another --output_dir",
+                )
+        own = {(row["images"], row["recipe"]) for row in rows}
         lines = [
             line
             for line in read_csv(run / "pictures.csv")
@@ -59,6 +68,11 @@ def read_stimulus_scores(run: Path) -> dict[tuple[str, str], StimulusScores]:
         ]
         found |= dict(_of_pictures(lines, results["metrics"]))
     return found
+
+
+def _is_main(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of --images, not of --control_images; older results say it by the mark."""
+    return not row.get("beside", bool(row["control"]))
 
 
 def _of_ranks(lines: list[dict[str, str]]) -> Iterator[tuple[tuple[str, str], StimulusScores]]:

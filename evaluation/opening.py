@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,13 @@ class Opened:
             f"{group.images}, {group.recipe}"
             for group in self.groups
         ]
+        lines += [f"{images}: {lacks}" for images, lacks in self.unfinished.items()]
         return lines + [line.removeprefix("- ") for line in tables.skipped_lines(self.skipped)]
+
+    @property
+    def unfinished(self) -> dict[str, str]:
+        """{run of pictures: what lacks of it}."""
+        return {group.images: group.unfinished for group in self.groups if group.unfinished}
 
 
 def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
@@ -110,7 +115,7 @@ def open_pictures(asked: PictureChoice, opened: Opened) -> None:
         stimuli = stimuli_below(asked.truth)
     else:
         stimuli = list_stimuli(asked.data_path, "test")
-    opened.groups = pair(list(chain(*folders.values())), stimuli)
+    opened.groups = pair(asked.images, asked.control_images or [], stimuli)
     found = picture_scores.available(asked.protocol, asked.weights_dir)
     opened.weights, opened.skipped = found
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import util
 from datafiles.stimuli import PICTURES, Stimulus
 from modalities import recipes
-from rundirs.journal import read_run
+from rundirs.journal import labels_of, read_run, unfinished
 from util import DataError
+
+OF_A_FOLDER = {"recipe": "pictures", "prompt_source": "unknown", "control": None}
 
 
 @dataclass(frozen=True)
 class Group:
     """The pictures of one recipe of one run or folder, with the stimuli they belong to.
 
-    ``owner`` [M]: row in ``stimuli`` of each of the M pictures.
+    ``owner`` [M]: row in ``stimuli`` of each of the M pictures. ``images``: a name that no other
+    run or folder has.
     """
 
     images: str
@@ -28,6 +32,8 @@ class Group:
     pictures: tuple[Path, ...]
     owner: tuple[int, ...]
     simulated: bool = False
+    unfinished: str = ""  # what lacks of the run, in words
+    beside: bool = False  # given as --control_images, not as --images
 
     def shifted(self, seed: int) -> tuple[int, ...]:
         """Another stimulus for every picture: ``owner`` moved by one seeded cyclic shift."""
@@ -69,16 +75,39 @@ def _called(stimuli: Sequence[Stimulus]) -> dict[str, int]:
     return {name: next(iter(owners)) for name, owners in rows.items() if len(owners) == 1}
 
 
+def _meant(key: str, called: Mapping[str, int], folders: Collection[str]) -> set[int]:
+    """Rows of the stimuli that a picture may be of; of a picture that is well named, one.
+
+    Its whole path says most; then names of stimuli's own folders, in which files may be numbered as
+    they like.
+    """
+    whole, file, *above = _names(key)
+    own = {called[name] for name in (file, *above) if name in called and name in folders}
+    if whole in called and not own - {called[whole]}:
+        return {called[whole]}
+    return own or {called[name] for name in (file, *above) if name in called}
+
+
 def pair_folder(images: Path, stimuli: Sequence[Stimulus]) -> Group:
     """The pictures of any folder, each called after its stimulus; several of one are samples of it.
 
     A picture may have its stimulus' path, its file name, or lie in a folder named like the
-    stimulus' file or folder. Raises DataError for names that fit none.
+    stimulus' file or folder. Raises DataError for names that fit none, or several.
     """
     called, drawn = _called(stimuli), stimuli_below(images)
-    rows = [
-        next((called[name] for name in _names(item.key) if name in called), None) for item in drawn
-    ]
+    folders = {name for item in stimuli for name in _names(item.key)[2:]}
+    meant = [_meant(item.key, called, folders) for item in drawn]
+    torn = [(item.key, rows) for item, rows in zip(drawn, meant, strict=True) if len(rows) > 1]
+    if torn:
+        key, several = torn[0][0], ", ".join(stimuli[row].key for row in sorted(torn[0][1]))
+        raise DataError(
+            images,
+            f"{len(torn)} of {len(drawn)} pictures whose file and folders are named after "
+            f"different stimuli, e.g. {key}: {several}",
+            "one stimulus for each picture",
+            "rename the files, or the folders, after what was seen",
+        )
+    rows = [next(iter(found), None) for found in meant]
     lost = [item.key for item, row in zip(drawn, rows, strict=True) if row is None]
     if lost:
         raise DataError(
@@ -87,36 +116,36 @@ def pair_folder(images: Path, stimuli: Sequence[Stimulus]) -> Group:
             f"names like {', '.join(_names(stimuli[0].key)[:3])}",
             "rename the files or folders after the stimuli, or give --truth their originals",
         )
-    return _group(images.name, "pictures", "unknown", None, drawn, rows, stimuli)
+    return _group(images.name, OF_A_FOLDER, drawn, rows, stimuli)
 
 
 def _group(
     images: str,
-    recipe: str,
-    prompt_source: str,
-    control: str | None,
+    about: Mapping[str, Any],
     drawn: Sequence[Stimulus],
     rows: Sequence[int],
     stimuli: Sequence[Stimulus],
-    simulated: bool = False,
+    lacking: str = "",
 ) -> Group:
+    """``about``: what a journal says of the pictures."""
     shown = sorted(set(rows))
     place = {row: index for index, row in enumerate(shown)}
     return Group(
         images,
-        recipe,
-        prompt_source,
-        control,
+        about["recipe"],
+        about["prompt_source"],
+        about["control"],
         tuple(stimuli[row] for row in shown),
         tuple(item.path for item in drawn),
         tuple(place[row] for row in rows),
-        simulated,
+        about.get("simulated", False),
+        lacking,
     )
 
 
 def pair_run(images: Path, stimuli: Sequence[Stimulus], label: str) -> list[Group]:
     """The pictures of a generate.py run, a group per recipe. Raises DataError."""
-    records = read_run(images)
+    records, lacking = read_run(images), unfinished(images)
     row_of = {item.id: row for row, item in enumerate(stimuli)}
     lost = [record["folder"] for record in records if record["stimulus"] not in row_of]
     if lost:
@@ -134,30 +163,26 @@ def pair_run(images: Path, stimuli: Sequence[Stimulus], label: str) -> list[Grou
     ):
         chosen = [record for record in records if record["recipe"] == recipe]
         chosen.sort(key=lambda record: row_of[record["stimulus"]])
-        first = chosen[0]
         groups.append(
             _group(
                 label,
-                recipe,
-                first["prompt_source"],
-                first["control"],
+                chosen[0],
                 [Stimulus(record["file"], images / record["file"]) for record in chosen],
                 [row_of[record["stimulus"]] for record in chosen],
                 stimuli,
-                first.get("simulated", False),
+                lacking,
             )
         )
     return groups
 
 
-def pair(folders: Sequence[Path], stimuli: Sequence[Stimulus]) -> list[Group]:
-    """Groups of all runs and folders. Raises DataError."""
-    names = [folder.resolve().name for folder in folders]
-    groups: list[Group] = []
-    for folder, name in zip(folders, names, strict=True):
-        label = name if names.count(name) == 1 else "/".join(folder.resolve().parts[-2:])
+def pair(images: Path, beside: Sequence[Path], stimuli: Sequence[Stimulus]) -> list[Group]:
+    """Groups of ``--images`` and of all that is scored beside them. Raises DataError."""
+    folders, groups = [images, *beside], []
+    for folder, label in zip(folders, labels_of(folders), strict=True):
         if any(folder.glob("images*.jsonl")):
-            groups += pair_run(folder, stimuli, label)
+            found = pair_run(folder, stimuli, label)
         else:
-            groups.append(pair_folder(folder, stimuli))
+            found = [replace(pair_folder(folder, stimuli), images=label)]
+        groups += [replace(group, beside=folder is not images) for group in found]
     return groups

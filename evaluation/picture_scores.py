@@ -267,6 +267,8 @@ def _result(
         "prompt_source": group.prompt_source,
         "control": group.control,
         "mark": CONTROLS.get(group.control or "", ""),
+        "beside": group.beside,
+        "unfinished": group.unfinished,
         "n": len(group.stimuli),
         "samples": len(group.pictures),
         "scores": {name: scores[name] for name in SCORES if name in scores},

@@ -187,6 +187,8 @@ def as_table(results: Row) -> str:
     if results["across_subjects"]:
         means = across_subjects_table(results["across_subjects"])
         lines += ["## Retrieval over subjects, mean ± SE", "", *means, ""]
+    lacking = {row["images"]: row.get("unfinished") for row in results["pictures"]}
+    lines += [f"**{images}: {lacks}.**\n" for images, lacks in lacking.items() if lacks]
     for title, paired in (("Pictures", True), ("Distributions of pictures", False)):
         found = picture_lines(results["pictures"], results["metrics"], paired=paired)
         lines += [f"## {title}", "", *found, ""] if found else []

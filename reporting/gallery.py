@@ -15,6 +15,7 @@ from modalities import recipes
 from reporting.material import Drawing, Scores, World
 from reporting.thumbnails import Thumbnails
 from reporting.words import CONTROL_LABELS, HEADLINE_METRICS, finite, recipe_labels, recipe_title
+from rundirs.journal import labels_of
 from util import CHECKOUT
 
 
@@ -58,8 +59,9 @@ def scores_per_stimulus(scores: Sequence[Scores], drawing: Drawing) -> dict[str,
     found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for item in scores:
         paired = [name for name, about in item.metrics.items() if about.get("paired")]
-        for row in item.pictures if belongs(item, drawing) else []:
-            if row["images"] in (drawing.run.label, drawing.run.path.resolve().name):
+        wanted = labels_within(item, drawing)
+        for row in item.pictures:
+            if row["images"] in wanted:
                 for metric in paired:
                     value = finite(row.get(metric))
                     if value is not None:
@@ -73,14 +75,17 @@ def scores_per_stimulus(scores: Sequence[Scores], drawing: Drawing) -> dict[str,
     }
 
 
-def belongs(scores: Scores, drawing: Drawing) -> bool:
-    """Whether these scores are of this run: by its path where it is recorded, else by its name."""
+def labels_within(scores: Scores, drawing: Drawing) -> set[str]:
+    """What these scores may call this run: by its path where that is recorded, else by its name."""
     options = scores.run.options
     recorded = [options.get("images"), *(options.get("control_images") or [])]
-    recorded = [name for name in recorded if name]
-    paths = {path.resolve() for one in recorded for path in (Path(one), CHECKOUT / one)}
-    existing = {path for path in paths if path.exists()}
-    return not existing or drawing.run.path.resolve() in existing
+    given = [Path(name) for name in recorded if name]
+    paths = [path if path.exists() else CHECKOUT / path for path in given]
+    if not any(path.exists() for path in paths):
+        return {drawing.run.label, drawing.run.path.resolve().name}
+    here = drawing.run.path.resolve()
+    labelled = zip(labels_of(paths), paths, strict=True)
+    return {label for label, path in labelled if path.resolve() == here}
 
 
 def gallery_data(

@@ -13,7 +13,7 @@ from datafiles.eeg_files import EEG_FOLDER, eeg_file, is_simulated, list_subject
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, list_stimuli
 from reporting.words import MOST_SUBJECTS, spoken_marks
 from rundirs.files import read_csv, read_json
-from rundirs.journal import read_journal
+from rundirs.journal import read_journal, unfinished
 from util import CHECKOUT, DataError, UserError
 
 SHOWN_STAGES = ("train", "retrieval", "generate", "evaluate")  # whose runs are shown
@@ -78,7 +78,7 @@ def _read_run(path: Path, label: str) -> Run:
         recorded.get("provenance", {}),
         optional("env.json", []),
         optional("inputs.json", {}),
-        any(path.glob("DONE*")),
+        not unfinished(path) if stage == "generate" else any(path.glob("DONE*")),
     )
 
 
@@ -104,7 +104,7 @@ def read_drawing(run: Run) -> Drawing | None:
     records = read_journal(run.path)
     if not records:
         return None
-    files, cure = {}, "draw it again: the same generate.py command goes on where it stopped"
+    files, cure = {}, "remove DONE* and draw again: the same generate.py command goes on"
     for record in records:
         name = Path(record["file"])
         if not (run.path / name).is_file():

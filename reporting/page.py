@@ -21,6 +21,7 @@ from datafiles.eeg_files import (
     check_rows,
     open_recording,
     select_signal,
+    stored_unit,
 )
 from modalities import NAMES, SITES
 from reporting.figures.eeg import erp_figure, occlusion_figures, scalp_figures
@@ -167,8 +168,9 @@ def eeg_views(world: World, window: Sequence[float] | None) -> list[dict[str, An
     for subject, path in shown_eeg(world).items():
         eeg, channels, times, trials = open_responses(path, world)
         about = f"{subject}, N = {len(eeg)} test stimuli, mean of {trials} trials each"
-        evoked = erp_figure(eeg, channels, times, subject, about, window)
-        maps = scalp_figures(eeg.mean(axis=0), channels, times, about)
+        unit = stored_unit(path)
+        evoked = erp_figure(eeg, channels, times, subject, about, window, unit)
+        maps = scalp_figures(eeg.mean(axis=0), channels, times, about, unit)
         views.append({"subject": subject, "figures": [evoked, *maps]})
     return views
 

@@ -77,7 +77,7 @@ def picture_table(scores: Scores) -> dict[str, Any]:
             {
                 "name": recipe_title(row["recipe"]),
                 "images": row["images"],
-                "marks": spoken_marks(row.get("prompt_source"), row.get("control")),
+                "marks": _said_of(row),
                 "n": row["n"],
                 "samples": row.get("samples"),
                 "cells": [
@@ -215,9 +215,16 @@ def headlines(scores: Sequence[Scores]) -> list[dict[str, Any]]:
     return found[:6]
 
 
+def _said_of(row: Mapping[str, Any]) -> list[str]:
+    """Marks of a row of pictures, and what lacks of them."""
+    marks = spoken_marks(row.get("prompt_source"), row.get("control"))
+    return [*marks, row["unfinished"]] if row.get("unfinished") else marks
+
+
 def _picture_headlines(scores: Scores) -> Iterator[dict[str, Any]]:
     rows = scores.results["pictures"]
-    fused = [row for row in rows if row["recipe"] == "fused" and not row.get("control")]
+    own = [row for row in rows if not row.get("beside", row.get("control"))]
+    fused = [row for row in own if row["recipe"] == "fused"]
     shuffled = next((row for row in rows if row.get("control") == "shuffled_eeg"), None)
     for row in fused[:1]:
         for name in [name for name in HEADLINE_METRICS if name in row["scores"]][:4]:
@@ -236,7 +243,7 @@ def _picture_headlines(scores: Scores) -> Iterator[dict[str, Any]]:
                 "control": text,
                 "chance": "" if chance is None else f"chance {shown_number(chance)}",
                 "about": f"fused pictures, N = {row['n']}"
-                + "".join(f" · {mark}" for mark in spoken_marks(row.get("prompt_source"), None)),
+                + "".join(f" · {mark}" for mark in _said_of(row)),
             }
 
 

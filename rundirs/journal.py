@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,27 @@ def read_journal(images: Path) -> list[dict[str, Any]]:
     return list({(record["stimulus"], record["recipe"]): record for record in records}.values())
 
 
-def read_run(images: Path) -> list[dict[str, Any]]:
-    """As :func:`read_journal`. Raises DataError without a picture."""
+def unfinished(images: Path) -> str:
+    """What lacks of a run of generate.py, in words; nothing of one whose every part is done."""
+    found = [part.name.removeprefix("DONE") for part in images.glob("DONE*")]
+    begun = [part.stem.removeprefix("images") for part in images.glob("images*.jsonl")]
+    lacks = []
+    if "" not in found:
+        counts = {int(part.rsplit("-", 1)[1]) for part in (*found, *begun) if "-of-" in part}
+        done = {count: sum(part.endswith(f"-of-{count}") for part in found) for count in counts}
+        if not any(done[count] == count for count in counts):
+            parts = [f"{done[count]} of {count} parts are done" for count in sorted(counts)]
+            lacks.append(f"unfinished ({'; '.join(parts)})" if parts else "unfinished")
     records = read_journal(images)
+    gone = [record["file"] for record in records if not (images / record["file"]).is_file()]
+    if gone:
+        lacks.append(f"{len(gone)} of its {len(records)} pictures are gone, e.g. {gone[0]}")
+    return ", ".join(lacks)
+
+
+def read_run(images: Path) -> list[dict[str, Any]]:
+    """As :func:`read_journal`, of pictures that are there. Raises DataError without any."""
+    records = [record for record in read_journal(images) if (images / record["file"]).is_file()]
     if not records:
         raise DataError(
             images,
@@ -46,3 +65,19 @@ def read_run(images: Path) -> list[dict[str, Any]]:
             "run that stage; it goes on where it stopped",
         )
     return records
+
+
+def labels_of(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the folders apart; the same folder twice: numbers.
+
+    They are what tables and files of scores know the pictures by.
+    """
+    paths = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        labels = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(labels)) == len(set(paths)):
+            break
+    return [
+        label if labels.index(label) == place else f"{label} ({labels[: place + 1].count(label)})"
+        for place, label in enumerate(labels)
+    ]

@@ -15,7 +15,11 @@ from reporting.figures.scores import Bar, bars_figure
 from reporting.svg import INK, LINE, MUTED, OUTLINE, Figure, draw_svg, few_ticks
 from reporting.words import INTERVAL, MOST_SUBJECTS, bracket, finite, points
 
-UNITS = "Whitened units (dimensionless)"  # as THINGS-EEG2's preprocessing leaves them
+UNITS = {  # of datafiles.eeg_files.stored_unit: what is shown, and by what it is multiplied
+    "whitened": ("whitened units", 1.0),
+    "V": ("µV", 1e6),
+    "": ("units of the file, which says nothing of them", 1.0),
+}
 TOPOMAP_TIMES_S = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 
 
@@ -32,7 +36,11 @@ def erp_figure(
     subject: str,
     about: str,
     window: Sequence[float] | None,
+    unit: str,
 ) -> Figure:
+    """``eeg`` [N, C, T] of ``times`` [T] in s, in ``unit``: see UNITS."""
+    shown, factor = UNITS[unit]
+    eeg = eeg * factor
     regions = {
         name: band(eeg[:, [channels.index(item) for item in members]].mean(axis=1))
         for name, members in electrodes.regions_of(channels).items()
@@ -42,11 +50,11 @@ def erp_figure(
         f"{name} peaks at {times[np.abs(mean).argmax()]:.2f} s ({mean[np.abs(mean).argmax()]:+.2f})"
         for name, (mean, _) in regions.items()
     ]
-    alt = f"Evoked responses, {subject}: {'; '.join(peaks)}; whitened units"
+    alt = f"Evoked responses, {subject}: {'; '.join(peaks)}; {shown}"
     shade = "Shaded: what the model reads. " if window else ""
     caption = (
         "Evoked response per region (mean over its channels and stimuli; band: 95 %, ±1.96 "
-        f"standard errors over stimuli) and global field power. {shade}{about}. {UNITS}."
+        f"standard errors over stimuli) and global field power, in {shown}. {shade}{about}."
     )
     draw = partial(draw_erp, regions=regions, power=power, times=times, window=window)
     rows = (len(regions) + 2) // 2
@@ -113,9 +121,11 @@ def draw_topomap(
 
 
 def scalp_figures(
-    mean: np.ndarray, channels: Sequence[str], times: np.ndarray, about: str
+    mean: np.ndarray, channels: Sequence[str], times: np.ndarray, about: str, unit: str
 ) -> list[Figure]:
     """Maps of the mean response [C, T] over time; none where channels have no known place."""
+    shown, factor = UNITS[unit]
+    mean = mean * factor
     names, info = placed(channels)
     moments = [t for t in TOPOMAP_TIMES_S if times[0] <= t <= times[-1]]
     if info is None or not moments:
@@ -128,7 +138,7 @@ def scalp_figures(
         f"{t:.2f} s: {names[int(np.abs(m).argmax())]}" for t, m in zip(moments, maps.T, strict=True)
     ]
     alt = f"Scalp maps over time, {about}; strongest channel at {', '.join(strongest)}"
-    caption = f"Scalp topography of the mean response; {len(names)} channels. {about}. {UNITS}."
+    caption = f"Scalp topography of the mean response; {len(names)} channels, {shown}. {about}."
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(2, 4, squeeze=False).ravel()
@@ -137,7 +147,7 @@ def scalp_figures(
             axes.set_title(f"{moment:.2f} s", fontsize=10.5, fontweight="normal", loc="center")
         for axes in panels[len(moments) :]:
             axes.axis("off")
-        colour_bar(figure, image, panels.tolist(), "whitened units")
+        colour_bar(figure, image, panels.tolist(), shown)
 
     return [Figure(draw_svg(alt, 290, draw), caption)]
 

@@ -12,7 +12,7 @@ import pytest
 
 from datafiles import eeg_files
 from datafiles.eeg_files import match_signal, open_recording, select_signal
-from rundirs.files import file_hash
+from rundirs.files import file_hash, write_json
 from util import DataError, UserError
 
 SHUFFLED = ("O2", "Fz", "Pz", "O1", "Cz")
@@ -186,3 +186,17 @@ def test_another_rate_or_span_is_refused(tmp_path, times):
     recording = _recording(tmp_path, times=times)
     with pytest.raises(DataError, match="that the model was trained on"):
         match_signal(recording, ["Cz"], [second / 100 for second in range(20)])
+
+
+@pytest.mark.parametrize(
+    ("options", "note", "unit"),
+    [({"whiten": True}, False, "whitened"), ({"whiten": False}, False, "V"), (None, False, ""),
+     (None, True, "whitened"), ({"whiten": False}, True, "V")],
+)  # fmt: skip
+def test_the_unit_is_what_was_done_to_the_eeg(tmp_path, options, note, unit):
+    if options is not None:
+        write_json(tmp_path / "options.json", {"stage": "preprocess", "options": options})
+    if note:
+        write_json(tmp_path / eeg_files.SIMULATED_NOTE, {})
+    assert eeg_files.stored_unit(tmp_path / "preprocessed_eeg_test.npy") == unit
+    assert eeg_files.stored_unit(tmp_path) == unit

@@ -12,7 +12,8 @@ from PIL import Image
 import evaluate
 from evaluation import comparison, networks
 from evaluation.pairing import pair_folder, stimuli_below
-from rundirs.files import read_csv
+from rundirs.files import append_jsonl, read_csv
+from rundirs.journal import labels_of
 from util import DataError
 
 NAMES = ("aircraft_carrier", "bear", "canoe", "drum", "egg", "fan")
@@ -239,3 +240,111 @@ def test_runs_of_other_stimuli_cannot_be_compared(tmp_path, truth, two_runs, cap
     assert "no score of a stimulus that both" in capsys.readouterr().err
     flags[2] = tmp_path / "nowhere"
     assert evaluate.main([str(flag) for flag in flags]) == 1
+
+
+def test_unmarked_controls_are_not_compared_in_place_of_the_pictures(tmp_path, truth, two_runs):
+    """Another person's pictures, say: nothing but the flag tells them from --images."""
+    for row, name in enumerate(NAMES):
+        write(tmp_path / "own" / "images" / f"{name}_07s.png", spoiled(photo(row), 0.05))
+        write(tmp_path / "other" / "images" / f"{name}_07s.png", spoiled(photo(row), 0.6))
+    images, beside = tmp_path / "own" / "images", tmp_path / "other" / "images"
+    results = scored(tmp_path, images, truth, "--control_images", beside, name="both_scores")
+    assert [row["images"] for row in results["pictures"]] == ["own/images", "other/images"]
+    rows = compared(tmp_path, tmp_path / "both_scores", two_runs[1], "comparison")
+    value = results["pictures"][0]["scores"]["pixcorr"]["value"]
+    assert rows["PixCorr"]["a"] == pytest.approx(value) and rows["PixCorr"]["difference"] > 0.05
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    paths = [tmp_path / end for end in ("a/x/images", "b/x/images", "c/images", "c/images")]
+    for path in paths:
+        path.mkdir(parents=True, exist_ok=True)
+    labels = labels_of(paths)
+    assert labels == ["a/x/images", "b/x/images", f"{tmp_path.name}/c/images",
+                      f"{tmp_path.name}/c/images (2)"]  # fmt: skip
+    assert labels_of(paths[:1]) == ["images"]
+
+
+# --- names that disagree ------------------------------------------------------------------------
+
+
+def numbered(tmp_path: Path) -> Path:
+    """Stimuli in folders of their own, one of whose files is called 1."""
+    for row, name in enumerate(NAMES[:3]):
+        file = "1.png" if not row else f"{name}.png"
+        write(tmp_path / "truth" / f"{row + 1:05d}_{name}" / file, photo(row))
+    return tmp_path / "truth"
+
+
+def test_a_folder_named_after_a_stimulus_says_more_than_a_number(tmp_path):
+    stimuli = stimuli_below(numbered(tmp_path))
+    for row, name in enumerate(NAMES[:3]):
+        write(tmp_path / "theirs" / f"{row + 1:05d}_{name}" / "1.png", photo(row))
+    group = pair_folder(tmp_path / "theirs", stimuli)
+    assert [group.stimuli[row].concept for row in group.owner] == list(NAMES[:3])
+
+
+def test_files_and_folders_named_after_different_stimuli_are_refused(tmp_path):
+    for name in ("1", "2", "3"):
+        write(tmp_path / "truth" / f"{name}.png", photo(int(name)))
+    stimuli = stimuli_below(tmp_path / "truth")
+    for sample in ("1", "2"):
+        write(tmp_path / "theirs" / sample / "3.png", photo(3))
+    with pytest.raises(DataError, match=r"2 of 2 .*/1/3.png: truth/1.png, truth/3.png"):
+        pair_folder(tmp_path / "theirs", stimuli)
+    for folder, file in (("00001_aircraft_carrier", "00002_bear"), ("00002_bear/00003_canoe", "")):
+        theirs = tmp_path / f"of{file}" / "theirs"
+        write(theirs / folder / f"{file or 'x'}.png", photo(1))
+        places = [tmp_path / "things" / f"{n + 1:05d}_{NAMES[n]}" / "a.png" for n in range(3)]
+        things = [write(place, photo(0)) for place in places]
+        with pytest.raises(DataError, match="different stimuli"):
+            pair_folder(theirs, stimuli_below(things[0].parents[1]))
+
+
+# --- runs that are not whole --------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_drawn(tmp_path, truth) -> Path:
+    """A run of two parts, one of which was interrupted."""
+    run = tmp_path / "run"
+    for row, stimulus in enumerate(stimuli_below(truth)[:4]):
+        append_jsonl(
+            run_part(run, row % 2),
+            {"stimulus": stimulus.id, "recipe": "fused", "file": f"{row}.png", "control": None,
+             "folder": stimulus.folder, "prompt_source": "neutral"},
+        )  # fmt: skip
+        write(run / f"{row}.png", photo(row))
+    (run / "DONE-1-of-2").write_text("{}")
+    return run
+
+
+def run_part(run: Path, index: int) -> Path:
+    run.mkdir(exist_ok=True)
+    return run / f"images-{index + 1}-of-2.jsonl"
+
+
+def test_an_unfinished_run_is_told_and_not_compared(tmp_path, truth, half_drawn, two_runs, capsys):
+    results = scored(tmp_path, half_drawn, truth, name="half")
+    told = "unfinished (1 of 2 parts are done)"
+    assert [row["unfinished"] for row in results["pictures"]] == [told]
+    shown = capsys.readouterr()
+    assert f"**run: {told}.**" in shown.out and told in shown.err
+    flags = ["--compare", tmp_path / "half", two_runs[0], "--output_dir", tmp_path / "c"]
+    assert evaluate.main([str(flag) for flag in flags]) == 1
+    assert told in capsys.readouterr().err and not (tmp_path / "c").exists()
+    (half_drawn / "DONE-2-of-2").write_text("{}")
+    assert scored(tmp_path, half_drawn, truth, name="whole")["pictures"][0]["unfinished"] == ""
+    assert compared(tmp_path, tmp_path / "whole", two_runs[0], "d")["PixCorr"]["n"] == 4
+
+
+def test_pictures_that_are_gone_are_told(tmp_path, truth, half_drawn, capsys):
+    (half_drawn / "DONE").write_text("{}")
+    (half_drawn / "2.png").unlink()
+    (row,) = scored(tmp_path, half_drawn, truth, name="three")["pictures"]
+    assert row["n"] == 3 and row["unfinished"] == "1 of its 4 pictures are gone, e.g. 2.png"
+    for path in half_drawn.glob("*.png"):
+        path.unlink()
+    flags = ["--images", half_drawn, "--truth", truth, "--output_dir", tmp_path / "none"]
+    assert evaluate.main([str(flag) for flag in flags]) == 1
+    assert "no pictures" in capsys.readouterr().err

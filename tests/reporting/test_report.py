@@ -439,7 +439,7 @@ def test_everything_is_there_with_its_numbers(page: str):
     assert "shuffled EEG: 16.7 % (0.0–10.0)" in found["scores"]
     assert "95 % bootstrap over stimuli" in found["scores"]
     assert "c0ffee" in found["runs"] and "e" * 64 in found["runs"]
-    assert "N = 6" in found["eeg"] and "Whitened units" in found["eeg"]
+    assert "N = 6" in found["eeg"] and "units of the file, which says nothing" in found["eeg"]
     assert "replaced by the mean" in found["occlusion"]
     assert "SwAV" in found["scores"] and "Published figures: field" in found["scores"]
 
