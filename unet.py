@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +18,14 @@ from torch import nn
 from loss import LossTerms, stacked_prior_loss, terms_of
 from modalities import NAMES, QUANTITIES
 from subject_layers.dropout import Dropout
+from subject_layers.schedule import NOISE_SCHEDULE, TRAIN_STEPS, sampler_named
+from subject_layers.skip import EncoderSkip, add_skip
 from subject_layers.stacked import keep_separate_state, stacked
 from subject_layers.timesteps import TimeEmbedding, distinct_timesteps, timestep_features
 from util import WHOLE, Part, generator_for, grouped
 
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
 Seeds = Sequence[int] | torch.Generator  # of the noise that sampling starts from
 MANY_TIMESTEPS = 512  # so many of TRAIN_STEPS repeat enough for sorting them to pay
-TRAIN_STEPS = 1000  # DDPM: linear betas 1e-4 .. 2e-2 over 1000 steps
-NOISE_SCHEDULE = {
-    "num_train_timesteps": TRAIN_STEPS,
-    "beta_start": 1e-4,
-    "beta_end": 2e-2,
-    "beta_schedule": "linear",
-    "prediction_type": "v_prediction",  # see PriorBank.velocity_from
-}
 
 
 def _mlp_block(width_in: int, width_out: int, dropout: float) -> nn.Sequential:
@@ -176,25 +167,6 @@ class Sampling:
     restore_variance: bool = False
 
 
-def sampler_named(name: str) -> SchedulerMixin:
-    """A diffusers scheduler on the training schedule: ``dpm`` (DPM-Solver++ 2M) or ``ddim``.
-
-    x0 is not clipped: un-normalised CLIP vectors, even standardised, leave [-1, 1].
-    """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    if name == "ddim":
-        return DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, timestep_spacing="trailing")
-    if name == "dpm":
-        return DPMSolverMultistepScheduler(
-            **NOISE_SCHEDULE,
-            algorithm_type="dpmsolver++",
-            timestep_spacing="trailing",
-            final_sigmas_type="zero",
-        )
-    raise ValueError(f"unknown prior sampler {name!r}; expected dpm or ddim")
-
-
 def mean_and_std(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Per dimension of training features [N, D]. ValueError if they do not vary: a dead ``name``.
 
@@ -293,12 +265,13 @@ class PriorTask:
     """``predicts``: what the networks put out; ``loss_on``: what the losses compare.
 
     Each is one of QUANTITIES, else ValueError. ``condition_dropout``: share of samples that priors
-    see without their condition.
+    see without their condition. ``skip``: see :class:`EncoderSkip`.
     """
 
     condition_dropout: float = 0.1
     loss_on: str = "velocity"
     predicts: str = "velocity"
+    skip: bool = False
 
     def __post_init__(self) -> None:
         if not {self.loss_on, self.predicts} <= set(QUANTITIES):
@@ -332,6 +305,7 @@ class PriorBank(TargetSpace):
             [DiffusionPriorUNet(embed_dim, cond_dim, hidden_dim, dropout=dropout) for _ in NAMES]
         )
         keep_separate_state(self.priors, NAMES)
+        self.skip = EncoderSkip(len(NAMES)) if task.skip else None
         betas = torch.linspace(
             NOISE_SCHEDULE["beta_start"], NOISE_SCHEDULE["beta_end"], TRAIN_STEPS
         )
@@ -371,6 +345,11 @@ class PriorBank(TargetSpace):
         t, noise, keep = self._draw(clean, generator, part)
         noisy = self.add_noise(clean, noise, t)
         found = self.priors(noisy, t, cond, keep).to(clean.dtype)
+        if self.skip:
+            if self.training:
+                self.skip.fit(cond, clean[:, ::draws])
+            estimate = self.skip(cond).repeat_interleave(draws, dim=1) * keep[..., None]
+            found = add_skip(found, estimate, self._shares(t, clean), self.task.predicts)
         loss_on = self.task.loss_on
         if loss_on != self.task.predicts:
             found = self.quantity_from(self.velocity_from(found, noisy, t), noisy, t, loss_on)
@@ -459,9 +438,11 @@ class PriorBank(TargetSpace):
         scheduler = sampler_named(sampler)
         scheduler.set_timesteps(steps)
         conditions = self.priors.embed_condition(cond, draws)  # the same at every step
+        known = self.skip(cond).repeat_interleave(draws, dim=1) if self.skip else None
         x = self._start_noise(seeds, len(cond), draws).to(cond)
         for t in scheduler.timesteps:
-            velocity = self._guided(x, t.to(x.device).expand(len(NAMES), 1), conditions, guidance)
+            times = t.to(x.device).expand(len(NAMES), 1)
+            velocity = self._guided(x, times, conditions, guidance, known)
             x = scheduler.step(velocity, t, x).prev_sample
         return {
             name: self.restore(name, rows).unflatten(0, (-1, draws)).mean(dim=1)
@@ -483,14 +464,23 @@ class PriorBank(TargetSpace):
         )
 
     def _guided(
-        self, x: torch.Tensor, t: torch.Tensor, conditions: list[torch.Tensor], guidance: float
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        conditions: list[torch.Tensor],
+        guidance: float,
+        known: torch.Tensor | None,
     ) -> torch.Tensor:
         """Velocity for x [M, B, D] at t [M, 1]; with guidance both branches are one batch."""
-        times = self.priors.embed_time(t, x.dtype)
+        if guidance != 1.0:
+            conditions = [torch.cat([part, torch.zeros_like(part)], dim=1) for part in conditions]
+            x = torch.cat([x, x], dim=1)
+            known = None if known is None else torch.cat([known, torch.zeros_like(known)], dim=1)
+        output = self.priors.denoise(x, self.priors.embed_time(t, x.dtype), conditions)
+        if known is not None:
+            output = add_skip(output, known, self._shares(t, x), self.task.predicts)
+        velocity = self.velocity_from(output, x, t)
         if guidance == 1.0:
-            return self.velocity_from(self.priors.denoise(x, times, conditions), x, t)
-        both = [torch.cat([part, torch.zeros_like(part)], dim=1) for part in conditions]
-        twice = torch.cat([x, x], dim=1)
-        output = self.priors.denoise(twice, times, both)
-        given, free = self.velocity_from(output, twice, t).chunk(2, dim=1)
+            return velocity
+        given, free = velocity.chunk(2, dim=1)
         return free + guidance * (given - free)

@@ -47,13 +47,14 @@ from rundirs.files import write_json
 from rundirs.tensors import save_tensors
 from sdxl.memory import main_memory_peak
 from subject_layers.dropout import Dropout
+from subject_layers.schedule import TRAIN_STEPS
 from subject_layers.timesteps import timestep_features
 from training import loop
 from training.optimisation import Schedule
 from training.processes import Processes
 from training.settings import Computing, Procedure
 from training.starting import new_decoder
-from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank
+from unet import DiffusionPriorUNet, PriorBank
 
 DIM, CHANNELS, SAMPLES, RATE_HZ = 1024, 63, 250, 250
 CONCEPTS, IMAGES, REPETITIONS = 1654, 10, 4

@@ -10,7 +10,7 @@ from modalities import WITHOUT_EEG
 
 OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to already
     "encoder", "aligner", "contrast_layer", "prior_predicts", "prior_loss", "condition_dropout",
-    "loss_weights",
+    "loss_weights", "aligner_skip",
 )  # fmt: skip
 
 
@@ -81,6 +81,8 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
         parser.error(f"--{flag} was settled when the model of --adapt_from was trained")
     for flag in _given(parser, values, OF_THE_PRIOR) if values.aligner != "prior" else ():
         parser.error(f"--{flag} is of --aligner prior, not of --aligner {values.aligner}")
+    if values.aligner == "none" and _given(parser, values, ("aligner_skip",)):
+        parser.error("--aligner_skip does nothing with --aligner none, which is nothing but that")
 
 
 def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ import util
 from loss import LossTerms, stacked_prior_loss, terms_of
 from modalities import NAMES
 from subject_layers.dropout import Dropout
+from subject_layers.skip import EncoderSkip
 from subject_layers.stacked import keep_separate_state, stacked
 from unet import PriorBank, Sampling, Seeds, TargetSpace
 from util import WHOLE, Part
@@ -33,6 +34,9 @@ class Regression(TargetSpace):
         """Standardised embeddings [M, B, D] of conditions [B, C]."""
         raise NotImplementedError
 
+    def prepare(self, cond: torch.Tensor, clean: torch.Tensor) -> None:
+        """See a batch of conditions and standardised targets before its loss is computed."""
+
     def losses(
         self,
         targets: Mapping[str, torch.Tensor],
@@ -46,6 +50,7 @@ class Regression(TargetSpace):
         ``generator``, ``draws`` and ``part`` are the priors': here nothing is drawn.
         """
         clean = self.standardised(targets, cond)
+        self.prepare(cond, clean)
         return terms_of(stacked_prior_loss(self.predict(cond).to(clean.dtype), clean))
 
     @torch.no_grad()
@@ -79,8 +84,12 @@ class SharedMLP(Regression):
         learned_weights: bool = False,
         hidden_dim: int | None = None,
         dropout: float = 0.1,
+        skip: bool = False,
     ) -> None:
-        """``hidden_dim``: width of the trunk, by default that of the embeddings, at least 512."""
+        """``hidden_dim``: width of the trunk, by default that of the embeddings, at least 512.
+
+        ``skip``: see :class:`EncoderSkip`; the heads then begin at 0.
+        """
         super().__init__(embed_dim, cond_dim, learned_weights)
         self.hidden_dim, self.dropout = hidden_dim or max(embed_dim, 512), dropout
         self.trunk = nn.Sequential(
@@ -93,18 +102,28 @@ class SharedMLP(Regression):
             Dropout(dropout),
         )
         self.heads = stacked([nn.Linear(self.hidden_dim, embed_dim) for _ in NAMES])
+        self.skip = EncoderSkip(len(NAMES)) if skip else None
+        if skip:
+            for parameter in self.heads.parameters():
+                nn.init.zeros_(parameter)
         keep_separate_state(self.heads, NAMES)
 
     @property
     def config(self) -> dict[str, Any]:
-        return super().config | {"hidden_dim": self.hidden_dim, "dropout": self.dropout}
+        own = {"hidden_dim": self.hidden_dim, "dropout": self.dropout}
+        return super().config | own | {"skip": self.skip is not None}
 
     def networks(self) -> list[nn.Module]:
         return [self.trunk, self.heads]
 
+    def prepare(self, cond: torch.Tensor, clean: torch.Tensor) -> None:
+        if self.skip and self.training:
+            self.skip.fit(cond, clean)
+
     def predict(self, cond: torch.Tensor) -> torch.Tensor:
         """The five heads are one batched product."""
-        return self.heads(self.trunk(cond).expand(len(NAMES), -1, -1))
+        found = self.heads(self.trunk(cond).expand(len(NAMES), -1, -1))
+        return found + self.skip(cond) if self.skip else found
 
 
 class Identity(Regression):
@@ -145,13 +164,18 @@ def aligner_from(config: Mapping[str, Any]) -> TargetSpace:
 
 @dataclass(frozen=True)
 class Alignment:
-    """What to train: the flags of ``args.py``, in short. All but the first two are the priors'."""
+    """What to train: the flags of ``args.py``, in short.
+
+    ``skip``: of the priors and the regression, where the widths allow it. The three before: of the
+    priors.
+    """
 
     kind: str
     learned_weights: bool
     condition_dropout: float
     predicts: str
     loss_on: str | None  # None: what the priors predict
+    skip: bool = False
 
 
 def new_aligner(embed_dim: int, cond_dim: int, how: Alignment, seed: int) -> TargetSpace:
@@ -169,6 +193,8 @@ def new_aligner(embed_dim: int, cond_dim: int, how: Alignment, seed: int) -> Tar
         "cond_dim": cond_dim,
         "learned_weights": how.learned_weights,
     }
+    if how.kind != Identity.kind:
+        config["skip"] = how.skip and embed_dim == cond_dim
     if how.kind == PriorBank.kind:
         config |= {
             "condition_dropout": how.condition_dropout,

@@ -42,7 +42,7 @@ def test_guidance_is_the_stated_combination():
         given, free = prior(x[place], t[0].expand(4), cond), prior(x[place], t[0].expand(4))
         for guidance in (0.0, 1.0, 3.0):
             expected = free + guidance * (given - free)
-            found = bank._guided(x, t, conditions, guidance)[place]
+            found = bank._guided(x, t, conditions, guidance, None)[place]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -21,8 +21,9 @@ from decoder.aligners import aligner_from
 from loss import LossTerms, prior_loss, prior_total
 from modalities import MODALITIES, NAMES, QUANTITIES
 from subject_layers import stacked
+from subject_layers.schedule import TRAIN_STEPS, sampler_named
 from subject_layers.timesteps import distinct_timesteps
-from unet import TRAIN_STEPS, DiffusionPriorUNet, PriorBank, sampler_named
+from unet import DiffusionPriorUNet, PriorBank
 
 
 def five_losses(

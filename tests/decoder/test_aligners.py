@@ -23,11 +23,13 @@ from loss import prior_loss, prior_total
 from modalities import MODALITIES, NAMES, QUANTITIES
 from rundirs.files import read_jsonl
 from rundirs.tensors import load_tensors, save_tensors
-from unet import PriorBank, Sampling, TargetSpace
+from subject_layers.skip import add_skip
+from unet import PriorBank, PriorTask, Sampling, TargetSpace
 
 KINDS = tuple(ALIGNERS)
 REGRESSIONS = ("mlp", "none")
 D = 6
+WIDE = 32
 SMALL = {"prior": {"hidden_dim": [64, 32]}, "mlp": {"hidden_dim": 64}, "none": {}}
 ONCE = Sampling(steps=5, guidance=1.0, sampler="ddim")
 SIGNAL = {"channels": ["Pz"] * 5, "times": list(range(80)), "subjects": ["sub-01"]}
@@ -300,3 +302,80 @@ def test_train_and_generate_with_each_aligner(features: Chain, tmp_path: Path, k
     stretched = units / units.norm(dim=2, keepdim=True)
     apart = (stretched[0] - stretched[1:]).norm(dim=2).min()
     assert apart < 1e-3 if kind == "none" else apart > 1e-2
+
+
+# --- the encoder's output as a start ----------------------------------------------------------
+
+
+def drawn_near(cond: torch.Tensor, gains: list[float]) -> dict[str, torch.Tensor]:
+    """Targets that are a gain times the condition and noise, of unit variance."""
+    return {
+        name: gain * cond + (1 - gain**2) ** 0.5 * normal(len(cond), WIDE, seed=10 + i)
+        for i, (name, gain) in enumerate(zip(NAMES, gains, strict=True))
+    }
+
+
+def fitted(kind: str, skip: bool, cond, targets, steps: int) -> aligners.TargetSpace:
+    aligner = new_aligner(WIDE, WIDE, Alignment(kind, False, 0.0, "velocity", None, skip), seed=0)
+    aligner.fit_targets(targets)
+    optimizer = torch.optim.Adam(aligner.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        terms = aligner.losses(targets, cond, generator, 2)
+        optimizer.zero_grad()
+        sum(of.total for of in terms.values()).backward()
+        optimizer.step()
+    return aligner.eval()
+
+
+def agreement_with(aligner, cond, targets) -> float:
+    made = aligner.sample(cond, 10, 1.0, range(len(cond)), draws=4)
+    unit = [(aligner.standardise(n, made[n]), aligner.standardise(n, targets[n])) for n in NAMES]
+    return float(torch.stack([torch.cosine_similarity(*pair).mean() for pair in unit]).mean())
+
+
+@pytest.mark.parametrize("kind", ["prior", "mlp"])
+def test_a_skip_decodes_unseen_pictures_from_a_few_pairs(kind) -> None:
+    """What the encoder knows already needs no data."""
+    gains = [0.9, 0.8, 0.7, 0.6, 0.5]
+    cond, unseen = normal(40, WIDE, seed=1), normal(200, WIDE, seed=2)
+    seen, truth = drawn_near(cond, gains), drawn_near(unseen, gains)
+    found = {
+        skip: agreement_with(fitted(kind, skip, cond, seen, 150), unseen, truth)
+        for skip in (False, True)
+    }
+    assert found[True] > found[False] + 0.1 and found[True] > 0.4
+
+
+@pytest.mark.parametrize("kind", ["prior", "mlp"])
+def test_gains_are_fitted_modality_by_modality(kind) -> None:
+    gains = [0.9, 0.0, 0.7, -0.6, 0.3]
+    cond = normal(400, WIDE, seed=1)
+    aligner = fitted(kind, True, cond, drawn_near(cond, gains), 3)
+    assert aligner.skip.gain.tolist() == pytest.approx(gains, abs=0.05)
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_skip_is_the_posterior_mean_about_the_estimate(quantity) -> None:
+    """At pure noise the estimate itself; without noise nothing, whatever the networks predict."""
+    bank = PriorBank(WIDE, WIDE, PriorTask(predicts=quantity, loss_on=quantity, skip=True)).eval()
+    noisy, estimate = normal(len(NAMES), 3, WIDE, seed=1), normal(len(NAMES), 3, WIDE, seed=2)
+    t = torch.tensor([1, 400, 999]).expand(len(NAMES), -1)
+    kept, lost = bank._shares(t, noisy)
+    plain = {"velocity": 0 * noisy, "embedding": kept * noisy, "noise": lost * noisy}[quantity]
+    output = add_skip(plain, estimate, (kept, lost), quantity)
+    clean = bank.quantity_from(bank.velocity_from(output, noisy, t), noisy, t, "embedding")
+    wanted = kept * noisy + lost**2 * estimate
+    torch.testing.assert_close(clean, wanted, rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["prior", "mlp"])
+def test_a_skip_is_kept_in_the_config_and_left_out_where_widths_differ(kind) -> None:
+    how = Alignment(kind, False, 0.1, "velocity", None, skip=True)
+    made = new_aligner(WIDE, WIDE, how, seed=0)
+    again = aligner_from(made.config)
+    again.load_state_dict(made.state_dict())
+    assert again.skip is not None
+    assert new_aligner(WIDE, WIDE + 1, how, seed=0).skip is None
+    old = {name: value for name, value in made.config.items() if name != "skip"}
+    assert aligner_from(old).skip is None, "a model from before"
