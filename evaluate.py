@@ -126,6 +126,7 @@ def score(
 def run_scores(options: Options) -> Path:
     """Score pictures and retrieval; returns the run's folder."""
     values, opened = options.values, Opened()
+    util.pick_device(values.device)
     if values.images:
         open_pictures(options.settings(PictureChoice), opened)
     if values.model_path:

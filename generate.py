@@ -30,8 +30,8 @@ from rundirs.directory import RunDirectory, open_run
 from rundirs.files import file_hash, json_hash
 from rundirs.tensors import save_tensors
 from sdxl import injection_map
-from sdxl.adapter_file import check_ip_adapter
-from sdxl.loading import check_sdxl
+from sdxl.adapter_file import adapter_file, check_ip_adapter
+from sdxl.loading import check_drawing
 from util import UserError
 
 
@@ -68,18 +68,29 @@ class ModelChoice:
     fusion_weights: str
 
 
+IDENTIFYING = (".safetensors", ".json", ".txt")  # of a folder: weights, configs, vocabularies
+
+
+def weights_identity(path: str | Path | None) -> str:
+    """Hash of what a file, or the files of a model's folder, hold; "" for none."""
+    if not path:
+        return ""
+    root = Path(path)
+    files = sorted(root.rglob("*")) if root.is_dir() else [root]
+    found = [file for file in files if file.suffix in IDENTIFYING and file.is_file()]
+    return json_hash([[file.relative_to(root).as_posix(), file_hash(file)] for file in found])
+
+
 def model_inputs(asked: ModelChoice, rendering: Rendering, test: TestEEG) -> dict[str, str]:
-    """Identity of everything that determines the pictures beside the options."""
-    sdxl = Path(rendering.sd_model_path)
-    files = sorted(sdxl.rglob("*.safetensors")) if sdxl.is_dir() else [sdxl]
+    """Identity of everything that determines the pictures beside the options: by content."""
     head = asked.model_path / low_level.FILE
     return {
         "eeg": test.hash,
         "model": file_hash(model_file(asked.model_path, asked.checkpoint)),
-        "ip_adapter": file_hash(rendering.ip_adapter_path),
-        "sdxl": json_hash([[str(file.relative_to(sdxl)), file_hash(file)] for file in files]),
+        "ip_adapter": file_hash(adapter_file(rendering.ip_adapter_path)),
+        "sdxl": weights_identity(rendering.sd_model_path),
         "captions": file_hash(asked.captions) if asked.captions else "",
-        "vae": str(rendering.vae_path or ""),
+        "vae": weights_identity(rendering.vae_path),
         "low_level": file_hash(head) if rendering.from_picture else "",
     }
 
@@ -96,7 +107,7 @@ def open_model(asked: ModelChoice, rendering: Rendering) -> tuple[Decoder, TestE
         )
     if rendering.from_picture:
         low_level.load_head(asked.model_path)
-    check_sdxl(rendering.sd_model_path)
+    check_drawing(rendering.sd_model_path, rendering.vae_path, rendering.scheduler)
     check_ip_adapter(rendering.ip_adapter_path, decoder.bank.embed_dim)
     file, subject, data_path = locate_test_eeg(asked.eeg_data, asked.subject, asked.data_path)
     signal = decoder.signal

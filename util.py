@@ -251,19 +251,29 @@ def pick_device(name: str) -> torch.device:
     """``auto`` = CUDA if there is one, else CPU. UserError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "--device",
-            name,
-            "a CUDA device that torch can see",
-            "use --device cpu, or install a torch build for this GPU's driver",
-        )
+    expected, cure = "auto, cpu, cuda, cuda:N or mps", "name one of these"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
+        raise UserError("--device", name, expected, cure) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError("--device", name, expected, cure)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(
+                "--device",
+                f"{name}, and torch sees {count} CUDA devices",
+                "a CUDA device that torch can see",
+                "use --device cpu, or install a torch build for this GPU's driver"
+                if not count
+                else f"use one of cuda:0 to cuda:{count - 1}",
+            )
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(
-            "--device", name, "auto, cpu, cuda or cuda:N", "name one of these"
-        ) from None
+            "--device", name, "a Mac whose GPU torch can use", "use --device cpu, or auto"
+        )
+    return device
 
 
 def grouped(flat: Mapping[str, Any], name: str, kind: type[Any]) -> dict[str, Any]:

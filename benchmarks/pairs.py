@@ -40,8 +40,7 @@ SAMPLES, RATE_HZ = 50, 250.0
 OFFSET, NOISE = 7.0, 4.0  # lengths of the mean embedding and of the EEG's noise, latents being 1
 UNSEEN = 200  # pictures, of as many concepts
 PICTURES = 10  # of a training concept
-ROWS = 40_000  # that a training sees; at least EPOCHS
-EPOCHS = 12
+STEPS, VALIDATIONS = 600, 12  # of a training, at least, and in it
 VARIANTS: Mapping[str, Sequence[str]] = {
     "prior": ("--aligner", "prior"),
     "prior_skip": ("--aligner", "prior", "--aligner_skip"),
@@ -99,7 +98,7 @@ def write_pairs(root: Path, world: World, pairs: int) -> None:
     }
     file = eeg_file(root, "sub-01", "training")
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, recording, allow_pickle=True)
+    np.save(file, recording)
     ids = torch.tensor([item.id for item in list_stimuli(root, "training")])
     tensors = world.embeddings(latents) | {"stimulus": ids}
     save_tensors(root / "bank" / "training.safetensors", tensors, {"clip": {"model": "simulated"}})
@@ -107,13 +106,15 @@ def write_pairs(root: Path, world: World, pairs: int) -> None:
 
 
 def trained(root: Path, run: Path, pairs: int, flags: Sequence[str], seed: int) -> Decoder:
-    """The best model of a training, of the same rows in all for every number of pairs."""
+    """The best model of a training, of about as many steps for every number of pairs."""
+    batch = min(128, pairs // 2)
+    epochs = max(5, STEPS // max(1, pairs // batch))
     command = [
         "--data_path", root, "--clip_feature_path", root / "bank", "--output_dir", run,
         "--encoder", "EEGProject", "--channels", *POSTERIOR, "--trials", "average", "--seed", seed,
-        "--val_fraction", 0.1, "--batch_size", min(128, pairs // 2), "--device", "cpu",
-        "--epochs", max(EPOCHS, ROWS // pairs), "--val_every", max(1, ROWS // pairs // EPOCHS),
-        "--save_every", 1000, "--learning_rate", 3e-4, *flags,
+        "--val_fraction", 0.1, "--batch_size", batch, "--device", "cpu", "--epochs", epochs,
+        "--val_every", max(1, epochs // VALIDATIONS), "--save_every", 1000,
+        "--learning_rate", 1e-3, "--schedule", "cosine", *flags,
     ]  # fmt: skip
     if train.main([str(flag) for flag in command]) != 0:
         raise SystemExit(f"{run}: training failed")

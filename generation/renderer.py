@@ -15,7 +15,8 @@ from sdxl import sampler
 from sdxl.adapter_file import read_ip_adapter
 from sdxl.attention import Injector
 from sdxl.loading import load_sdxl
-from sdxl.memory import largest_batch
+from sdxl.memory import forget_peak, largest_batch, peak_memory
+from sdxl.schedulers import set_scheduler
 
 MOST_ON_CPU = 32  # pictures at once: more are no faster there
 
@@ -40,21 +41,21 @@ class Renderer:
     seed: int
     starts: torch.Tensor | None = None  # [n, 4, h, w]: latents of what each embedding row begins as
 
-    def draw(
+    def latents(
         self,
         tasks: Sequence[Task],
         embeddings: torch.Tensor,
         ids: Sequence[int],
         places: Mapping[int, int],
-    ) -> np.ndarray:
-        """Pictures uint8 [B, H, W, 3] of embeddings [n, M, D].
+    ) -> torch.Tensor:
+        """Latents [B, 4, h, w] of embeddings [n, M, D].
 
         ``places``: test row -> embedding row; ``ids``: the stimulus of each test row.
         """
         rows = [task.row for task in tasks]
         at = [places[row] for row in rows]
         one = len(self.prompts.text) == 1
-        return sampler.draw(
+        return sampler.denoise(
             self.pipe,
             self.injector,
             embeddings[at],
@@ -64,6 +65,16 @@ class Renderer:
             self.how,
             None if self.starts is None else self.starts[at],
         )
+
+    def draw(
+        self,
+        tasks: Sequence[Task],
+        embeddings: torch.Tensor,
+        ids: Sequence[int],
+        places: Mapping[int, int],
+    ) -> np.ndarray:
+        """Pictures uint8 [B, H, W, 3], see :meth:`latents`."""
+        return sampler.pictures_of(self.pipe, self.latents(tasks, embeddings, ids, places))
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -99,12 +110,24 @@ def drawn_batches(
         start += len(batch)
 
 
-def fitting_batch(renderer: Renderer, draw: Callable[[Renderer, int], object], most: int) -> int:
-    """How many pictures fit at once; on a CPU no more than help."""
+def fitting_batch(
+    renderer: Renderer, latents: Callable[[Renderer, int], torch.Tensor], most: int
+) -> int:
+    """How many pictures can be denoised at once; on a CPU no more than help.
+
+    ``latents(renderer, n)`` denoises n pictures. They are decoded in small parts in turn: what that
+    takes beyond denoising one picture is set aside, however many there are.
+    """
     device = renderer.pipe._execution_device
     quick = replace(renderer, how=replace(renderer.how, steps=1, strength=1.0))
+    forget_peak(device)
+    one = latents(quick, 1)
+    denoising = peak_memory(device)
+    forget_peak(device)
+    sampler.decode_latents(quick.pipe, one)
+    decoding = max(0, peak_memory(device) - denoising)
     limit = most if device.type == "cuda" else min(most, MOST_ON_CPU)
-    found = largest_batch(lambda rows: draw(quick, rows), limit, device)
+    found = largest_batch(lambda rows: latents(quick, rows), limit, device, decoding)
     util.LOG.info("batch size %d", found)
     return found
 
@@ -150,7 +173,7 @@ def open_renderer(asked: Rendering, device: torch.device, prompts: Sequence[str]
         "cpu" if asked.offload else device,
         asked.vae_path,
     )
-    sampler.set_scheduler(pipe, asked.scheduler, asked.timestep_spacing)
+    set_scheduler(pipe, asked.scheduler, asked.timestep_spacing)
     injector = Injector.install(pipe.unet, read_ip_adapter(asked.ip_adapter_path))
     if asked.offload:
         pipe.enable_model_cpu_offload(device=device)

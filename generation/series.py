@@ -188,7 +188,8 @@ def draw_missing(
     size, automatic = series.batch_size, series.batch_size == AUTO
     if automatic and missing:
         trial = [missing[k % len(missing)] for k in range(2)]
-        size = fitting_batch(renderer, lambda by, n: draw(by, trial[:n]), len(missing))
+        where = predicted.stacked, test.ids, predicted.places
+        size = fitting_batch(renderer, lambda by, n: by.latents(trial[:n], *where), len(missing))
     with tqdm(
         total=len(tasks), initial=len(tasks) - len(missing), desc="drawing", unit="picture"
     ) as bar:

@@ -17,8 +17,10 @@ from typing import IO, Any
 
 from util import DataError
 
-_HASHED_WHOLE = 1 << 28  # files above 256 MiB are identified by their size and both ends
+_HASHED_WHOLE = 1 << 28  # files above 256 MiB are identified by their size and samples of them
 _END = 1 << 20
+# of what lies between both ends: 4 KiB of every 256 KiB
+_SAMPLE, _EVERY = 1 << 12, 1 << 18
 
 
 BEGUN_S = 5.0  # a temporary file that is younger may not have been locked yet
@@ -187,16 +189,22 @@ def sha256(path: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file; above 256 MiB of its size and first and last MiB (prefix ``ends:``)."""
+    """sha256 of a file; above 256 MiB of samples throughout it (prefix ``sampled:``).
+
+    Of its size, the first and last MiB and 4 KiB of every 256 KiB: what changes a layer of a
+    network, or the trials of a picture, is seen; 7 GB take a second, whole 10 to 20.
+    """
     path = Path(path)
     size = path.stat().st_size
     if size <= _HASHED_WHOLE:
         return sha256(path)
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         digest = hashlib.sha256(str(size).encode() + file.read(_END))
+        for start in range(_END, size - _END, _EVERY):
+            digest.update(os.pread(file.fileno(), _SAMPLE, start))
         file.seek(-_END, os.SEEK_END)
-        digest.update(file.read())
-    return "ends:" + digest.hexdigest()
+        digest.update(file.read(_END))
+    return "sampled:" + digest.hexdigest()
 
 
 def json_hash(content: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,7 @@ import util
 from rundirs.tensors import load_tensors, load_torch
 from sdxl.weight_files import checkpoint_kind, read_shapes
 
+_Any = TypeVar("_Any")
 _ADAPTER_WANTED = (
     "an IP-Adapter for SDXL that reads one CLIP vector, as ip-adapter_sdxl_vit-h.safetensors"
 )
@@ -116,40 +118,86 @@ class IPAdapterWeights:
         return self.projection["proj.weight"].shape[0] // self.width
 
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+AS_TRAINED = {  # how the training scripts of IP-Adapter name what the official files hold
+    "image_proj_model.": "image_proj.",
+    "adapter_modules.": "ip_adapter.",
+}
+IN_A_FOLDER = ("*.safetensors", "*.bin", "*.pt")  # the first kind that is there
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The file of an adapter, where a folder is named: a checkpoint of its training, say.
+
+    Raises DataError unless the folder holds one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    kinds = [sorted(path.glob(kind)) for kind in IN_A_FOLDER]
+    found = next(filter(None, kinds), [])
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "no file of weights"
+        raise util.DataError(
+            path, f"a folder with {names}", _ADAPTER_WANTED, "name the file with --ip_adapter_path"
+        )
+    return found[0]
+
+
+def _official_name(key: str) -> str | None:
+    """The official key of a tensor of any layout; None for one of the frozen U-Net."""
+    key = key.removeprefix("module.")
+    for trained, official in AS_TRAINED.items():
+        if key.startswith(trained):
+            return official + key.removeprefix(trained)
+    return None if key.startswith("unet.") else key
+
+
+def _officially(named: Mapping[str, _Any]) -> dict[str, _Any]:
+    """What a file holds by key, by official keys; a file that was not trained so stays as it is."""
+    keys = {key: _official_name(key) for key in named}
+    if not any(key.removeprefix("module.").startswith(tuple(AS_TRAINED)) for key in named):
+        return dict(named)
+    return {name: named[key] for key, name in keys.items() if name is not None}
+
+
 def check_ip_adapter(path: str | Path, clip_dim: int | None = None) -> None:
     """Raise DataError if ``path`` is no SDXL IP-Adapter. Of safetensors only the header is read.
 
     ``clip_dim``: width of the embeddings it has to read; None accepts any.
     """
-    path = Path(path)
+    path = adapter_file(path)
     shapes = (
-        read_shapes(path, _ADAPTER_WANTED)
-        if path.suffix != ".bin"
-        else {key: tuple(tensor.shape) for key, tensor in _read_bin(path).items()}
+        _officially(read_shapes(path, _ADAPTER_WANTED))
+        if path.suffix not in PICKLED
+        else {key: tuple(tensor.shape) for key, tensor in _read_pickled(path).items()}
     )
     if kind := _adapter_kind(shapes, clip_dim):
         raise util.DataError(path, kind, _ADAPTER_WANTED, "name that file with --ip_adapter_path")
 
 
 def read_ip_adapter(path: str | Path, clip_dim: int | None = None) -> IPAdapterWeights:
-    """Read an adapter (.safetensors or .bin) to CPU in its own dtype. Raises DataError."""
-    path = Path(path)
+    """Read an adapter, of its official file or of its training, to CPU in its own dtype.
+
+    A .safetensors file, one of torch.save, or a folder with one of them. Raises DataError.
+    """
+    path = adapter_file(path)
     check_ip_adapter(path, clip_dim)
-    tensors = _read_bin(path) if path.suffix == ".bin" else load_tensors(path)[0]
+    pickled = path.suffix in PICKLED
+    tensors = _read_pickled(path) if pickled else _officially(load_tensors(path)[0])
     return IPAdapterWeights.from_tensors(path, tensors)
 
 
-def _read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """{"image_proj": {...}, "ip_adapter": {...}} of a .bin file, keys joined by dots."""
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by official keys, of {"image_proj": {...}, "ip_adapter": {...}} or of flat keys."""
     if not path.is_file():
         raise util.DataError(
             path, "no such file", _ADAPTER_WANTED, "give a local path: nothing is downloaded here"
         )
-    nested = load_torch(path, _ADAPTER_WANTED, "take the .safetensors file, complete")
-    return {
-        f"{part}.{key}": tensor
-        for part, tensors in nested.items()
-        if isinstance(tensors, dict)
-        for key, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    content = load_torch(path, _ADAPTER_WANTED, "take the .safetensors file, complete")
+    flat: dict[str, torch.Tensor] = {}
+    for part, value in content.items():
+        nested = value if isinstance(value, dict) else None
+        inner = {part: value} if nested is None else {f"{part}.{k}": v for k, v in nested.items()}
+        flat |= {str(key): of for key, of in inner.items() if isinstance(of, torch.Tensor)}
+    return _officially(flat)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,10 @@ import torch
 
 import util
 from rundirs.files import read_json
-from sdxl.vae import load_vae
+from sdxl.schedulers import check_scheduler, honour_markers
+from sdxl.vae import check_vae, load_vae
 from sdxl.weight_files import (
+    CURES,
     SDXL_CONFIG,
     SDXL_WANTED,
     checkpoint_kind,
@@ -49,7 +51,8 @@ def check_sdxl_file(path: str | Path, config: Path = SDXL_CONFIG) -> None:
     shapes = read_shapes(path, SDXL_WANTED)
     kind = checkpoint_kind(shapes) or f"a file with keys like {sorted(shapes)[:2]}"
     if kind != "an SDXL-base checkpoint":
-        raise util.DataError(path, kind, SDXL_WANTED, cure)
+        raise util.DataError(path, kind, SDXL_WANTED, CURES.get(kind, cure))
+    refuse_markers(path, shapes)
     unet = "model.diffusion_model."
     keys = [
         shape
@@ -88,6 +91,26 @@ def _attention_count(unet: Mapping[str, Any]) -> int:
     return (2 * unet["layers_per_block"] + 1) * down + depths[-1]
 
 
+def refuse_markers(path: Path, keys: Collection[str]) -> None:
+    """Raise DataError for keys beside the weights that change what these mean."""
+    what = {
+        "weights scaled to float8 (scale_weight), which would be read many times too large": any(
+            key.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) for key in keys
+        ),
+        "a model for EDM's noise levels (edm_*)": any(
+            key.split(".")[0].startswith("edm_") for key in keys
+        ),
+        "a U-Net that reads the guidance (cond_proj), as LCM-distilled ones do": any(
+            "time_embed.cond_proj" in key or "time_embedding.cond_proj" in key for key in keys
+        ),
+    }
+    for found, there in what.items():
+        if there:
+            raise util.DataError(
+                path, found, SDXL_WANTED, "name the model in float16 or float32, not distilled"
+            )
+
+
 def _check_sdxl_folder(path: Path) -> None:
     cure = "name the folder that StableDiffusionXLPipeline.save_pretrained wrote, complete"
     if not (path / "model_index.json").is_file():
@@ -96,13 +119,72 @@ def _check_sdxl_folder(path: Path) -> None:
     if kind != "StableDiffusionXLPipeline":
         raise util.DataError(path, f"a {kind}", "a StableDiffusionXLPipeline", cure)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        files = sorted((path / part).glob("*.safetensors"))
-        if not files:
+        _check_part(path / part, cure)
+    for part in ("tokenizer", "tokenizer_2"):
+        if not any(
+            all((path / part / name).is_file() for name in names)
+            for names in (("vocab.json", "merges.txt"), ("tokenizer.json",))
+        ):
+            expected = "vocab.json and merges.txt, or tokenizer.json"
+            raise util.DataError(path / part, "no vocabulary", expected, cure)
+    if not (path / "scheduler" / "scheduler_config.json").is_file():
+        raise util.DataError(path / "scheduler", "no scheduler_config.json", "one", cure)
+    _check_unet_config(path)
+
+
+def _check_part(folder: Path, cure: str) -> None:
+    """Config and weights of a part of a folder, all its shards."""
+    if not (folder / "config.json").is_file():
+        raise util.DataError(folder, "no config.json", "the config of this part", cure)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise util.DataError(folder, "no .safetensors file", "the weights as safetensors", cure)
+    for index in folder.glob("*.safetensors.index*.json"):
+        named = set(read_json(index).get("weight_map", {}).values())
+        lost = sorted(named - {file.name for file in files})
+        if lost:
             raise util.DataError(
-                path / part, "no .safetensors file", "the weights as safetensors", cure
+                folder, f"no {', '.join(lost)}", f"all files of {index.name}", cure
             )
-        for file in files:
-            read_shapes(file, f"the {part} of SDXL-base")
+    for file in files:
+        refuse_markers(file, read_shapes(file, f"the {folder.name} of SDXL-base"))
+
+
+def _check_unet_config(path: Path) -> None:
+    """What of a U-Net's config this project has no answer to."""
+    unet = read_json(path / "unet" / "config.json")
+    texts = [read_json(path / part / "config.json") for part in ("text_encoder", "text_encoder_2")]
+    width = sum(text.get("hidden_size", 0) for text in texts)
+    wrong = {
+        "time_cond_proj_dim": (unet.get("time_cond_proj_dim"), None),
+        "addition_embed_type": (unet.get("addition_embed_type"), "text_time"),
+        "cross_attention_dim": (unet.get("cross_attention_dim"), width),
+    }
+    for name, (found, wanted) in wrong.items():
+        if found != wanted:
+            raise util.DataError(
+                path / "unet" / "config.json",
+                f"{name} {found}{', of an LCM-distilled U-Net' if name.startswith('time') else ''}",
+                f"{wanted}, as of SDXL-base with these text encoders",
+                "name SDXL-base with --sd_model_path",
+            )
+
+
+def check_drawing(
+    path: str | Path, vae_path: str | None, scheduler: str | None, config: Path = SDXL_CONFIG
+) -> None:
+    """Everything that drawing opens, by its headers: SDXL, another VAE, the scheduler's name.
+
+    Raises UserError and DataError before anything is loaded.
+    """
+    check_sdxl(path, config)
+    root = Path(path) if Path(path).is_dir() else config
+    if vae_path is not None:
+        channels = read_json(root / "unet" / "config.json")["in_channels"]
+        factor = read_json(root / "vae" / "config.json").get("scaling_factor", 0.18215)
+        check_vae(Path(vae_path), channels, factor)
+    own = read_json(root / "scheduler" / "scheduler_config.json").get("_class_name", "")
+    check_scheduler(own, scheduler)
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>", merges: int | None = None) -> CLIPTokenizer:
@@ -132,7 +214,7 @@ def load_sdxl(
     path: str | Path,
     dtype: torch.dtype,
     device: torch.device | str,
-    vae_path: str | Path | None = None,
+    vae_path: str | None = None,
     config: Path = SDXL_CONFIG,
 ) -> StableDiffusionXLPipeline:
     """SDXL from a diffusers folder or a single .safetensors file, without network.
@@ -140,7 +222,7 @@ def load_sdxl(
     ``vae_path``: folder or file of another VAE, e.g. the one repaired for float16. ``config``:
     folder of the configs of a single file. Raises DataError.
     """
-    check_sdxl(path, config)
+    check_drawing(path, vae_path, None, config)
     path = Path(path)
     quiet_loading()
     # Without this, pictures depend on whether the package invisible-watermark is installed.
@@ -158,6 +240,8 @@ def load_sdxl(
         ) from error
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         refuse_unfilled(path, part, getattr(pipe, part))
+    if path.is_file():
+        honour_markers(pipe, set(read_shapes(path, SDXL_WANTED)))
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae):  # convolutions are faster so, on CPUs and GPUs
         part.to(memory_format=torch.channels_last)

@@ -33,10 +33,13 @@ def free_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # elsewhere: half of all
 
 
-def largest_batch(draw_rows: Callable[[int], object], most: int, device: torch.device) -> int:
+def largest_batch(
+    draw_rows: Callable[[int], object], most: int, device: torch.device, reserved: int = 0
+) -> int:
     """How many rows fit, 1 to ``most``: judged by the memory that one row and two rows take.
 
-    ``draw_rows(n)`` draws n rows. A tenth of what is free stays free.
+    ``draw_rows(n)`` draws n rows. ``reserved``: bytes that something else will take. A tenth of
+    what is free stays free.
     """
     if most < 3:
         return max(1, most)
@@ -51,7 +54,8 @@ def largest_batch(draw_rows: Callable[[int], object], most: int, device: torch.d
             return 1
         peaks.append(peak_memory(device))
     per_row = max(peaks[1] - peaks[0], 1 << 20)
-    return int(max(1, min(most, 2 + 0.9 * (memory_limit(device) - peaks[1]) // per_row)))
+    free = memory_limit(device) - peaks[1] - reserved
+    return int(max(1, min(most, 2 + 0.9 * free // per_row)))
 
 
 def forget_peak(device: torch.device) -> None:

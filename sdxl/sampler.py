@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-import util
 from sdxl.attention import Injector
+from sdxl.schedulers import check_not_finite, noise_levels
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
-SPACINGS = ("leading", "trailing", "linspace")
 DECODED_PX = (
     256**2
 )  # pixels that the VAE decodes at once: small pictures together, large ones alone
 
-# ---------------------------------------------------------------- prompts and schedulers
+# ---------------------------------------------------------------- prompts
 
 
 @dataclass(frozen=True)
@@ -76,30 +75,6 @@ def encode_prompt(
         negative_prompt=negative_prompt,
     )
     return PromptEmbeds(text, negative, pooled, negative_pooled)
-
-
-def _is_scheduler(kind: object) -> bool:
-    import diffusers
-
-    return isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
-
-
-def set_scheduler(pipe: StableDiffusionXLPipeline, name: str | None, spacing: str | None) -> None:
-    """Give ``pipe`` a diffusers scheduler by class name; None keeps the model's own.
-
-    ``spacing``: of the timesteps; distilled models need "trailing", to start at pure noise. Raises
-    UserError for a name that is none.
-    """
-    import diffusers
-
-    kind: Any = type(pipe.scheduler) if name is None else getattr(diffusers, name, None)
-    if not _is_scheduler(kind):
-        known = sorted(item for item in dir(diffusers) if item.endswith("DiscreteScheduler"))
-        raise util.UserError(
-            "--scheduler", name, f"a scheduler of diffusers, e.g. {', '.join(known)}", "name one"
-        )
-    options = {} if spacing is None else {"timestep_spacing": spacing}
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
 
 
 # ---------------------------------------------------------------- latents
@@ -179,9 +154,9 @@ class _precise:  # noqa: N801 - reads as what it does: with _precise(vae)
 class Denoising:
     """How pictures are denoised.
 
-    ``guidance`` <= 1: none. ``guidance_interval``: it acts while the noise level, 0 (picture) to 1
-    (pure noise), is in it (Kynkaanniemi et al. 2024). ``strength``: with a start, the share of the
-    way that is left to go; 1 forgets it.
+    ``guidance`` <= 1: none. ``guidance_interval``: it acts while the noise level, see
+    ``schedulers.noise_levels``, is in it (Kynkaanniemi et al. 2024). ``strength``: with a start,
+    the share of the way that is left to go; 1 forgets it.
     """
 
     steps: int
@@ -190,9 +165,9 @@ class Denoising:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     strength: float = 1.0
 
-    def guided(self, timestep: torch.Tensor, train_steps: int) -> bool:
+    def guided(self, level: float) -> bool:
         low, high = self.guidance_interval
-        return self.guidance > 1 and low <= float(timestep) / train_steps <= high
+        return self.guidance > 1 and low <= level <= high
 
 
 @torch.no_grad()
@@ -206,12 +181,39 @@ def draw(
     how: Denoising,
     start: torch.Tensor | None = None,
 ) -> np.ndarray:
-    """One picture per row, uint8 [B, size_px, size_px, 3].
+    """One picture per row, uint8 [B, size_px, size_px, 3]: :func:`denoise`, then decoded.
+
+    Raises as that does, and UserError for NaN.
+    """
+    rows = embeddings, scales, noise_seeds, prompt_embeds, how, start
+    return pictures_of(pipe, denoise(pipe, injector, *rows))
+
+
+@torch.no_grad()
+def pictures_of(pipe: StableDiffusionXLPipeline, latents: torch.Tensor) -> np.ndarray:
+    """Pictures uint8 [B, H, W, 3] of latents [B, 4, h, w]. Raises UserError for NaN."""
+    pictures = decode_latents(pipe, latents)
+    check_not_finite(latents, pictures, pipe.unet.dtype)
+    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def denoise(
+    pipe: StableDiffusionXLPipeline,
+    injector: Injector,
+    embeddings: torch.Tensor,
+    scales: torch.Tensor,
+    noise_seeds: Sequence[int],
+    prompt_embeds: PromptEmbeds,
+    how: Denoising,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Latents [B, 4, h, w], a picture per row.
 
     ``embeddings`` [B, M, D] un-normalised; ``scales`` [B, M, L] of injection_map.scales.
     ``noise_seeds``: a row's noise comes from a CPU generator of its own, so that a picture does not
     depend on its batch. ``start`` [B, 4, h, w]: latents to begin from instead of pure noise.
-    Raises ValueError for shapes and for NaN.
+    Raises ValueError for shapes.
     """
     if len(noise_seeds) != len(embeddings):
         raise ValueError(f"{len(noise_seeds)} noise seeds for {len(embeddings)} rows")
@@ -220,10 +222,7 @@ def draw(
     injector.set(embeddings, scales, how.guidance > 1, pipe._execution_device)
     latents = _denoise(pipe, injector, prompt_embeds, generators, how, start)
     injector.clear()
-    pictures = decode_latents(pipe, latents)
-    if not pictures.isfinite().all():
-        raise ValueError(f"pictures with NaN in {pipe.unet.dtype}: use bfloat16 or float32")
-    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return latents
 
 
 def _denoise(
@@ -237,9 +236,10 @@ def _denoise(
     """Latents [B, 4, h, w] of SDXL's denoising loop."""
     scheduler = pipe.scheduler
     latents, timesteps = _begin(pipe, _noise(pipe, generators, how.size_px), how, start)
+    levels = noise_levels(scheduler)[-len(timesteps) :]
     extra = pipe.prepare_extra_step_kwargs(list(generators), 0.0)
-    for timestep in timesteps:
-        guided = how.guided(timestep, scheduler.config.num_train_timesteps)
+    for timestep, level in zip(timesteps, levels, strict=True):
+        guided = how.guided(level)
         injector.guide(guided)
         rows = torch.cat([latents, latents]) if guided else latents
         rows = scheduler.scale_model_input(rows, timestep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,24 +14,108 @@ from rundirs.files import read_json
 from rundirs.tensors import load_tensors
 from sdxl.weight_files import SDXL_CONFIG, checkpoint_kind, read_shapes, refuse_unfilled
 
+LARGEST_HALF = torch.finfo(torch.float16).max
+PROBE_SIDE = 16  # latents of a picture of 128 px
+VAE_WANTED = "a VAE of SDXL"
+
+
+def check_vae(path: Path, latent_channels: int, scaling_factor: float) -> None:
+    """Raise DataError unless it is a VAE of such latents. Reads JSON and headers only.
+
+    ``scaling_factor``: of the latents that the U-Net was trained on; a file does not tell its own.
+    """
+    if path.is_dir():
+        _check_vae_folder(path, latent_channels, scaling_factor)
+        return
+    shapes = read_shapes(path, VAE_WANTED)
+    tiny, full = "decoder.layers.0.weight", "decoder.conv_in.weight"
+    first = [shape for key, shape in shapes.items() if key.endswith((tiny, full))]
+    if not first:
+        kind = checkpoint_kind(shapes) or "no decoder"
+        raise util.DataError(path, kind, VAE_WANTED, "name its file")
+    _check_latents(path, first[0][1], latent_channels)
+
+
+def _check_latents(path: Path, found: int, wanted: int) -> None:
+    if found != wanted:
+        named = {16: ", as of Stable Diffusion 3 and FLUX", 3: ", as of LDM's VQ models"}
+        raise util.DataError(
+            path,
+            f"a VAE of {found} latent channels{named.get(found, '')}",
+            f"{wanted}, as the U-Net makes",
+            f"name {VAE_WANTED}",
+        )
+
+
+def _check_vae_folder(path: Path, latent_channels: int, scaling_factor: float) -> None:
+    pair = [path / f"taesdxl_{part}.safetensors" for part in ("encoder", "decoder")]
+    if all(file.is_file() for file in pair):
+        for file in pair:
+            read_shapes(file, VAE_WANTED)
+        return
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise util.DataError(path, "a folder without config.json", "a diffusers VAE", "name one")
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name")
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise util.DataError(folder, f"a {kind}", "AutoencoderKL or AutoencoderTiny", "name one")
+    _check_latents(folder, config.get("latent_channels", 4), latent_channels)
+    factor = config.get("scaling_factor", 0.18215 if kind == "AutoencoderKL" else 1.0)
+    own_moments = config.get("latents_mean") is not None
+    if kind == "AutoencoderKL" and not own_moments and abs(factor - scaling_factor) > 1e-3:
+        raise util.DataError(
+            folder / "config.json",
+            f"scaling_factor {factor}{', as of Stable Diffusion 1 and 2' if factor > 0.18 else ''}",
+            f"{scaling_factor}, of the latents that the U-Net makes",
+            f"name {VAE_WANTED}",
+        )
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise util.DataError(
+            folder, "no .safetensors file", "the weights as safetensors", "name the whole folder"
+        )
+    for file in files:
+        read_shapes(file, VAE_WANTED)
+
+
+@torch.no_grad()
+def overflows_half(vae: Any) -> bool:
+    """Whether a VAE's decoder leaves the range of float16, as SDXL's own does: by a trial."""
+    largest, hooks = [], []
+
+    def seen(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            largest.append(float(output.abs().max()))
+
+    own = next(vae.parameters()).dtype
+    shape = (1, vae.config.latent_channels, PROBE_SIDE, PROBE_SIDE)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    vae.to(torch.float32)
+    for module in vae.modules():
+        hooks.append(module.register_forward_hook(seen))
+    picture = vae.decode(latents / vae.config.scaling_factor).sample
+    for hook in hooks:
+        hook.remove()
+    vae.to(own)
+    return not picture.isfinite().all() or max(largest) > LARGEST_HALF
+
 
 def load_vae(path: Path, dtype: torch.dtype, config: Path = SDXL_CONFIG) -> nn.Module:
-    """A VAE of SDXL from a folder or file: the full one, or TAESDXL for previews. Or DataError."""
+    """A VAE that :func:`check_vae` saw: the full one, or TAESDXL for previews. Or DataError."""
     from diffusers import AutoencoderKL
 
     if path.is_dir():
         return _load_vae_folder(path, dtype)
-    shapes = read_shapes(path, "a VAE of SDXL")
+    shapes = read_shapes(path, VAE_WANTED)
     if any(key.startswith("decoder.layers.") for key in shapes):
         return _tiny_vae(path, load_tensors(path)[0], dtype)
-    if not any(key.endswith("decoder.conv_out.weight") for key in shapes):
-        raise util.DataError(
-            path, checkpoint_kind(shapes) or "no decoder", "a VAE of SDXL", "name its file"
-        )
     vae = AutoencoderKL.from_single_file(
         str(path), config=str(config), subfolder="vae", dtype=dtype, local_files_only=True
     )
     refuse_unfilled(path, "vae", vae)
+    if dtype == torch.float16:  # SDXL's own config asks for float32, whatever the file is
+        vae.register_to_config(force_upcast=overflows_half(vae))
     return vae
 
 
@@ -47,13 +132,7 @@ def _load_vae_folder(path: Path, dtype: torch.dtype) -> nn.Module:
         }
         return _tiny_vae(path, _without_clamp(state), dtype)
     folder = path / "vae" if (path / "vae").is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise util.DataError(
-            path, "a folder without config.json", "a diffusers VAE", "name a VAE of SDXL"
-        )
-    kind = read_json(folder / "config.json").get("_class_name")
-    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise util.DataError(folder, f"a {kind}", "AutoencoderKL or AutoencoderTiny", "name one")
+    kind = read_json(folder / "config.json")["_class_name"]
     return getattr(diffusers, kind).from_pretrained(
         str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
     )

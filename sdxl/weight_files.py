@@ -19,19 +19,37 @@ def read_shapes(path: Path, expected: str) -> dict[str, tuple[int, ...]]:
     cure = "name the complete file; a download that was cut short has to be made again"
     if not path.exists():
         raise util.DataError(
-            path, "no such file", expected, "give a local path: nothing is downloaded here"
+            path,
+            "a link to a file that is not there" if path.is_symlink() else "no such file",
+            expected,
+            "give a local path: nothing is downloaded here",
         )
     try:
         with safe_open(str(path), framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        start = path.read_bytes()[:64] if path.is_file() and path.stat().st_size < 4096 else b""
-        found = (
-            "a git-lfs pointer, not the weights"
-            if start.startswith(b"version https://git-lfs")
-            else f"unreadable as safetensors ({error})"
-        )
+        found = what_lies_there(path) or f"unreadable as safetensors ({error})"
         raise util.DataError(path, found, expected, cure) from None
+
+
+def what_lies_there(path: Path) -> str:
+    """What takes the place of weights: a folder, a pointer, a web page, another format; or ""."""
+    if path.is_dir():
+        return "a folder"
+    with open(path, "rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    known = {
+        "an empty file": not start,
+        "a git-lfs pointer, not the weights": start.startswith(b"version https://git-lfs"),
+        "a git-annex pointer, not the weights": b"/annex/objects/" in start,
+        "a web page, not the weights: the link asks for a login, or leads to a page": text[:1]
+        == b"<",
+        "JSON, not weights": text[:1] == b"{",
+        "a GGUF file": start.startswith(b"GGUF"),
+        "a pickle of torch.save, whatever its name says": start.startswith((b"PK", b"\x80")),
+    }
+    return next((what for what, so in known.items() if so), "")
 
 
 SDXL_WANTED = "SDXL-base: sd_xl_base_1.0.safetensors or a diffusers folder of it"
@@ -41,7 +59,6 @@ SDXL_WANTED = "SDXL-base: sd_xl_base_1.0.safetensors or a diffusers folder of it
 _KINDS = {
     "ip_adapter.": "an IP-Adapter",
     "image_proj.": "an IP-Adapter",
-    "lora_": "a LoRA",
     "control_model.": "a ControlNet",
     "cond_stage_model.transformer.": "a Stable Diffusion 1.x checkpoint",
     "cond_stage_model.model.": "a Stable Diffusion 2.x checkpoint",
@@ -50,14 +67,26 @@ _KINDS = {
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 checkpoint",
     "model.diffusion_model.double_blocks.": "a FLUX checkpoint",
     "model.diffusion_model.": "a U-Net without its text encoders",
+    "input_blocks.": "a U-Net without its text encoders",
     "down_blocks.": "a diffusers U-Net alone",
     "vision_model.": "a CLIP image encoder",
     "visual.": "an open_clip model",
     "encoder.": "a VAE alone",
 }
+_LORA = ("lora_", ".lora", "hada_w1", "lokr_w1")  # wherever in a key, by any of its trainers
+CURES = {
+    "a LoRA": "merge it into SDXL-base first: pipe.load_lora_weights, fuse_lora and "
+    "save_pretrained of diffusers; then name that folder",
+    "a U-Net without its text encoders": "name a whole checkpoint, or a diffusers folder of "
+    "SDXL-base with this as its unet/",
+    "a diffusers U-Net alone": "copy a diffusers folder of SDXL-base, and this to its unet/",
+}
 
 
 def checkpoint_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What a file is, by its keys; None for unknown ones."""
+    if any(mark in key for key in shapes for mark in _LORA):
+        return "a LoRA"
     return next(
         (kind for prefix, kind in _KINDS.items() if any(key.startswith(prefix) for key in shapes)),
         None,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_drawing import five_copies
+from helpers_models import single_file
+from safetensors.torch import save_file
 
 import clip_feature_extractor
 import train
@@ -227,3 +230,16 @@ def full_unet():
         return UNet2DConditionModel.from_config(
             UNet2DConditionModel.load_config(SDXL_CONFIG, subfolder="unet")
         )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(plain, models, tmp_path_factory):
+    """The miniature as one file in the original layout, and the folder of its configs."""
+    folder = tmp_path_factory.mktemp("single")
+    tensors = single_file(plain.unet, plain.vae, plain.text_encoder, plain.text_encoder_2)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "mini.safetensors"
+    )
+    weightless = shutil.ignore_patterns("*.safetensors", "tokenizer*")
+    shutil.copytree(models.sdxl, folder / "config", ignore=weightless)
+    return folder / "mini.safetensors", folder / "config", tensors

@@ -48,7 +48,7 @@ from rundirs.directory import RunDirectory
 from rundirs.files import json_line, read_json, read_jsonl, write_json
 from rundirs.tensors import load_tensors
 from sdxl import injection_map
-from sdxl.adapter_file import _read_bin
+from sdxl.adapter_file import _read_pickled
 from training.checkpoints import Checkpoints
 from util import StageError
 
@@ -325,7 +325,7 @@ READERS = {
         lambda p: Checkpoints(p.parent.parent).load(),
         programs(),
     ),
-    "adapter.bin": Reader("a.bin", _adapter, _read_bin, programs()),
+    "adapter.bin": Reader("a.bin", _adapter, _read_pickled, programs()),
     "config": Reader("c.yaml", _config, _resolve, errors=(SystemExit,)),
     "config.json": Reader("c.json", lambda f: _config(f)[::-1], _resolve, errors=(SystemExit,)),
     "json": Reader("a.json", _run_folder, read_json),

@@ -101,15 +101,15 @@ def test_batch_size_and_shards_do_not_change_a_picture(
 
 def refuse_more_than(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Drawing more pictures at once fails as on a GPU that is too small. Returns what was asked."""
-    draw, asked = sampler.draw, []
+    denoise, asked = sampler.denoise, []
 
     def small(pipe, injector, embeddings, *rest):
         asked.append(len(embeddings))
         if len(embeddings) > most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return draw(pipe, injector, embeddings, *rest)
+        return denoise(pipe, injector, embeddings, *rest)
 
-    monkeypatch.setattr(sampler, "draw", small)
+    monkeypatch.setattr(sampler, "denoise", small)
     return asked
 
 

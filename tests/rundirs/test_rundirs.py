@@ -186,14 +186,30 @@ def _sparse_hash(path, size, place=None):
     return file_hash(path)
 
 
-def test_huge_files_are_known_by_size_and_both_ends(tmp_path):
+def test_huge_files_are_known_by_size_and_samples_throughout(tmp_path):
     path, size = tmp_path / "sparse", (1 << 28) + 1
     zeros = _sparse_hash(path, size)
     others = [_sparse_hash(path, size, 0), _sparse_hash(path, size, size - 1)]
     others.append(_sparse_hash(path, size + 1))
     assert len({zeros, *others}) == 4
-    assert _sparse_hash(path, size, size // 2) == zeros  # the middle is not read
-    assert all(value.startswith("ends:") for value in (zeros, *others))
+    assert all(value.startswith("sampled:") for value in (zeros, *others))
+
+
+def _merged_hash(path, size, start, length):
+    """Hash of ``size`` zeros, of which a stretch is changed."""
+    with open(path, "wb") as file:
+        file.truncate(size)
+        file.seek(start)
+        file.write(b"\1" * length)
+    return file_hash(path)
+
+
+def test_a_changed_layer_in_the_middle_of_a_huge_file_is_seen(tmp_path):
+    """As a merged LoRA changes: one matrix of 640 x 640 halves, wherever it lies."""
+    path, size, layer = tmp_path / "sparse", (1 << 28) + 99, 2 * 640 * 640
+    zeros = _sparse_hash(path, size)
+    for start in (3 << 20, (100 << 20) + 777, size - (2 << 20) - layer):
+        assert _merged_hash(path, size, start, layer) != zeros
 
 
 def test_json_hash_ignores_key_order_and_refuses_what_is_not_json(tmp_path):

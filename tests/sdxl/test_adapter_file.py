@@ -76,7 +76,7 @@ def test_damaged_and_foreign_files_as_adapter(models, tmp_path):
     }
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(util.DataError, match="unreadable"):
+        with pytest.raises(util.DataError, match=r"unreadable|an empty file"):
             check_ip_adapter(tmp_path / name)
     pointer = tmp_path / "pointer.safetensors"
     pointer.write_text(
@@ -96,3 +96,55 @@ def test_adapter_of_another_unet_is_refused(models, plain, tmp_path):
     save_file(tensors, tmp_path / "ip.safetensors")
     with pytest.raises(util.DataError, match="16 layers, number 16"):
         Injector.install(copy.deepcopy(plain.unet), read_ip_adapter(tmp_path / "ip.safetensors"))
+
+
+# --- other layouts of the same weights ----------------------------------------------------------
+
+
+def as_trained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As accelerate saves IP-Adapter's training: the frozen U-Net is in it, too."""
+    names = {"image_proj.": "image_proj_model.", "ip_adapter.": "adapter_modules."}
+    trained = {
+        key.replace(old, new): tensor
+        for key, tensor in tensors.items()
+        for old, new in names.items()
+        if key.startswith(old)
+    }
+    unet = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.weight"
+    return trained | {unet: torch.zeros(4, 4)}
+
+
+def as_one_process_of_many(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"module.{key}": tensor for key, tensor in as_trained(tensors).items()}
+
+
+LAYOUTS = {"flat": dict, "trained": as_trained, "wrapped": as_one_process_of_many}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("place", ["a.bin", "a.pt", "a.safetensors", "run/pytorch_model.bin",
+                                   "run/model.safetensors"])  # fmt: skip
+def test_flat_and_trained_layouts_load(models, weights, tmp_path, layout, place):
+    tensors = LAYOUTS[layout](adapter_tensors(models))
+    file = tmp_path / place
+    file.parent.mkdir(exist_ok=True)
+    if file.suffix == ".safetensors":
+        save_file(tensors, file)
+    else:
+        torch.save(tensors, file)
+    named = file.parent if file.parent.name == "run" else file
+    check_ip_adapter(named, miniature.CLIP_DIM)
+    read = read_ip_adapter(named, miniature.CLIP_DIM)
+    assert len(read.layers) == len(weights.layers) and read.path == file
+    for ours, theirs in zip(read.layers, weights.layers, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    assert torch.equal(read.projection["proj.weight"], weights.projection["proj.weight"])
+
+
+def test_a_folder_of_several_or_none_is_refused(models, tmp_path):
+    with pytest.raises(util.DataError, match="no file of weights"):
+        check_ip_adapter(tmp_path)
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(adapter_tensors(models), tmp_path / name)
+    with pytest.raises(util.DataError, match=r"a\.safetensors, b\.safetensors"):
+        check_ip_adapter(tmp_path)

@@ -20,6 +20,7 @@ from helpers_drawing import (
 )  # fmt: skip
 
 import modalities
+import util
 from miniworld import models as miniature
 from sdxl import injection_map, sampler
 from sdxl.attention import InjectedAttention
@@ -253,5 +254,5 @@ def test_prompts_per_row(injected, plain, prompt):
 def test_not_a_number_is_not_drawn(injected, prompt):
     vectors = embeddings(1)
     vectors[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(util.UserError, match=r"--precision\n.*NaN"):
         drawn(injected, prompt, 1, [1], vectors)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -20,10 +23,19 @@ from helpers_drawing import (
 
 import modalities
 import util
+from generation import renderer as renderer_module
+from generation.renderer import Renderer, fitting_batch
 from sdxl import injection_map, memory, sampler
 from sdxl.adapter_file import IPAdapterWeights
 from sdxl.attention import Injector, _cross_attention
 from sdxl.memory import largest_batch, memory_limit, peak_memory
+from sdxl.schedulers import (
+    SCHEDULERS,
+    _training_levels,
+    check_not_finite,
+    noise_levels,
+    set_scheduler,
+)
 from sdxl.weight_files import SDXL_CONFIG
 
 STEPS = 4
@@ -147,7 +159,7 @@ def test_any_scheduler_draws_each_row_alike(injected, prompt, name, monkeypatch)
         pytest.importorskip("torchsde", reason="that scheduler needs torchsde")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sampler.set_scheduler(pipe, name, None)
+        set_scheduler(pipe, name, None)
     assert type(pipe.scheduler).__name__ == name
     vectors = embeddings(3)
     together = drawn(injected, prompt, 3, [1, 2, 3], vectors, steps=3)
@@ -162,7 +174,7 @@ def test_trailing_spacing_starts_at_pure_noise(injected, monkeypatch):
     monkeypatch.setattr(pipe, "scheduler", pipe.scheduler)
     first = {}
     for spacing in ("leading", "trailing"):
-        sampler.set_scheduler(pipe, None, spacing)
+        set_scheduler(pipe, None, spacing)
         pipe.scheduler.set_timesteps(4)
         first[spacing] = float(pipe.scheduler.timesteps[0])
     assert first["trailing"] == 999 > first["leading"]
@@ -171,7 +183,7 @@ def test_trailing_spacing_starts_at_pure_noise(injected, monkeypatch):
 @pytest.mark.parametrize("name", ["EulerScheduler", "UNet2DConditionModel", "load_image"])
 def test_what_is_no_scheduler_is_refused(injected, name):
     with pytest.raises(util.UserError, match="EulerDiscreteScheduler"):
-        sampler.set_scheduler(injected[0], name, None)
+        set_scheduler(injected[0], name, None)
 
 
 # --- how it is computed -------------------------------------------------------------------------
@@ -374,3 +386,104 @@ def test_memory_is_read_in_bytes():
     cpu = torch.device("cpu")
     assert 50e6 < peak_memory(cpu) < 1e12
     assert memory_limit(cpu) > peak_memory(cpu)
+
+
+def test_decoding_is_set_aside_and_not_counted_for_each_picture(injected, prompt, monkeypatch):
+    """Small pictures are decoded in turn: only denoising grows with their number."""
+    asked: list[tuple[str, int]] = []
+    renderer = Renderer(injected[0], injected[1], prompt, sampler.Denoising(4, 3.0, SIZE), 0)
+
+    def latents(by: Renderer, rows: int) -> torch.Tensor:
+        assert by.how.steps == 1
+        asked.append(("denoise", rows))
+        return torch.zeros(rows, 4, 8, 8)
+
+    def decode(_pipe, one: torch.Tensor) -> torch.Tensor:
+        asked.append(("decode", len(one)))
+        return one
+
+    def peak(_device: torch.device) -> int:
+        what, rows = asked[-1]
+        return 10_000 if what == "decode" else 1_000 * rows  # in units of 2 MiB
+
+    unit = 2 << 20
+    for module in (renderer_module, memory):
+        monkeypatch.setattr(module, "peak_memory", lambda device: unit * peak(device))
+    monkeypatch.setattr(memory, "memory_limit", lambda _: unit * 111_000)
+    monkeypatch.setattr(sampler, "decode_latents", decode)
+    monkeypatch.setattr(renderer_module, "MOST_ON_CPU", 10_000)
+    # 111 are there, 2 in use with two rows, 9 set aside: 90 more
+    assert fitting_batch(renderer, latents, 500) == 2 + 90
+    assert ("decode", 1) in asked and ("decode", 2) not in asked
+
+
+# --- schedulers ---------------------------------------------------------------------------------
+
+
+def trained_shares(timestep: float) -> tuple[float, float]:
+    """sqrt(a_t), sqrt(1 - a_t) of SDXL's training, between timesteps by log sigma."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    kept = np.cumprod(1 - betas)
+    odds = np.interp(timestep, np.arange(1000), np.log((1 - kept) / kept))
+    share = 1 / (1 + np.exp(odds))
+    return share**0.5, (1 - share) ** 0.5
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_offered_scheduler_finds_a_known_picture(name):
+    """With a U-Net that predicts the noise perfectly, read as SDXL's is."""
+    own = json.loads((SDXL_CONFIG / "scheduler" / "scheduler_config.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = SimpleNamespace(scheduler=diffusers.EulerDiscreteScheduler.from_config(own))
+        set_scheduler(pipe, name, None)
+    scheduler, clean = pipe.scheduler, torch.randn(2, 4, 8, 8)
+    scheduler.set_timesteps(12)
+    latents = torch.randn(2, 4, 8, 8) * scheduler.init_noise_sigma
+    levels = noise_levels(scheduler)
+    assert len(levels) == len(scheduler.timesteps) and levels[0] > 0.85 and levels[-1] < 0.2
+    assert levels == pytest.approx((scheduler.timesteps / 1000).tolist(), abs=0.06)
+    for timestep in scheduler.timesteps:
+        kept, lost = trained_shares(float(timestep))
+        rows = scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step((rows - kept * clean) / lost, timestep, latents).prev_sample
+    assert (latents - clean).abs().mean() < 0.2
+
+
+def test_edm_schedulers_are_guided_at_every_step(injected, prompt, monkeypatch, caplog):
+    """They count in 0.25 log(sigma), which is negative for the last steps."""
+    pipe = injected[0]
+    monkeypatch.setattr(pipe, "scheduler", pipe.scheduler)
+    monkeypatch.setattr(util.LOG, "propagate", True)
+    set_scheduler(pipe, "EDMEulerScheduler", None)
+    assert "Playground" in caplog.text
+    rows, _ = rows_seen(injected, prompt)
+    assert rows == [2] * STEPS
+    pipe.scheduler.set_timesteps(8)
+    levels = noise_levels(pipe.scheduler)
+    assert levels == sorted(levels, reverse=True) and levels[0] == pytest.approx(0.999)
+    sigma = 2.0  # sqrt((1 - a) / a) of some timestep: its place in training
+    kept, lost = trained_shares(1000 * np.interp(np.log(sigma), *_training_levels({})))
+    assert lost / kept == pytest.approx(sigma, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("FlowMatchEulerDiscreteScheduler", "flow matching"), ("PNDMScheduler", "repeats its first"),
+     ("IPNDMScheduler", "PNDM|repeats"), ("DDIMInverseScheduler", "other models"),
+     ("NoScheduler", "no scheduler of the installed")],
+)  # fmt: skip
+def test_schedulers_that_cannot_draw_here_are_refused(injected, name, told):
+    with pytest.raises(util.UserError, match=told) as refused:
+        set_scheduler(injected[0], name, None)
+    offered = str(refused.value).split("expected:")[1]
+    assert all(item in offered for item in SCHEDULERS) and name not in offered
+
+
+def test_the_text_of_a_nan_names_what_overflowed():
+    fine, broken = torch.zeros(1), torch.full((1,), float("nan"))
+    with pytest.raises(util.UserError, match="--vae_path"):
+        check_not_finite(fine, broken, torch.float16)
+    with pytest.raises(util.UserError, match="--precision"):
+        check_not_finite(broken, broken, torch.float16)
+    check_not_finite(fine, fine, torch.float16)
