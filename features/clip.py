@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 import util
 from datafiles.feature_bank import layer_name
+from rundirs.tensors import read_shapes, what_lies_there
 from util import DataError, UserError
 
 
@@ -146,8 +148,59 @@ def check_pretrained(name: str, clip_pretrained: str) -> None:
             "--clip_pretrained",
             f"{clip_pretrained}: no such file, nor a tag of {name}",
             f"a weight file, or one of {', '.join(tags) or '(no tags)'}",
-            "check the path or the tag",
+            _folder_cure(Path(clip_pretrained)) or "check the path or the tag",
         )
+    if Path(clip_pretrained).is_file():
+        check_clip_file(name, Path(clip_pretrained))
+
+
+def _folder_cure(path: Path) -> str:
+    """Which file of a folder to name; "" where none is known."""
+    known = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    found = [path / name for name in known if (path / name).is_file()]
+    return f"name the file: {found[0]}" if found else ""
+
+
+_NOT_OPEN_CLIP = {  # key prefix: what the file is
+    "vision_model.": "transformers' layout of CLIP, or the image_encoder of an IP-Adapter",
+    "text_model.": "transformers' layout of CLIP's text side",
+    "ip_adapter.": "an IP-Adapter",
+    "model.diffusion_model.": "a Stable Diffusion checkpoint",
+}
+
+
+def check_clip_file(name: str, path: Path) -> None:
+    """Raise DataError unless it is, by its header, a file of the open_clip model ``name``."""
+    cure = f"name open_clip's own file of {name}, e.g. open_clip_model.safetensors, complete"
+    expected = f"weights of {name} in open_clip's layout"
+    if path.suffix != ".safetensors":
+        found = "" if zipfile.is_zipfile(path) else what_lies_there(path)
+        if found and not found.startswith("a pickle"):
+            raise DataError(path, found, expected, cure)
+        if found and _begins(path, b"PK"):
+            raise DataError(path, "a file that was cut short", expected, cure)
+        return
+    shapes = read_shapes(path, expected)
+    for prefix, kind in _NOT_OPEN_CLIP.items():
+        if any(key.startswith(prefix) for key in shapes):
+            raise DataError(path, kind, expected, cure)
+    wanted = open_clip_width(name)
+    projection = shapes.get("text_projection", shapes.get("text.text_projection"))
+    if "logit_scale" not in shapes or (projection and projection[-1] != wanted):
+        found = f"embeddings of {projection[-1]}" if projection else f"keys {sorted(shapes)[:2]}"
+        raise DataError(path, found, f"{expected}, of width {wanted}", cure)
+
+
+def _begins(path: Path, mark: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(mark)) == mark
+
+
+def open_clip_width(name: str) -> int:
+    """Of the embeddings of an open_clip model."""
+    import open_clip
+
+    return open_clip.get_model_config(name)["embed_dim"]
 
 
 def check_layers(name: str, layers: Sequence[int]) -> None:

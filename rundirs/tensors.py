@@ -108,3 +108,46 @@ def save_torch(path: Path, content: Mapping[str, Any]) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+
+
+# ---------------------------------------------------------------- weights of others
+
+
+def read_shapes(path: Path, expected: str) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of a safetensors file, from its header alone. Raises DataError."""
+    from safetensors import SafetensorError, safe_open
+
+    cure = "name the complete file; a download that was cut short has to be made again"
+    if not path.exists():
+        raise DataError(
+            path,
+            "a link to a file that is not there" if path.is_symlink() else "no such file",
+            expected,
+            "give a local path: nothing is downloaded here",
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        found = what_lies_there(path) or f"unreadable as safetensors ({error})"
+        raise DataError(path, found, expected, cure) from None
+
+
+def what_lies_there(path: Path) -> str:
+    """What takes the place of weights: a folder, a pointer, a web page, another format; or ""."""
+    if path.is_dir():
+        return "a folder"
+    with open(path, "rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    known = {
+        "an empty file": not start,
+        "a git-lfs pointer, not the weights": start.startswith(b"version https://git-lfs"),
+        "a git-annex pointer, not the weights": b"/annex/objects/" in start,
+        "a web page, not the weights: the link asks for a login, or leads to a page": text[:1]
+        == b"<",
+        "JSON, not weights": text[:1] == b"{",
+        "a GGUF file": start.startswith(b"GGUF"),
+        "a pickle of torch.save, whatever its name says": start.startswith((b"PK", b"\x80")),
+    }
+    return next((what for what, so in known.items() if so), "")

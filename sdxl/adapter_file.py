@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 
 import util
-from rundirs.tensors import load_tensors, load_torch
-from sdxl.weight_files import checkpoint_kind, read_shapes
+from rundirs.tensors import load_tensors, load_torch, read_shapes
+from sdxl.weight_files import checkpoint_kind
 
 _Any = TypeVar("_Any")
 _ADAPTER_WANTED = (

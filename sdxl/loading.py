@@ -10,16 +10,10 @@ import torch
 
 import util
 from rundirs.files import read_json
+from rundirs.tensors import read_shapes
 from sdxl.schedulers import check_scheduler, honour_markers
 from sdxl.vae import check_vae, load_vae
-from sdxl.weight_files import (
-    CURES,
-    SDXL_CONFIG,
-    SDXL_WANTED,
-    checkpoint_kind,
-    read_shapes,
-    refuse_unfilled,
-)
+from sdxl.weight_files import CURES, SDXL_CONFIG, SDXL_WANTED, checkpoint_kind, refuse_unfilled
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline

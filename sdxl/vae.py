@@ -11,8 +11,8 @@ from torch import nn
 
 import util
 from rundirs.files import read_json
-from rundirs.tensors import load_tensors
-from sdxl.weight_files import SDXL_CONFIG, checkpoint_kind, read_shapes, refuse_unfilled
+from rundirs.tensors import load_tensors, read_shapes
+from sdxl.weight_files import SDXL_CONFIG, checkpoint_kind, refuse_unfilled
 
 LARGEST_HALF = torch.finfo(torch.float16).max
 PROBE_SIDE = 16  # latents of a picture of 128 px

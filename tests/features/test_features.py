@@ -543,7 +543,8 @@ def test_wrong_flags_are_named(world, tmp_path, capsys, flag, value):
 
 
 def test_weights_of_another_model_are_refused(world, tmp_path, capsys):
-    save_tensors(tmp_path / "w.safetensors", {"visual.proj": torch.zeros(2, 2)}, {})
+    other = {"logit_scale": torch.zeros(()), "visual.proj": torch.zeros(2, 2)}
+    save_tensors(tmp_path / "w.safetensors", other, {})
     assert _run(world, tmp_path / "bank", "--clip_pretrained", tmp_path / "w.safetensors") == 1
     assert "cannot be loaded" in capsys.readouterr().err
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 import generate
 import util
-from rundirs.tensors import load_tensors
+from rundirs.tensors import load_tensors, what_lies_there
 from sdxl.loading import check_drawing, check_sdxl, load_sdxl
 from sdxl.vae import check_vae, load_vae, overflows_half
-from sdxl.weight_files import SDXL_CONFIG, what_lies_there
+from sdxl.weight_files import SDXL_CONFIG
 
 SDXL = (4, 0.13025)  # latent channels and scaling factor of SDXL-base
 
