@@ -456,7 +456,8 @@ def _injection(group: FlagGroup) -> None:
         help="draw a grid instead of a mode, on one labelled sheet: each modality at each site, "
         "each one alone and left out, or the fused picture at growing scale")
     group.add("--injection", default="intent", metavar="PRESET|FILE",
-        help="where each modality enters: intent, uniform, published, content_style or a YAML file")
+        help="where each modality enters: intent, uniform, content_style, redistributed, published "
+        "or a YAML file")
     group.add("--fusion_strength", type=positive, default=1.0, metavar="SCALE",
         help="total IP-Adapter scale at a site, shared among the active modalities by their gains")
     group.choose("--fusion_weights", choices=("fixed", "validated", "confidence"), default="fixed",

@@ -81,7 +81,9 @@ def weights_identity(path: str | Path | None) -> str:
     return json_hash([[file.relative_to(root).as_posix(), file_hash(file)] for file in found])
 
 
-def model_inputs(asked: ModelChoice, rendering: Rendering, test: TestEEG) -> dict[str, str]:
+def model_inputs(
+    asked: ModelChoice, rendering: Rendering, test: TestEEG, injection: str
+) -> dict[str, str]:
     """Identity of everything that determines the pictures beside the options: by content."""
     head = asked.model_path / low_level.FILE
     return {
@@ -92,6 +94,7 @@ def model_inputs(asked: ModelChoice, rendering: Rendering, test: TestEEG) -> dic
         "captions": file_hash(asked.captions) if asked.captions else "",
         "vae": weights_identity(rendering.vae_path),
         "low_level": file_hash(head) if rendering.from_picture else "",
+        "injection": json_hash(injection_map.load_injection(injection).identity),
     }
 
 
@@ -180,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"predict {len(MODALITIES)} embeddings of {len(rows)} stimuli seen by {test.subject}",
         f"draw {what} of {rendering.size} px of each of {len(rows)} on {device}",
     )
-    inputs = model_inputs(asked, rendering, test)
+    inputs = model_inputs(asked, rendering, test, series.injection)
     run = open_run(options, values.output_dir, inputs, plan, part, shared=True)
     if not rows and not run.finished:  # more shards than stimuli: this one has nothing to do
         run.finish({"stimuli": 0, "what": what})

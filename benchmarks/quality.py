@@ -59,7 +59,10 @@ KNOBS: Mapping[str, Mapping[str, object]] = {
         f"guidance_interval_{low}_{high}": {"guidance_interval": (low, high)}
         for low, high in ((0.0, 0.8), (0.2, 0.8), (0.2, 1.0))
     },
-    **{f"injection_{value}": {"injection": value} for value in ("uniform", "published")},
+    **{
+        f"injection_{value}": {"injection": value}
+        for value in ("uniform", "redistributed", "published")
+    },
 }
 
 

@@ -58,13 +58,19 @@ def sdxl_layers() -> tuple[Layer, ...]:
 # ---------------------------------------------------------------- presets
 
 
+GAINS = {  # what becomes of gain x scale at a layer
+    "share": "divided by the sum over all modalities: the same in every recipe that has it",
+    "relative": "divided by the sum over the recipe's modalities: those that are left get more",
+    "absolute": "taken as it is",
+}
+
+
 @dataclass(frozen=True)
 class InjectionMap:
     """How strongly each modality enters at each site.
 
     ``sites``: modality -> {site | attention | layer: scale}, the most specific key wins.
-    ``gain``: "relative" shares a layer among the active modalities, "absolute" multiplies gain and
-    scale.
+    ``gain``: see GAINS.
     """
 
     name: str
@@ -72,6 +78,12 @@ class InjectionMap:
     gain: str
     sites: Mapping[str, Mapping[str, float]]
     allow_dead: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that determines the scales, as JSON takes it."""
+        sites = {modality: dict(keys) for modality, keys in self.sites.items()}
+        return {"gain": self.gain, "sites": sites}
 
     def scale(self, modality: str, layer: Layer) -> float:
         keys = self.sites.get(modality, {})
@@ -83,7 +95,7 @@ def load_injection(preset_or_file: str) -> InjectionMap:
     if preset_or_file == "intent":
         sites = {modality.name: modality.sites for modality in modalities.MODALITIES}
         return InjectionMap(
-            "intent", "each modality at its own depth, as registered", "relative", sites
+            "intent", "each modality at its own depth, as registered", "share", sites
         )
     path = MAP_FOLDER / f"{preset_or_file}.yaml"
     if not path.is_file():
@@ -113,8 +125,8 @@ def _parse_injection(path: Path, content: object) -> InjectionMap:
     fields = ("description", "gain", "sites", "allow_dead")
     content = _mapping(path, content, fields)
     gain = content.get("gain")
-    if gain not in ("relative", "absolute"):
-        raise util.UserError(f"{path}: gain", gain, "relative or absolute", "set one of the two")
+    if gain not in GAINS:
+        raise util.UserError(f"{path}: gain", gain, f"one of {', '.join(GAINS)}", "set one of them")
     sites = _mapping(f"{path}: sites", content.get("sites"), modalities.NAMES)
     known = list(dict.fromkeys(name for layer in sdxl_layers() for name in reversed(layer.names)))
     parsed: dict[str, dict[str, Any]] = {}
@@ -199,10 +211,11 @@ def scales(
     """IP-Adapter scales of a recipe, float32 [M, L] in registry order; [B, M, L] for gains per row.
 
     ``layers``: default SDXL-base's 70. ``gains``: [M] or [B, M] instead of the registered ones.
-    A recipe without gains takes the preset's scales times ``strength``. One with gains shares
-    ``strength`` among its modalities at every layer where one of them enters (gain: relative), so
-    that the sum there is ``strength``, or multiplies gain, scale and strength (gain: absolute).
-    Raises UserError for an active modality that reaches none of ``layers``.
+    Of a preset with ``gain: share`` a modality enters a layer at its share of ``strength`` among
+    all that have a scale there, whichever of them are active: alone it shows what it adds to the
+    fused picture. With ``relative`` or ``absolute`` (see GAINS), a recipe without gains takes the
+    preset's scales times ``strength``. Raises UserError for an active modality that reaches none of
+    ``layers``.
     """
     injection = load_injection(preset) if isinstance(preset, str) else preset
     layers = sdxl_layers() if layers is None else layers
@@ -215,15 +228,14 @@ def scales(
             f"[B, {len(modalities.NAMES)}], found {tuple(gains.shape)}"
         )
     table = torch.tensor(
-        [
-            [injection.scale(name, layer) if name in recipe.active else 0.0 for layer in layers]
-            for name in modalities.NAMES
-        ]
+        [[injection.scale(name, layer) for layer in layers] for name in modalities.NAMES]
     )
-    table = table.expand(*gains.shape, -1)
-    if recipe.apply_gain:
+    active = torch.tensor([name in recipe.active for name in modalities.NAMES])[:, None]
+    shared = injection.gain == "share"
+    table = (table if shared else table * active).expand(*gains.shape, -1)
+    if shared or recipe.apply_gain:
         table = table * gains.float().unsqueeze(-1)
-        if injection.gain == "relative":
+        if injection.gain != "absolute":
             total = table.sum(dim=-2, keepdim=True)
             table = table / torch.where(total > 0, total, 1.0)
-    return strength * table
+    return strength * table * active

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -48,16 +49,48 @@ def test_other_unets_are_named():
         layers_of(unet)
 
 
+SHARED = ("intent", "uniform", "content_style")
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-@pytest.mark.parametrize("preset", ["intent", "uniform", "content_style"])
+@pytest.mark.parametrize("preset", [*SHARED, "redistributed"])
 def test_every_active_modality_is_alive(recipe, preset):
     table = injection_map.scales(recipe, preset)
     assert table.shape == (5, 70) and table.dtype == torch.float32
     for name, row in zip(NAMES, table, strict=True):
         assert bool(row.any()) == (name in recipe.active)
-    if recipe.apply_gain:
-        total = table.sum(0)
-        torch.testing.assert_close(total[total > 0], torch.ones(int((total > 0).sum())))
+    assert table.sum(0).max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("preset", SHARED)
+def test_a_modality_s_scale_is_the_same_in_every_recipe(preset, per_row):
+    """Alone, step by step or with all: what it adds to the fused picture."""
+    gains = torch.tensor([[0.1, 0.1, 0.2, 0.3, 0.3], [0.3, 0.0, 0.1, 0.2, 0.9]])
+    how = {"preset": preset, "strength": 0.8, "gains": gains if per_row else None}
+    fused = injection_map.scales(FUSED, **how)
+    total = fused.sum(-2)
+    torch.testing.assert_close(total[total > 0], torch.full((int((total > 0).sum()),), 0.8))
+    for recipe in RECIPES:
+        active = torch.tensor([name in recipe.active for name in NAMES])[:, None]
+        torch.testing.assert_close(injection_map.scales(recipe, **how), fused * active)
+
+
+def test_redistributed_is_fused_alike_and_gives_what_is_left_more():
+    alike = [injection_map.scales(FUSED, name) for name in ("intent", "redistributed")]
+    torch.testing.assert_close(*alike)
+    layers = injection_map.sdxl_layers()
+    up1 = [layer.site for layer in layers].index("up.1")
+    alone = injection_map.scales(modalities.recipes("separate")[4], "redistributed")
+    assert alone[4, up1] == 1.0
+    assert injection_map.scales(modalities.recipes("separate")[4])[4, up1] == pytest.approx(0.8)
+    fourth, fifth = (
+        injection_map.scales(recipe, "redistributed")
+        for recipe in modalities.recipes("progressive")[3:]
+    )
+    assert fourth[3, up1] == 1.0 and fifth[3, up1] == pytest.approx(0.2), (
+        "text falls as image joins"
+    )
 
 
 def test_fused_intent_fills_every_layer_by_gain():
@@ -70,8 +103,8 @@ def test_fused_intent_fills_every_layer_by_gain():
     )
 
 
-def test_separate_takes_the_scales_of_the_map():
-    table = injection_map.scales(modalities.recipes("separate")[3], strength=2.0)
+def test_separate_takes_the_scales_of_a_map_that_redistributes():
+    table = injection_map.scales(modalities.recipes("separate")[3], "redistributed", strength=2.0)
     torch.testing.assert_close(table[3], torch.full((70,), 0.5))
     assert not table[[0, 1, 2, 4]].any()
 
@@ -99,7 +132,7 @@ def test_published_preset_shows_its_two_defects():
         ({"gain": "relative", "sites": {"image": {"up.01": 1}}}, "did you mean 'up.0"),
         ({"gain": "relative", "sites": {"image": {"up.2": 1}}}, "did you mean"),
         ({"gain": "relative", "sites": {"image": {"down.2.1.10": 1}}}, "did you mean 'down.2.1.1'"),
-        ({"gain": "both", "sites": {}}, "relative or absolute"),
+        ({"gain": "both", "sites": {}}, "share, relative, absolute"),
         ({"gian": "relative", "sites": {}}, "did you mean 'gain'"),
         ({"gain": "relative", "sites": {"image": {"up.1": -1}}}, "a scale >= 0"),
         ({"gain": "relative", "sites": {"image": {"up.1": True}}}, "a scale >= 0"),
@@ -179,7 +212,8 @@ def test_intent_equals_diffusers_own_expansion(reference, injected):
     reference.set_ip_adapter_scale([diffusers_form(name) for name in NAMES])
     theirs = torch.tensor([processor.scale for processor in adapter_processors(reference)]).T
     separate = modalities.recipes("separate")
-    ours = sum(injection_map.scales(recipe, layers=injected[1].layers) for recipe in separate)
+    layers = injected[1].layers
+    ours = sum(injection_map.scales(recipe, "redistributed", layers) for recipe in separate)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -194,3 +228,14 @@ def test_block_names_of_the_first_implementation_reach_nothing(reference):
     assert all(
         scale == 0 for processor in adapter_processors(reference) for scale in processor.scale
     )
+
+
+def test_the_readme_shows_the_scales_that_are_used():
+    table = injection_map.scales(FUSED)
+    sites = [layer.site for layer in injection_map.sdxl_layers()]
+    lines = (util.CHECKOUT / "README.md").read_text(encoding="utf-8").splitlines()
+    for name, row in zip(NAMES, table, strict=True):
+        line = next(line for line in lines if line.startswith(f"| `{name}` |"))
+        said = {site: float(scale) for site, scale in re.findall(r"`([a-z.0-9]+)` ([.\d]+)", line)}
+        used = {site: float(row[sites.index(site)]) for site in sites if row[sites.index(site)]}
+        assert said == pytest.approx(used, abs=0.005)
