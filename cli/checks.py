@@ -48,6 +48,8 @@ def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
         _validate_evaluate(parser, values)
     if getattr(values, "contrast_layer", None) and values.target_mse:
         parser.error("--target_mse needs the image embeddings as they are: not --contrast_layer")
+    if parser.stage in ("train", "retrieval") and not values.mask_time + values.mask_patch:
+        _refuse_idle(parser, values, ("mask_span",), "without --mask_time or --mask_patch")
     if parser.stage == "train":
         _validate_train(parser, values)
     if parser.stage == "preprocess":
@@ -59,13 +61,37 @@ def _given(parser: Parser, values: argparse.Namespace, flags: Sequence[str]) -> 
     return [flag for flag in flags if getattr(values, flag) != parser.actions()[flag].default]
 
 
+OF_THE_CONTRAST = ("text_contrast", "contrast_normalise", "contrast_positives", "contrast_layer")
+OF_GUIDANCE = ("negative_prompt", "guidance_interval")
+
+
+def _refuse_idle(
+    parser: Parser, values: argparse.Namespace, flags: Sequence[str], why: str
+) -> None:
+    """Refuse the first of these flags that is given: it would do nothing."""
+    for flag in _given(parser, values, flags):
+        parser.error(f"--{flag} does nothing {why}")
+
+
 def _validate_generate(parser: Parser, values: argparse.Namespace) -> None:
+    if values.init == "none":
+        _refuse_idle(parser, values, ("init_strength",), "without --init superpixel")
+    if values.guidance <= 1:
+        _refuse_idle(parser, values, OF_GUIDANCE, f"at --guidance {values.guidance}, which is off")
+    if values.prompt_source == "oracle":
+        _refuse_idle(parser, values, ("prompt",), "with --prompt_source oracle: captions are told")
+    else:
+        _refuse_idle(parser, values, ("captions",), "without --prompt_source oracle")
+    if values.sweep:
+        _refuse_idle(parser, values, ("mode",), f"in --sweep {values.sweep}, which draws its own")
     idle = {"sites": ("injection", "fusion_weights"), "scale": ("fusion_strength",)}
-    for flag in _given(parser, values, idle.get(values.sweep, ())):
-        parser.error(f"--{flag} does nothing in --sweep {values.sweep}, which sets its own scales")
+    why = f"in --sweep {values.sweep}, which sets its own scales"
+    _refuse_idle(parser, values, idle.get(values.sweep, ()), why)
 
 
 def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
+    if values.contrast_weight == 0:
+        _refuse_idle(parser, values, OF_THE_CONTRAST, "at --contrast_weight 0")
     if values.adapt_from and not values.subjects:
         parser.error("--adapt_from needs --subjects: the people that the model does not know")
     if values.adapt_from and (values.init_from or values.leave_out):
@@ -95,6 +121,8 @@ def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:
     if values.band_pass and values.band_pass[0] >= values.band_pass[1]:
         low, high = values.band_pass
         parser.error(f"--band_pass {low} {high}: LOW_HZ must be below HIGH_HZ")
+    if values.raw:
+        _refuse_idle(parser, values, ("sessions",), "with --raw: each of its files is taken")
     if values.unit and not values.raw:
         parser.error("--unit belongs to your own recordings: name them with --raw")
     if values.events and not values.raw:

@@ -459,5 +459,10 @@ def examine(
         findings.facts += [f"{captions}: {len(read):,} captions"] if read else []
     if bank is not None:
         check_bank(bank, stimuli, findings)
+    findings.facts.append(
+        "every picture and trial was read"
+        if full
+        else f"{SAMPLED_PICTURES} pictures and {SAMPLED_TRIALS} trials of each file were read"
+    )
     findings.next = next_command(data_path, recordings, bank, findings)
     return findings

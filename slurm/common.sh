@@ -145,8 +145,11 @@ generate_command() {
     COMMAND=(generate.py --eeg_data "$DATA/Preprocessed_data_250Hz/$SUBJECT" --data_path "$DATA"
         --model_path "$(model_of "$SUBJECT")" --clip_feature_path "$OUT/clip_features"
         --sd_model_path "$SDXL" --ip_adapter_path "$IP_ADAPTER"
-        --output_dir "$OUT/${CONTROL:-images}/$SUBJECT" --shard "$SHARD/$SHARDS"
-        --mode all "${FLAGS[@]}")
+        --output_dir "$OUT/${CONTROL:-images}/$SUBJECT" --shard "$SHARD/$SHARDS")
+    if [[ " ${FLAGS[*]} " != *" --sweep "* ]]; then # which draws a grid of its own
+        COMMAND+=(--mode all)
+    fi
+    COMMAND+=("${FLAGS[@]}")
     if [[ -n ${CONTROL:-} ]]; then
         COMMAND+=(--mode fused --control "$CONTROL") # a control needs one picture per stimulus
     fi

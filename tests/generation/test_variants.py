@@ -73,7 +73,18 @@ def test_equal_variants_are_drawn_once():
 
 @pytest.mark.parametrize(("sweep", "pictures"), [("sites", 25), ("scale", 6)])
 def test_a_sweep_makes_one_labelled_sheet(chain: Chain, tmp_path: Path, sweep, pictures) -> None:
-    more = ("--sweep", sweep, "--max_stimuli", 1, "--batch_size", "auto", "--steps", 1)
+    more = (
+        "--mode",
+        "fused",
+        "--sweep",
+        sweep,
+        "--max_stimuli",
+        1,
+        "--batch_size",
+        "auto",
+        "--steps",
+        1,
+    )
     assert generate.main(chain.generate_flags(tmp_path / "run", *more)) == 0
     records = read_jsonl(tmp_path / "run" / "images.jsonl")
     assert len({record["recipe"] for record in records}) == len(records) == pictures
