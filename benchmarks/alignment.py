@@ -62,6 +62,8 @@ VARIANTS: Mapping[str, Variant] = {
     "restore_variance": Variant(restore_variance=True),
     "guidance_1": Variant(guidance=1.0),
     **{f"aligner_{kind}": Variant({"aligner": kind}) for kind in ("mlp", "none")},
+    "aligner_skip": Variant({"aligner_skip": True}),
+    "aligner_mlp_skip": Variant({"aligner": "mlp", "aligner_skip": True}),
     "aligner_mlp_restore_variance": Variant({"aligner": "mlp"}, restore_variance=True),
     **{f"predicts_{what}": Variant({"prior_predicts": what}) for what in ("noise", "embedding")},
     **{f"loss_{what}": Variant({"prior_loss": what}) for what in ("noise", "embedding")},
