@@ -112,6 +112,7 @@ def training(
 ) -> tuple[str, list[str]]:
     """Stage 2 into ``out/name``, with ``more`` of its flags."""
     of_the_prior = {"noise_draws": 2} if more.get("aligner", "prior") == "prior" else {}
+    of_the_contrast = {"text_contrast": 0.5} if more.get("contrast_weight") != 0 else {}
     given = {
         "data_path": out / "world" / "data",
         "clip_feature_path": out / "clip_features",
@@ -121,10 +122,10 @@ def training(
         "epochs": scale.epochs,
         **of_the_prior,
         "contrast_weight": 0.3,
+        **of_the_contrast,
         "val_every": 15,
         "batch_size": 64,
         "learning_rate": 1e-3,
-        "text_contrast": 0.5,
         "ema_decay": 0.99,
         "seed": seed,
         "device": "cpu",
