@@ -141,7 +141,7 @@ class Ours:
     def draw(self, tasks: Sequence[tuple[int, tuple[str, ...], torch.Tensor]]) -> Drawn:
         rows = [row for row, _, _ in tasks]
         work = self.work
-        made = sampler.draw(
+        latents = sampler.denoise(
             self.pipe,
             self.injector,
             work.embeddings[rows],
@@ -150,6 +150,7 @@ class Ours:
             self.prompt,
             sampler.Denoising(work.steps, work.guidance, work.size),
         )
+        made = sampler.pictures_of(self.pipe, latents)
         return {
             (row, name): picture
             for (row, names, _), picture in zip(tasks, made, strict=True)

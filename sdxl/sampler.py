@@ -171,25 +171,6 @@ class Denoising:
 
 
 @torch.no_grad()
-def draw(
-    pipe: StableDiffusionXLPipeline,
-    injector: Injector,
-    embeddings: torch.Tensor,
-    scales: torch.Tensor,
-    noise_seeds: Sequence[int],
-    prompt_embeds: PromptEmbeds,
-    how: Denoising,
-    start: torch.Tensor | None = None,
-) -> np.ndarray:
-    """One picture per row, uint8 [B, size_px, size_px, 3]: :func:`denoise`, then decoded.
-
-    Raises as that does, and UserError for NaN.
-    """
-    rows = embeddings, scales, noise_seeds, prompt_embeds, how, start
-    return pictures_of(pipe, denoise(pipe, injector, *rows))
-
-
-@torch.no_grad()
 def pictures_of(pipe: StableDiffusionXLPipeline, latents: torch.Tensor) -> np.ndarray:
     """Pictures uint8 [B, H, W, 3] of latents [B, 4, h, w]. Raises UserError for NaN."""
     pictures = decode_latents(pipe, latents)

@@ -76,7 +76,8 @@ def drawn(
     scale = injection_map.scales(FUSED, layers=injector.layers).expand(rows, -1, -1)
     vectors = embeddings(rows) if vectors is None else vectors
     denoising = sampler.Denoising(steps, guidance, SIZE, **how)
-    return sampler.draw(pipe, injector, vectors, scale, seeds, prompt, denoising, start)
+    latents = sampler.denoise(pipe, injector, vectors, scale, seeds, prompt, denoising, start)
+    return sampler.pictures_of(pipe, latents)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:

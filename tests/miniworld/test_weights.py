@@ -58,9 +58,9 @@ def painter():
         scales = injection_map.scales(recipe, layers=injector.layers)
         table = scales.expand(len(embeddings), -1, -1)
         seeds = list(range(len(embeddings)))
-        return sampler.draw(
-            pipe, injector, embeddings, table, seeds, prompt, sampler.Denoising(8, 2.0, 128)
-        )
+        how = sampler.Denoising(8, 2.0, 128)
+        latents = sampler.denoise(pipe, injector, embeddings, table, seeds, prompt, how)
+        return sampler.pictures_of(pipe, latents)
 
     return paint
 

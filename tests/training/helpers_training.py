@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import builders
 import torch
 from torch import nn
 
@@ -160,3 +161,23 @@ if __name__ == "__main__":
     parser.add_argument("--accumulate", type=int, default=1)
     given = parser.parse_args()
     steps_of_the_real_model(given.root, given.out, given.steps, given.accumulate)
+
+
+def joint_flags(root: Path, out: Path, *more: object) -> list[str]:
+    """A short call of train.py on a world of ``builders``; later flags win."""
+    return [
+        str(flag)
+        for flag in (
+            "--data_path", root, "--clip_feature_path", root / "bank", "--output_dir", out,
+            "--epochs", 2, "--batch_size", 8, "--val_fraction", 0.2, "--device", "cpu", *more,
+        )
+    ]  # fmt: skip
+
+
+def write_people(root: Path, concepts: int) -> Path:
+    """Three subjects whose EEG says who they are: 1000 x subject + ..."""
+    builders.write_pictures(root, training=concepts)
+    for subject in range(3):
+        builders.write_subject(root, subject)
+    builders.write_bank(root / "bank", root)
+    return root

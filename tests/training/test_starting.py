@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import builders
 import pytest
 import torch
+from helpers_training import joint_flags, write_people
 
 import ATMS_retrieval
 import dataset
@@ -24,22 +24,12 @@ CONCEPTS = 12
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """Three people who saw the same 12 concepts."""
-    root = tmp_path_factory.mktemp("starting") / "DATA"
-    builders.write_pictures(root, training=CONCEPTS)
-    for subject in range(3):
-        builders.write_subject(root, subject)
-    builders.write_bank(root / "bank", root)
-    return root
+    return write_people(tmp_path_factory.mktemp("starting") / "DATA", CONCEPTS)
 
 
 def flags(root: Path, out: Path, *more: object) -> list[str]:
-    return [
-        str(flag)
-        for flag in (
-            "--data_path", root, "--clip_feature_path", root / "bank", "--output_dir", out,
-            "--epochs", 1, "--batch_size", 4, "--val_fraction", 0.25, "--device", "cpu", *more,
-        )
-    ]  # fmt: skip
+    """One epoch; three of the twelve concepts are held out."""
+    return joint_flags(root, out, "--epochs", 1, "--batch_size", 4, "--val_fraction", 0.25, *more)
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import builders
 import pytest
 import torch
 from conftest import Chain
+from helpers_training import joint_flags as flags
+from helpers_training import write_people
 
 import dataset
 import evaluate
@@ -24,23 +25,7 @@ TRAINING = "preprocessed_eeg_training.npy"
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three subjects whose EEG says who they are: 1000 x subject + ..."""
-    root = tmp_path_factory.mktemp("three") / "DATA"
-    builders.write_pictures(root, training=8)
-    for subject in range(3):
-        builders.write_subject(root, subject)
-    builders.write_bank(root / "bank", root)
-    return root
-
-
-def flags(root: Path, out: Path, *more: object) -> list[str]:
-    return [
-        str(flag)
-        for flag in (
-            "--data_path", root, "--clip_feature_path", root / "bank", "--output_dir", out,
-            "--epochs", 2, "--batch_size", 8, "--val_fraction", 0.2, "--device", "cpu", *more,
-        )
-    ]  # fmt: skip
+    return write_people(tmp_path_factory.mktemp("three") / "DATA", 8)
 
 
 def people_in(eeg: torch.Tensor) -> set[int]:
