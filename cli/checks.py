@@ -80,8 +80,6 @@ def _validate_generate(parser: Parser, values: argparse.Namespace) -> None:
         _refuse_idle(parser, values, OF_GUIDANCE, f"at --guidance {values.guidance}, which is off")
     if values.prompt_source == "oracle":
         _refuse_idle(parser, values, ("prompt",), "with --prompt_source oracle: captions are told")
-    else:
-        _refuse_idle(parser, values, ("captions",), "without --prompt_source oracle")
     if values.sweep:
         _refuse_idle(parser, values, ("mode",), f"in --sweep {values.sweep}, which draws its own")
     idle = {"sites": ("injection", "fusion_weights"), "scale": ("fusion_strength",)}

@@ -316,7 +316,9 @@ def drawn_near(cond: torch.Tensor, gains: list[float]) -> dict[str, torch.Tensor
 
 
 def fitted(kind: str, skip: bool, cond, targets, steps: int) -> aligners.TargetSpace:
-    aligner = new_aligner(WIDE, WIDE, Alignment(kind, False, 0.0, "velocity", None, skip), seed=0)
+    torch.manual_seed(0)
+    config = {"kind": kind, "embed_dim": WIDE, "cond_dim": WIDE, "learned_weights": False}
+    aligner = aligner_from(config | SMALL[kind] | {"skip": skip})
     aligner.fit_targets(targets)
     optimizer = torch.optim.Adam(aligner.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
