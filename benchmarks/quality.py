@@ -3,6 +3,7 @@
     python benchmarks/quality.py --output_path OUT --json quality.json     # the shipped weights
     python benchmarks/quality.py --output_path OUT_CHOICE --ablation       # on validation concepts
     python benchmarks/quality.py --output_path OUT_CHOICE --ablation fusion_ steps_  # some knobs
+    python benchmarks/quality.py --output_path OUT --rules separate     # both rules of shares
 
 The EEG is SIMULATED. Stages are run by their public command lines and resume where they stopped.
 """
@@ -209,6 +210,25 @@ def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
     )
 
 
+RULES = ("intent", "redistributed")  # a modality's share among all five, or among the recipe's
+
+
+def compare_rules(out: Path, seed: int, drawn: int, mode: str) -> str:
+    """What the judge sees in each recipe of a mode under both rules of shares; N = ``drawn``."""
+    names = {rule: f"quality/rules/{rule}_{mode}" for rule in RULES}
+    draw = [demo.drawing(out, seed, drawn, names[rule], mode, injection=rule) for rule in RULES]
+    run([*demo.commands(out, seed, demo.FULL), *draw])
+    model = judge.load(models.Models(out / "world" / "models").judge)
+    found = {
+        f"{recipe}, {rule}": verdicts
+        for rule in RULES
+        for recipe, verdicts in quality.judged_run(
+            model, out / names[rule], out / "world" / "data"
+        ).items()
+    }
+    return quality.judge_table(dict(sorted(found.items())), seed)
+
+
 def pixel_scores(images: Path, data: Path) -> dict[str, np.ndarray]:
     """PixCorr and SSIM of the fused pictures of a run, by stimulus."""
     (group,) = pair(images, [], list_stimuli(data, "test"))
@@ -235,9 +255,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ablation", nargs="*", metavar="KNOB",
         help="instead, choose settings: fused pictures of VALIDATION concepts under every knob, or "
         "those whose names start like this")  # fmt: skip
+    parser.add_argument("--rules", choices=modalities.MODES, metavar="MODE",
+        help="instead, judge the recipes of a mode under both rules of sharing a site: "
+        f"{', '.join(modalities.MODES)}")  # fmt: skip
     given = parser.parse_args(argv)
-    if given.json and given.ablation is not None:
-        parser.error("--json holds the test concepts' table; --ablation prints another one")
+    if given.json and (given.rules or given.ablation is not None):
+        parser.error("--json holds the test concepts' table; --ablation and --rules print others")
     return given
 
 
@@ -247,6 +270,10 @@ def main(argv: list[str] | None = None) -> int:
     if given.ablation is not None:
         print(f"\n{n} validation concepts, SIMULATED EEG of {demo.SUBJECT}, fused\n")
         print(ablation(out, seed, n, given.ablation))
+        return 0
+    if given.rules:
+        print(f"\n{n} unseen concepts, SIMULATED EEG of {demo.SUBJECT}\n")
+        print(compare_rules(out, seed, n, given.rules))
         return 0
     run_chain(out, seed, n)
     weights, data = models.Models(out / "world" / "models"), out / "world" / "data"

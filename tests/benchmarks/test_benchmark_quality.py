@@ -31,3 +31,12 @@ def test_every_knob_is_a_command_unlike_the_demo_s(of: str) -> None:
         }[of]  # fmt: skip
     values = [settled(command) for command in made]
     assert all(one not in values[:place] for place, one in enumerate(values))
+
+
+def test_the_rules_of_shares_are_commands_that_differ_in_the_rule_alone() -> None:
+    with loaded(SCRIPT) as quality:
+        made = [
+            settled(demo.drawing(Path("O"), 0, 4, "d", "separate", injection=rule))
+            for rule in quality.RULES
+        ]
+    assert [name for name in made[0] if made[0][name] != made[1][name]] == ["injection"]
