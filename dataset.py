@@ -80,8 +80,9 @@ def open_test(
     times: Sequence[float],
 ) -> TestEEG:
     """One subject's test recording, averaged over repetitions, cut to the model's signal."""
-    recording = open_recording(file, cache_folder(data_path or cache_home(file), cache_dir))
+    # first the pictures: a DATA that is not there must not be made by the cache
     stimuli = list_stimuli(data_path, "test") if data_path else None
+    recording = open_recording(file, cache_folder(data_path or cache_home(file), cache_dir))
     if stimuli:
         check_rows(recording, stimuli)
     signal = match_signal(recording, channels, times)

@@ -110,6 +110,8 @@ def open_model(asked: ModelChoice, rendering: Rendering) -> tuple[Decoder, TestE
         )
     if rendering.from_picture:
         low_level.load_head(asked.model_path)
+    if asked.captions:
+        read_captions(asked.captions)
     check_drawing(rendering.sd_model_path, rendering.vae_path, rendering.scheduler)
     check_ip_adapter(rendering.ip_adapter_path, decoder.bank.embed_dim)
     file, subject, data_path = locate_test_eeg(asked.eeg_data, asked.subject, asked.data_path)

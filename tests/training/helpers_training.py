@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import builders
 import torch
 from torch import nn
 
@@ -176,6 +175,8 @@ def joint_flags(root: Path, out: Path, *more: object) -> list[str]:
 
 def write_people(root: Path, concepts: int) -> Path:
     """Three subjects whose EEG says who they are: 1000 x subject + ..."""
+    import builders  # not where this file is run as a script
+
     builders.write_pictures(root, training=concepts)
     for subject in range(3):
         builders.write_subject(root, subject)
