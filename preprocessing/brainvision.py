@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,13 +102,13 @@ def check_data_length(path: Path, samples: int) -> None:
         return
     header = BrainVisionHeader.read(path)
     row, data = header.row_bytes(), header.data_file
-    if row and data is not None and data.is_file() and data.stat().st_size % row:
+    if row and data is not None and os.path.isfile(data) and data.stat().st_size % row:
         _refuse(path, f"{data.name} of {data.stat().st_size:,} bytes", f"a multiple of {row}")
     stated = header._common("datapoints")
     if stated.isdecimal() and int(stated) > samples:
         _refuse(path, f"{samples:,} samples", f"the {stated} DataPoints of its header")
     markers = header.marker_file
-    latest = last_marker(markers) if markers is not None and markers.is_file() else None
+    latest = last_marker(markers) if markers is not None and os.path.isfile(markers) else None
     if latest and latest[1] > samples + 1:  # a last marker may stand behind the last sample
         _refuse(path, f"{samples:,} samples, and in {markers.name} {latest[0]!r}", "all of it")
 

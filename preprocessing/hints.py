@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,7 +124,7 @@ def _header_fault(path: Path) -> tuple[str, str, str] | None:
     """(found, expected, cure): a file that is named and absent, or numbers with commas."""
     header = BrainVisionHeader.read(path)
     for what, named in (("DataFile", header.data_file), ("MarkerFile", header.marker_file)):
-        if named is not None and not named.is_file():
+        if named is not None and not os.path.isfile(named):  # also of a name too long for one
             return (
                 f"{what}={named.name}, which is not there{_neighbours(path.parent, path.stem)}",
                 "the files that the header names, beside it",
