@@ -164,12 +164,10 @@ def _check_unet_config(path: Path) -> None:
             )
 
 
-def check_drawing(
-    path: str | Path, vae_path: str | None, scheduler: str | None, config: Path = SDXL_CONFIG
-) -> None:
-    """Everything that drawing opens, by its headers: SDXL, another VAE, the scheduler's name.
+def check_weights(path: str | Path, vae_path: str | None, config: Path = SDXL_CONFIG) -> Path:
+    """What is loaded, by its headers: SDXL, and another VAE. Returns the folder of its configs.
 
-    Raises UserError and DataError before anything is loaded.
+    Raises DataError before anything is loaded.
     """
     check_sdxl(path, config)
     root = Path(path) if Path(path).is_dir() else config
@@ -177,6 +175,15 @@ def check_drawing(
         channels = read_json(root / "unet" / "config.json")["in_channels"]
         factor = read_json(root / "vae" / "config.json").get("scaling_factor", 0.18215)
         check_vae(Path(vae_path), channels, factor)
+    return root
+
+
+def check_drawing(path: str | Path, vae_path: str | None, scheduler: str | None) -> None:
+    """Everything that drawing opens: :func:`check_weights`, and the scheduler's name.
+
+    Raises UserError and DataError.
+    """
+    root = check_weights(path, vae_path)
     own = read_json(root / "scheduler" / "scheduler_config.json").get("_class_name", "")
     check_scheduler(own, scheduler)
 
@@ -216,7 +223,7 @@ def load_sdxl(
     ``vae_path``: folder or file of another VAE, e.g. the one repaired for float16. ``config``:
     folder of the configs of a single file. Raises DataError.
     """
-    check_drawing(path, vae_path, None, config)
+    check_weights(path, vae_path, config)
     path = Path(path)
     quiet_loading()
     # Without this, pictures depend on whether the package invisible-watermark is installed.

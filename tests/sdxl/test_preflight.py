@@ -16,8 +16,8 @@ import generate
 import util
 from rundirs.tensors import load_tensors, what_lies_there
 from sdxl.loading import check_drawing, check_sdxl, load_sdxl
+from sdxl.schedulers import set_scheduler
 from sdxl.vae import check_vae, load_vae, overflows_half
-from sdxl.weight_files import SDXL_CONFIG
 
 SDXL = (4, 0.13025)  # latent channels and scaling factor of SDXL-base
 
@@ -94,6 +94,21 @@ def test_all_parts_of_a_folder_are_looked_at(models, tmp_path, told):
     LACKS[told](tmp_path / "sdxl")
     with pytest.raises(util.StageError, match=told):
         check_drawing(tmp_path / "sdxl", None, None)
+
+
+def test_a_named_scheduler_replaces_one_that_cannot_draw(models, tmp_path):
+    """Many folders are saved with PNDM: that matters only where nothing else is named."""
+    shutil.copytree(models.sdxl, tmp_path / "sdxl")
+    rewritten(
+        tmp_path / "sdxl" / "scheduler" / "scheduler_config.json", _class_name="PNDMScheduler"
+    )
+    rewritten(tmp_path / "sdxl" / "model_index.json", scheduler=["diffusers", "PNDMScheduler"])
+    with pytest.raises(util.UserError, match="PNDMScheduler"):
+        check_drawing(tmp_path / "sdxl", None, None)
+    check_drawing(tmp_path / "sdxl", None, "DDIMScheduler")
+    pipe = load_sdxl(tmp_path / "sdxl", torch.float32, "cpu")
+    set_scheduler(pipe, "DDIMScheduler", None)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder_2"])
@@ -218,4 +233,3 @@ def test_pictures_belong_to_the_content_of_all_weights(models, tmp_path):
     save_file(tensors | {"decoder.conv_in.bias": tensors["decoder.conv_in.bias"] + 1}, file)
     seen |= {generate.weights_identity(tmp_path / "sdxl"), generate.weights_identity(file)}
     assert len(seen) == 4 and generate.weights_identity(None) == ""
-    assert SDXL_CONFIG.is_dir()
