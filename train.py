@@ -107,23 +107,20 @@ class JointObjective:
         scores |= validation_retrieval(self.decoder, embeddings, self.data)
         return scores | {"select": -scores["val_aligner"]}
 
-    def _targets(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        device = next(self.decoder.parameters()).device
-        return {name: features[rows].to(device) for name, features in self.data.targets.items()}
-
     def _validation_losses(self, embeddings: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
         """Mean losses of embeddings [n, D] of stimuli in ``rows`` [n], VALIDATION_ROWS at a time.
 
         Memory would not hold ten subjects at once. The contrast is then with the rows of a piece.
         """
+        device = next(self.decoder.parameters()).device
         generator = util.generator_for(self.data.seed, "validation noise")
         means: dict[str, float] = {}
         for place in torch.arange(len(rows)).split(VALIDATION_ROWS):
-            targets = self._targets(rows[place])
+            at = rows[place]
             losses = self._losses(
-                embeddings[place].to(targets["image"].device),
-                targets,
-                self.data.stimulus[rows[place]],
+                embeddings[place].to(device),
+                {name: features[at].to(device) for name, features in self.data.targets.items()},
+                self.data.stimulus[at],
                 generator,
                 VALIDATION_DRAWS,
             )
@@ -136,11 +133,11 @@ class JointObjective:
         bank, chosen = self.decoder.bank, fusion.calibration_rows(len(rows))
         if len(chosen) < len(rows) and not self.decoder.calibration:
             util.LOG.info("calibration sees %d of %d held-out rows", len(chosen), len(rows))
-        targets = self._targets(rows[chosen])
-        condition = embeddings[chosen].to(targets["image"].device)
+        condition = embeddings[chosen].to(next(self.decoder.parameters()).device)
         noise = util.generator_for(self.data.seed, "agreement")
         samples = fusion.repeated_samples(bank, condition, noise)
-        truth = {name: bank.standardise(name, targets[name]).cpu() for name in NAMES}
+        targets = {name: features[rows[chosen]] for name, features in self.data.targets.items()}
+        truth = self.decoder.standardised(targets)
         self.decoder.calibration = fusion.calibrate(samples, truth)
 
 

@@ -192,10 +192,16 @@ class TargetSpace(nn.Module):
     stochastic: ClassVar[bool]  # whether two seeds give two samples
     sample: Callable[..., dict[str, torch.Tensor]]
 
-    def __init__(self, embed_dim: int, cond_dim: int, learned_weights: bool) -> None:
-        """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed."""
+    def __init__(
+        self, embed_dim: int, cond_dim: int, learned_weights: bool, *, skip: bool = False
+    ) -> None:
+        """``learned_weights``: weight the losses by a learned ``log_variance`` [M], not fixed.
+
+        ``skip``: see :class:`EncoderSkip`.
+        """
         super().__init__()
         self.embed_dim, self.cond_dim = embed_dim, cond_dim
+        self.skip = EncoderSkip(len(NAMES)) if skip else None
         self.log_variance = nn.Parameter(torch.zeros(len(NAMES))) if learned_weights else None
         for name in NAMES:
             self.register_buffer(f"{name}_mean", torch.zeros(embed_dim))
@@ -251,6 +257,15 @@ class TargetSpace(nn.Module):
                 )
         return torch.stack([self.standardise(name, targets[name]) for name in NAMES])
 
+    def training_targets(
+        self, targets: Mapping[str, torch.Tensor], cond: torch.Tensor
+    ) -> torch.Tensor:
+        """:meth:`standardised`; in training, the skip's gains are fitted to them."""
+        clean = self.standardised(targets, cond)
+        if self.skip and self.training:
+            self.skip.fit(cond, clean)
+        return clean
+
     def check_request(self, cond: torch.Tensor, seeds: Seeds) -> None:
         """Raise ValueError unless there is one seed per row of cond [B, C], or a generator."""
         number = len(cond) if isinstance(seeds, torch.Generator) else len(seeds)
@@ -299,13 +314,12 @@ class PriorBank(TargetSpace):
         hidden_dim: Sequence[int] | None = None,
     ) -> None:
         """``dropout``, ``hidden_dim``: as of :class:`DiffusionPriorUNet`."""
-        super().__init__(embed_dim, cond_dim, learned_weights)
+        super().__init__(embed_dim, cond_dim, learned_weights, skip=task.skip)
         self.task, self.hidden_dim, self.dropout = task, hidden_dim, dropout
         self.priors = DiffusionPriorUNet.stack_of(
             [DiffusionPriorUNet(embed_dim, cond_dim, hidden_dim, dropout=dropout) for _ in NAMES]
         )
         keep_separate_state(self.priors, NAMES)
-        self.skip = EncoderSkip(len(NAMES)) if task.skip else None
         betas = torch.linspace(
             NOISE_SCHEDULE["beta_start"], NOISE_SCHEDULE["beta_end"], TRAIN_STEPS
         )
@@ -339,15 +353,13 @@ class PriorBank(TargetSpace):
         error counts a_t times what it counts on velocity: next to nothing at high t, where only
         the condition knows the embedding.
         """
-        clean = self.standardised(targets, cond)
+        clean = self.training_targets(targets, cond)
         if draws > 1:
             clean = clean.repeat_interleave(draws, dim=1)
         t, noise, keep = self._draw(clean, generator, part)
         noisy = self.add_noise(clean, noise, t)
         found = self.priors(noisy, t, cond, keep).to(clean.dtype)
         if self.skip:
-            if self.training:
-                self.skip.fit(cond, clean[:, ::draws])
             estimate = self.skip(cond).repeat_interleave(draws, dim=1) * keep[..., None]
             found = add_skip(found, estimate, self._shares(t, clean), self.task.predicts)
         loss_on = self.task.loss_on

@@ -95,14 +95,14 @@ def scores_of(
     predicted = decoder.predict(read, everything, sampling, seed)
     encoded = decoder.condition(read, everything)
     found = {}
-    standard = decoder.standardised(predicted)["image"], decoder.standardised(gallery)["image"]
-    asked = (standard, (encoded, decoder.gallery(gallery)))
+    standard = [decoder.standardised(of) for of in (predicted, gallery)]
+    asked = ([of["image"] for of in standard], (encoded, decoder.gallery(gallery)))
     for name, pair in zip(TOP1, asked, strict=True):
         similarity = metrics.cosine_similarity(*pair)
         found[name] = metrics.top_k_probability(*metrics.ranks(similarity, truth), 1)
     deviations = []
     for name in NAMES:
-        made, true = (decoder.bank.standardise(name, of[name]) for of in (predicted, gallery))
+        made, true = (of[name] for of in standard)
         found[f"cosine_{name}"] = F.cosine_similarity(made, true, dim=1)
         deviations.append((made - made.mean(dim=0)).square().mean(dim=1))
     found["variance"] = torch.stack(deviations).mean(dim=0)

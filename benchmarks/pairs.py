@@ -50,6 +50,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
 }
 SCORES = ("top1_image", "top1_encoder", "top1_plain", *(f"cosine_{name}" for name in NAMES))
 SAMPLING = Sampling(10, 1.0, "dpm", 8)
+Scores = dict[str, float]
 
 
 class World:
@@ -121,10 +122,8 @@ def trained(root: Path, run: Path, pairs: int, flags: Sequence[str], seed: int) 
     return Decoder.load(run, "best")
 
 
-def scores_of(decoder: Decoder, world: World) -> dict[str, float]:
-    """Each of SCORES, of pictures of unseen concepts."""
-    latents = world.pictures(UNSEEN, 1)
-    true, eeg = world.embeddings(latents), world.eeg(latents)
+def scores_of(decoder: Decoder, true: Mapping[str, torch.Tensor], eeg: torch.Tensor) -> Scores:
+    """Each of SCORES, of pictures with embeddings ``true`` and the EEG [N, C, T] of them."""
     test, rows = TestEEG(eeg, "sub-01", None, "", Path()), range(UNSEEN)
     made, truth = decoder.predict(test, rows, SAMPLING, 0), torch.arange(UNSEEN)
     spaces = [decoder.standardised(of) for of in (made, true)]
@@ -138,6 +137,21 @@ def scores_of(decoder: Decoder, world: World) -> dict[str, float]:
     for name, pair in standard.items():
         found[f"cosine_{name}"] = float(F.cosine_similarity(*pair, dim=1).mean())
     return found
+
+
+def scores_at(root: Path, pairs: int, seed: int, variants: Sequence[str]) -> dict[str, Scores]:
+    """{variant: its scores} of one world, found again or trained."""
+    files = {variant: root / variant / "scores.json" for variant in variants}
+    if not all(file.exists() for file in files.values()):
+        world = World(seed)
+        write_pairs(root, world, pairs)
+        latents = world.pictures(UNSEEN, 1)
+        true, eeg = world.embeddings(latents), world.eeg(latents)
+    for variant, file in files.items():
+        if not file.exists():
+            decoder = trained(root, file.parent, pairs, VARIANTS[variant], seed)
+            write_json(file, scores_of(decoder, true, eeg))
+    return {variant: read_json(file) for variant, file in files.items()}
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -165,18 +179,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     values = parser.parse_args(argv)
     rows = []
     for pairs in values.pairs:
+        roots = [values.output_path / f"{pairs}_{seed}" for seed in range(values.seeds)]
+        found = [scores_at(root, pairs, seed, values.variants) for seed, root in enumerate(roots)]
         for variant in values.variants:
-            found = []
-            for seed in range(values.seeds):
-                root = values.output_path / f"{pairs}_{seed}"
-                run, world = root / variant, World(seed)
-                file = run / "scores.json"
-                if not file.exists():
-                    write_pairs(root, world, pairs)
-                    write_json(file, scores_of(trained(root, run, pairs, VARIANTS[variant], seed),
-                                               world))  # fmt: skip
-                found.append(read_json(file))
-            row = {name: [one[name] for one in found] for name in SCORES}
+            row = {name: [of[variant][name] for of in found] for name in SCORES}
             rows.append({"pairs": pairs, "variant": variant, "seeds": values.seeds, **row})
     write_json(values.json, {"rows": rows, **environment()})
     print(as_markdown(rows))

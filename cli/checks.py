@@ -105,8 +105,9 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
         parser.error(f"--{flag} was settled when the model of --adapt_from was trained")
     for flag in _given(parser, values, OF_THE_PRIOR) if values.aligner != "prior" else ():
         parser.error(f"--{flag} is of --aligner prior, not of --aligner {values.aligner}")
-    if values.aligner == "none" and _given(parser, values, ("aligner_skip",)):
-        parser.error("--aligner_skip does nothing with --aligner none, which is nothing but that")
+    if values.aligner == "none":
+        why = "with --aligner none, which is nothing but that"
+        _refuse_idle(parser, values, ("aligner_skip",), why)
 
 
 def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:

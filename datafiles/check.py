@@ -462,7 +462,8 @@ def examine(
     findings.facts.append(
         "every picture and trial was read"
         if full
-        else f"{SAMPLED_PICTURES} pictures and {SAMPLED_TRIALS} trials of each file were read"
+        else f"at most {SAMPLED_PICTURES} pictures of a folder and {SAMPLED_TRIALS} trials of a "
+        "file were read: --check full reads all"
     )
     findings.next = next_command(data_path, recordings, bank, findings)
     return findings

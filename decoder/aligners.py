@@ -17,7 +17,6 @@ import util
 from loss import LossTerms, stacked_prior_loss, terms_of
 from modalities import NAMES
 from subject_layers.dropout import Dropout
-from subject_layers.skip import EncoderSkip
 from subject_layers.stacked import keep_separate_state, stacked
 from unet import PriorBank, Sampling, Seeds, TargetSpace
 from util import WHOLE, Part
@@ -34,9 +33,6 @@ class Regression(TargetSpace):
         """Standardised embeddings [M, B, D] of conditions [B, C]."""
         raise NotImplementedError
 
-    def prepare(self, cond: torch.Tensor, clean: torch.Tensor) -> None:
-        """See a batch of conditions and standardised targets before its loss is computed."""
-
     def losses(
         self,
         targets: Mapping[str, torch.Tensor],
@@ -49,8 +45,7 @@ class Regression(TargetSpace):
 
         ``generator``, ``draws`` and ``part`` are the priors': here nothing is drawn.
         """
-        clean = self.standardised(targets, cond)
-        self.prepare(cond, clean)
+        clean = self.training_targets(targets, cond)
         return terms_of(stacked_prior_loss(self.predict(cond).to(clean.dtype), clean))
 
     @torch.no_grad()
@@ -88,9 +83,9 @@ class SharedMLP(Regression):
     ) -> None:
         """``hidden_dim``: width of the trunk, by default that of the embeddings, at least 512.
 
-        ``skip``: see :class:`EncoderSkip`; the heads then begin at 0.
+        ``skip``: see ``EncoderSkip``; the heads then begin at 0.
         """
-        super().__init__(embed_dim, cond_dim, learned_weights)
+        super().__init__(embed_dim, cond_dim, learned_weights, skip=skip)
         self.hidden_dim, self.dropout = hidden_dim or max(embed_dim, 512), dropout
         self.trunk = nn.Sequential(
             nn.Linear(cond_dim, self.hidden_dim),
@@ -102,7 +97,6 @@ class SharedMLP(Regression):
             Dropout(dropout),
         )
         self.heads = stacked([nn.Linear(self.hidden_dim, embed_dim) for _ in NAMES])
-        self.skip = EncoderSkip(len(NAMES)) if skip else None
         if skip:
             for parameter in self.heads.parameters():
                 nn.init.zeros_(parameter)
@@ -115,10 +109,6 @@ class SharedMLP(Regression):
 
     def networks(self) -> list[nn.Module]:
         return [self.trunk, self.heads]
-
-    def prepare(self, cond: torch.Tensor, clean: torch.Tensor) -> None:
-        if self.skip and self.training:
-            self.skip.fit(cond, clean)
 
     def predict(self, cond: torch.Tensor) -> torch.Tensor:
         """The five heads are one batched product."""

@@ -12,6 +12,7 @@ import numpy as np
 import metrics
 from rundirs.environment import environment
 from rundirs.files import read_csv, read_json
+from rundirs.journal import is_main
 from util import DataError, UserError
 
 HITS = {  # from ranks.csv
@@ -51,7 +52,7 @@ def read_stimulus_scores(run: Path) -> dict[tuple[str, str], StimulusScores]:
     if results["retrieval"]:
         found |= dict(_of_ranks(read_csv(run / "ranks.csv")))
     if results["pictures"]:
-        rows = [row for row in results["pictures"] if _is_main(row)]
+        rows = [row for row in results["pictures"] if is_main(row)]
         for row in rows:
             if row.get("unfinished"):
                 raise DataError(
@@ -68,11 +69,6 @@ def read_stimulus_scores(run: Path) -> dict[tuple[str, str], StimulusScores]:
         ]
         found |= dict(_of_pictures(lines, results["metrics"]))
     return found
-
-
-def _is_main(row: Mapping[str, Any]) -> bool:
-    """Whether a row is of --images, not of --control_images; older results say it by the mark."""
-    return not row.get("beside", bool(row["control"]))
 
 
 def _of_ranks(lines: list[dict[str, str]]) -> Iterator[tuple[tuple[str, str], StimulusScores]]:

@@ -20,6 +20,7 @@ from reporting.words import (
     spoken_marks,
 )
 from rundirs.files import read_json
+from rundirs.journal import is_main
 
 
 def _apart(
@@ -223,8 +224,7 @@ def _said_of(row: Mapping[str, Any]) -> list[str]:
 
 def _picture_headlines(scores: Scores) -> Iterator[dict[str, Any]]:
     rows = scores.results["pictures"]
-    own = [row for row in rows if not row.get("beside", row.get("control"))]
-    fused = [row for row in own if row["recipe"] == "fused"]
+    fused = [row for row in rows if row["recipe"] == "fused" and is_main(row)]
     shuffled = next((row for row in rows if row.get("control") == "shuffled_eeg"), None)
     for row in fused[:1]:
         for name in [name for name in HEADLINE_METRICS if name in row["scores"]][:4]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rundirs.environment import environment
-from rundirs.files import create_json, read_json, write_json
+from rundirs.files import read_json, write_json
 from util import LOG, DataError, UserError, claim_log, release_log, start_log
 
 
@@ -133,8 +133,10 @@ class RunDirectory:
     ) -> None:
         """What the run was asked and given, and by whom; a kill may have come between them."""
         asked = {"options": _plain(options), "provenance": dict(provenance)}
-        create_json(self.path / "options.json", {"stage": self.stage, **asked})
-        create_json(self.path / "inputs.json", _plain(inputs))
+        records = {"options.json": {"stage": self.stage, **asked}, "inputs.json": _plain(inputs)}
+        for name, content in records.items():
+            if not (self.path / name).exists():
+                write_json(self.path / name, content, exclusive=True)
         starts = read_json(self.path / "env.json") if (self.path / "env.json").exists() else []
         write_json(self.path / "env.json", [*starts, environment()])
 

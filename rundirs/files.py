@@ -90,17 +90,9 @@ def _umask() -> int:
     return mask
 
 
-def write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, default=str)
-        file.write("\n")
-
-
-def create_json(path: Path, content: Any) -> None:
-    """Write JSON unless the file is there: of several processes the first one's content stands."""
-    if path.exists():
-        return
-    with atomic_write(path, exclusive=True) as file:
+def write_json(path: Path, content: Any, *, exclusive: bool = False) -> None:
+    """``exclusive``: of several processes the first one's content stands."""
+    with atomic_write(path, exclusive=exclusive) as file:
         json.dump(content, file, indent=1, ensure_ascii=False, default=str)
         file.write("\n")
 
@@ -192,7 +184,7 @@ def file_hash(path: Path) -> str:
     """sha256 of a file; above 256 MiB of samples throughout it (prefix ``sampled:``).
 
     Of its size, the first and last MiB and 4 KiB of every 256 KiB: what changes a layer of a
-    network, or the trials of a picture, is seen; 7 GB take a second, whole 10 to 20.
+    network, or the trials of a picture, is seen; 7 GB take 0.2 s, whole 5.5 s, both from memory.
     """
     path = Path(path)
     size = path.stat().st_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,14 @@ def read_run(images: Path) -> list[dict[str, Any]]:
             "run that stage; it goes on where it stopped",
         )
     return records
+
+
+def is_main(row: Mapping[str, Any]) -> bool:
+    """Whether a row of scores is of --images, not of --control_images.
+
+    Older results say it by the mark.
+    """
+    return not row.get("beside", bool(row.get("control")))
 
 
 def labels_of(folders: Sequence[Path]) -> list[str]:

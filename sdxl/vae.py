@@ -48,12 +48,11 @@ def _check_latents(path: Path, found: int, wanted: int) -> None:
 
 
 def _check_vae_folder(path: Path, latent_channels: int, scaling_factor: float) -> None:
-    pair = [path / f"taesdxl_{part}.safetensors" for part in ("encoder", "decoder")]
-    if all(file.is_file() for file in pair):
-        for file in pair:
+    if pair := _taesdxl_pair(path):
+        for file in pair.values():
             read_shapes(file, VAE_WANTED)
         return
-    folder = path / "vae" if (path / "vae").is_dir() else path
+    folder = _diffusers_folder(path)
     if not (folder / "config.json").is_file():
         raise util.DataError(path, "a folder without config.json", "a diffusers VAE", "name one")
     config = read_json(folder / "config.json")
@@ -79,10 +78,21 @@ def _check_vae_folder(path: Path, latent_channels: int, scaling_factor: float) -
         read_shapes(file, VAE_WANTED)
 
 
+def _taesdxl_pair(path: Path) -> dict[str, Path]:
+    """TAESDXL's own two files in a folder, by their part; {} unless both are there."""
+    pair = {part: path / f"taesdxl_{part}.safetensors" for part in ("encoder", "decoder")}
+    return pair if all(file.is_file() for file in pair.values()) else {}
+
+
+def _diffusers_folder(path: Path) -> Path:
+    """Where a VAE's config is: in the folder, or in the part of SDXL's."""
+    return path / "vae" if (path / "vae").is_dir() else path
+
+
 @torch.no_grad()
 def overflows_half(vae: Any) -> bool:
     """Whether a VAE's decoder leaves the range of float16, as SDXL's own does: by a trial."""
-    largest, hooks = [], []
+    largest = []
 
     def seen(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
@@ -92,8 +102,7 @@ def overflows_half(vae: Any) -> bool:
     shape = (1, vae.config.latent_channels, PROBE_SIDE, PROBE_SIDE)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     vae.to(torch.float32)
-    for module in vae.modules():
-        hooks.append(module.register_forward_hook(seen))
+    hooks = [module.register_forward_hook(seen) for module in vae.modules()]
     picture = vae.decode(latents / vae.config.scaling_factor).sample
     for hook in hooks:
         hook.remove()
@@ -123,15 +132,14 @@ def _load_vae_folder(path: Path, dtype: torch.dtype) -> nn.Module:
     """From a diffusers folder, or from TAESDXL's own pair of files."""
     import diffusers
 
-    pair = {part: path / f"taesdxl_{part}.safetensors" for part in ("encoder", "decoder")}
-    if all(file.is_file() for file in pair.values()):
+    if pair := _taesdxl_pair(path):
         state = {
             f"{part}.layers.{key}": tensor
             for part, file in pair.items()
             for key, tensor in load_tensors(file)[0].items()
         }
         return _tiny_vae(path, _without_clamp(state), dtype)
-    folder = path / "vae" if (path / "vae").is_dir() else path
+    folder = _diffusers_folder(path)
     kind = read_json(folder / "config.json")["_class_name"]
     return getattr(diffusers, kind).from_pretrained(
         str(folder), dtype=dtype, local_files_only=True, use_safetensors=True

@@ -50,7 +50,9 @@ class Checkpoints:
                 self._unfollow(place)
         for name in POINTERS:
             target = checkpoints.checkpoint_folder(self.folder.parent, name)
-            if target.name not in POINTERS:
+            text = self.folder / name
+            fits = text.is_file() and not self.links and checkpoints.pointed(self.folder, name)
+            if target.name not in POINTERS and not fits:
                 LOG.warning("%s: %s is %s, by what it holds", self.folder, name, target.name)
                 checkpoints.point(self.folder, name, target.name, links=self.links)
 

@@ -15,7 +15,7 @@ import util
 from decoder.decoder import model_file
 from rundirs import checkpoints
 from rundirs.files import read_jsonl
-from rundirs.tensors import load_tensors, tensors_header
+from rundirs.tensors import load_tensors, save_tensors, tensors_header
 from training.checkpoints import Checkpoints
 
 EPOCHS, BEFORE = 6, 3
@@ -90,7 +90,7 @@ def test_a_copied_run_goes_on_where_it_was(world, begun, tmp_path, monkeypatch, 
     assert load_tensors(model_file(run, "best"))[1]["step"] == best[1]["step"]
 
 
-def test_the_newest_whole_one_is_taken(world, begun, tmp_path, caplog):
+def test_the_newest_whole_one_is_taken(world, begun, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(begun, run, symlinks=True)
     latest = (run / "checkpoints" / "latest").resolve()
@@ -123,8 +123,6 @@ def test_two_models_of_one_step_are_refused(begun, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(begun, run)
     state, header = load_tensors(run / "checkpoints" / "best" / "model.safetensors")
-    from rundirs.tensors import save_tensors
-
     changed = {name: value + 1 for name, value in state.items()}
     save_tensors(run / "checkpoints" / "best" / "model.safetensors", changed, header)
     with pytest.raises(util.DataError, match="another model than that of step-"):
@@ -144,6 +142,9 @@ def test_where_links_cannot_be_made_texts_lead_to_the_checkpoints(
     assert (place / "latest").read_text().strip() == checkpoints.step_folders(place)[0].name
     assert model_file(tmp_path / "run", "latest").is_file()
     assert "links cannot be made here" in caplog.records[0].getMessage(), "before the first step"
+    caplog.clear()
+    Checkpoints(place).prepare()
+    assert "by what it holds" not in caplog.text, "a text is as good as a link there"
 
 
 def test_a_death_in_the_first_validation_costs_no_training(world, tmp_path, monkeypatch):

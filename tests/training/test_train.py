@@ -303,7 +303,7 @@ def test_pretraining_then_joint_training_from_its_encoder(features: Chain, tmp_p
     assert donor.bank is None
     data = open_training(DataChoice(features.data, features.features, "average", 0.2, 0))
     alignment = Alignment("prior", False, 0.1, "velocity", None)
-    started = new_decoder(data, 0, alignment, Decoder.load(encoder_run, "best"))
+    started = new_decoder(data, 0, alignment, donor)
     for name, value in donor.encoder.state_dict().items():
         assert torch.equal(value, started.encoder.state_dict()[name])
 
