@@ -55,7 +55,11 @@ def content_of(path: Path) -> bytes:
 
 
 class Stage:
-    """A stage's command on the tiny world, and other values for its flags."""
+    """A stage's command on the tiny world, and other values for its flags.
+
+    ``other``: {flag: a value, words, or (words, words) of a flag that needs others: with the first
+    ones alone and with both}.
+    """
 
     def __init__(
         self, name: str, main: Callable[..., int], out: str, base: list[Any], other: dict[str, Any]
@@ -67,11 +71,11 @@ class Stage:
         code = self.main(command)
         return code, digest_of(out) if code == 0 else {}
 
-    def changed(self, flag: str, action: argparse.Action) -> list[object] | None:
+    def changed(self, flag: str, action: argparse.Action) -> Any:
         """Words that change a flag; None for one that needs a value of its own."""
         if flag in self.other:
             given = self.other[flag]
-            return given if isinstance(given, list) else [f"--{flag}", given]
+            return given if isinstance(given, list | tuple) else [f"--{flag}", given]
         if isinstance(action, argparse.BooleanOptionalAction):
             return [f"--no-{flag}" if action.default else f"--{flag}"]
         if action.choices:
@@ -91,11 +95,14 @@ def idle_flags(stage: Stage, folder: Path, page: str = "") -> tuple[list[str], l
     for flag, action in args.STAGES[stage.name]().actions().items():
         if flag in HOW or flag == stage.out:
             continue
-        words = stage.changed(flag, action)
+        words, before = stage.changed(flag, action), plain
         if words is None:
             without_value.append(flag)
             continue
+        if isinstance(words, tuple):
+            _, before = stage.run(folder / f"{flag}_without" / page, *words[0])
+            words = [*words[0], *words[1]]
         code, changed = stage.run(folder / flag / page, *words)
-        if code == 0 and changed == plain:
+        if changed == before and (code == 0 or before != plain):
             idle.append(flag)
     return idle, without_value

@@ -25,9 +25,10 @@ from rundirs.tensors import load_tensors, save_tensors
 
 
 def with_another_latest(chain: Chain, root: Path) -> Path:
-    """The trained model, whose latest checkpoint is not its best."""
+    """The trained model with a low-level head, whose latest checkpoint is not its best."""
     run = root / "model"
     shutil.copytree(chain.model, run, symlinks=True)
+    assert train.main(chain.train_flags(run, "--low_level")) == 0
     best = run / "checkpoints" / "best" / "model.safetensors"
     latest = run / "checkpoints" / "step-99999999"
     tensors, header = load_tensors(best)
@@ -44,15 +45,16 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
     learn = {
         "subjects": "sub-01", "subject_dropout": 0.5, "val_fraction": 0.4, "lr_eeg": 0.1,
         "channels": "Oz", "time_window": ["--time_window", 0, 0.5], "encoder": "EEGProject",
-        "epochs": 1, "grad_clip": 0.001, "ema_decay": 0.9, "mask_channel": 0.5, "mask_time": 0.5,
+        "epochs": 2, "grad_clip": 0.001, "ema_decay": 0.9, "mask_channel": 0.5, "mask_time": 0.5,
         "mask_patch": 0.5, "contrast_layer": 2, "text_contrast": 0.5, "condition_dropout": 0.5,
         "weight_decay": 0.9, "trials": "single", "init_from": NOWHERE, "adapt_from": NOWHERE,
-        "prior_loss": "noise", "warmup_steps": 9, "target_mse": 0.5, "val_every": 2,
-        "contrast_weight": 0.2, "learning_rate": 0.1, "mask_span": ["--mask_time", 0.5,
-                                                                    "--mask_span", 3],
+        "prior_loss": "noise", "warmup_steps": 9, "target_mse": 0.5,
+        "contrast_weight": 0.2, "learning_rate": 0.1, "mask_span": (["--mask_time", 0.5],
+                                                                    ["--mask_span", 3]),
+        "val_every": (["--epochs", 2], ["--val_every", 2]),
     }  # fmt: skip
     tiny = chain.train_flags(root)[: chain.train_flags(root).index("--output_dir")]
-    tiny += ["--epochs", 2, "--batch_size", 32, "--val_fraction", 0.2, "--device", "cpu"]
+    tiny += ["--epochs", 1, "--batch_size", 16, "--val_fraction", 0.2, "--device", "cpu"]
     yield Stage("train", train.main, "output_dir", tiny, learn)
     yield Stage("retrieval", ATMS_retrieval.main, "output_dir", tiny, learn)
     drawing = chain.generate_flags(root, "--mode", "fused", "--max_stimuli", 1, "--steps", 2)
@@ -66,8 +68,9 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
          "vae_path": NOWHERE, "sd_model_path": NOWHERE, "control": "shuffled_eeg",
          "timestep_spacing": "trailing", "steps": 3, "precision": "bf16", "preset": "turbo",
          "prior_steps": 2, "prior_sampler": "ddim", "superpixel_size": 20, "data_path": NOWHERE,
-         "clip_feature_path": ["--control", "mean_embedding", "--clip_feature_path", NOWHERE],
-         "init_strength": ["--init", "superpixel", "--init_strength", 0.5]},
+         "clip_feature_path": (["--control", "mean_embedding", "--clip_feature_path",
+                                chain.features], ["--clip_feature_path", NOWHERE]),
+         "init_strength": (["--init", "superpixel"], ["--init_strength", 0.5])},
     )  # fmt: skip
     scoring = [
         "--model_path", model, "--data_path", chain.data, "--prior_steps", 3, "--device",
