@@ -11,6 +11,7 @@ from typing import BinaryIO
 from util import DataError
 
 SUFFIXES = {".edf": 2, ".bdf": 3}  # bytes of a sample
+HEADER_BYTES = 256  # of the file, and again of each signal
 PAUSE_S = 1e-3  # records' own times are written in steps of microseconds or so
 
 
@@ -43,19 +44,22 @@ def check_records(path: Path) -> None:
     if not is_one(path):
         return
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_header_length(path, file.read(HEADER_BYTES), size)
+        file.seek(0)
         header = _read_header(file, SUFFIXES[path.suffix.lower()])
         if header is None:  # MNE says what is wrong with it
             return
-        _check_length(path, header, os.fstat(file.fileno()).st_size)
+        _check_length(path, header, size)
         if header.pauses:
             _check_pauses(path, header, file)
 
 
 def _read_header(file: BinaryIO, sample_bytes: int) -> EdfHeader | None:
     """None where it is none."""
-    main = file.read(256)
+    main = file.read(HEADER_BYTES)
     try:
-        count = max(0, int(main[252:256]))
+        count = _signals(main)
         names, rest = file.read(16 * count), file.read(240 * count)
         sizes = [int(rest[200 * count + 8 * i : 200 * count + 8 * (i + 1)]) for i in range(count)]
         return EdfHeader(
@@ -69,6 +73,11 @@ def _read_header(file: BinaryIO, sample_bytes: int) -> EdfHeader | None:
         )
     except ValueError:
         return None
+
+
+def _signals(main: bytes) -> int:
+    """How many signals the file states to have. Raises ValueError where it states none."""
+    return max(0, int(main[252:256]))
 
 
 def _text(rest: bytes, begin: int, index: int) -> str:
@@ -110,6 +119,21 @@ def _annotation_places(header: EdfHeader) -> Iterator[tuple[int, int]]:
         for i in own:
             before = header.start + record * header.record_bytes + sum(header.sizes[:i])
             yield before, header.sizes[i]
+
+
+def _check_header_length(path: Path, main: bytes, size: int) -> None:
+    """MNE looks for the names of signals that are not there, and compares each with each."""
+    try:
+        count = _signals(main)
+    except ValueError:
+        return
+    if size < (count + 1) * HEADER_BYTES:
+        raise DataError(
+            path,
+            f"{size:,} bytes",
+            f"a header of {(count + 1) * HEADER_BYTES:,} bytes, of {count:,} signals as it states",
+            "copy it again; it is cut off, or no EDF or BDF file",
+        )
 
 
 def _check_length(path: Path, header: EdfHeader, size: int) -> None:

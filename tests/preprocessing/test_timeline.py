@@ -218,3 +218,11 @@ def test_an_edf_file_that_ends_early_is_refused(data, capsys):
     assert run(data, *flags) == 1
     told = capsys.readouterr().err
     assert "the file ends too early" in told and "21 records" in told
+
+
+def test_an_edf_header_of_more_signals_than_the_file_is_long_is_refused(data, capsys):
+    flags = edf(data, None)
+    content = (data / "a.edf").read_bytes()
+    (data / "a.edf").write_bytes(content[:252] + b"9999" + content[256:])
+    assert run(data, *flags) == 1
+    assert "a header of 2,560,000 bytes, of 9,999 signals" in capsys.readouterr().err
