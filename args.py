@@ -33,7 +33,7 @@ from cli.parser import (
     shard,
     share,
 )
-from modalities import AUTO, CONTROLS, EACH, ENCODERS, FINAL, QUANTITIES, TEXT_TEMPLATE
+from modalities import AUTO, CONTROLS, DATASETS, EACH, ENCODERS, FINAL, QUANTITIES, TEXT_TEMPLATE
 
 MODEL_PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
     "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
@@ -55,6 +55,11 @@ def _eeg_selection(group: FlagGroup) -> None:
     group.several("--time_window", type=seconds, metavar=("START_S", "END_S"),
         help="seconds after stimulus onset, end exclusive; default: all in the file")
     _cache_dir(group)
+
+
+def _dataset(group: FlagGroup) -> None:
+    group.choose("--dataset", choices=(AUTO, *DATASETS), default=AUTO, per_call=True,
+        help="form of DATA's recordings (docs/datasets.md); auto: the one that is there")
 
 
 def _cache_dir(group: FlagGroup, default: str = "DATA/eeg_cache") -> None:
@@ -105,6 +110,7 @@ def _training_data(group: FlagGroup) -> None:
     group.add(
         "--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
         help="run directory")
+    _dataset(group)
     group.several("--subjects", metavar="SUB",
         help="e.g. sub-01 sub-08; default: all that are there")
     group.add("--leave_out", metavar=f"SUB|{EACH}",
@@ -247,6 +253,7 @@ def check_parser() -> Parser:
         help="folder with Preprocessed_data_250Hz/, training_images/, test_images/")
     group.choose("--check", nargs="?", choices=CHECKS, default=CHECKS[0],
         help="how closely: headers and samples, in seconds, or every value of every file")
+    _dataset(group)
     group.several("--subjects", metavar="SUB",
         help="e.g. sub-01 sub-08; default: all that are there")
     group.add("--captions", type=Path, metavar="FILE",
@@ -564,6 +571,7 @@ def evaluate_parser() -> Parser:
     _checkpoint(group)
     group.add("--clip_feature_path", type=Path, per_call=True, metavar="DIR",
         help="output of clip_feature_extractor.py")
+    _dataset(group)
     group.several("--subjects", metavar="SUB",
         help="default: the subjects the model was trained on")
     _cache_dir(group)

@@ -35,6 +35,7 @@ from datafiles.eeg_files import (
 )
 from datafiles.feature_bank import open_bank
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, check_disjoint, list_stimuli, stimulus_id
+from modalities import AUTO
 from util import WHOLE, Part
 
 
@@ -361,13 +362,14 @@ class DataChoice:
     channels: Sequence[str] | None = None
     time_window: Sequence[float] | None = None
     cache_dir: Path | None = None
+    dataset: str = AUTO
 
     def recordings(self) -> dict[str, Recording]:
         """{subject: its training recording}. Raises UserError / DataError."""
         folder = cache_folder(self.data_path, self.cache_dir)
         return {
-            name: open_recording(eeg_file(self.data_path, name, "training"), folder)
-            for name in list_subjects(self.data_path, self.subjects)
+            name: open_recording(eeg_file(self.data_path, name, "training", self.dataset), folder)
+            for name in list_subjects(self.data_path, self.subjects, self.dataset)
         }
 
 
@@ -426,6 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.captions,
         values.clip_feature_path,
         values.check == args.CHECKS[-1],
+        values.dataset,
     )
     print(f"{values.data_path}:", *findings.lines(), sep="\n")
     return int(bool(findings.problems))

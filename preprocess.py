@@ -15,8 +15,9 @@ if __name__ == "__main__":
 
 
 import util
-from datafiles.eeg_files import EEG_FOLDER, SIMULATED_NOTE
-from datafiles.published import OSF_SHAPE
+from datafiles.datasets.form import OSF_SHAPE
+from datafiles.datasets.things_eeg2 import EEG_FOLDER
+from datafiles.eeg_files import SIMULATED_NOTE
 from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
 from preprocessing import quality
 from preprocessing.amplitude import check_alike

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataset
 import train
-from datafiles import eeg_files, published
+from datafiles import eeg_files, pickles
 from datafiles.eeg_files import eeg_file
 from datafiles.stimuli import list_stimuli
 from decoder.aligners import Alignment
@@ -372,7 +372,7 @@ def everything_into_memory(root: Path, subjects: int) -> float:
     started = time.perf_counter()
     parts = []
     for _ in range(subjects):
-        eeg = published.read_pickled_dict(path)["preprocessed_eeg_data"]
+        eeg = pickles.read_pickled_dict(path)["preprocessed_eeg_data"]
         parts.append(torch.from_numpy(eeg).float())
     torch.cat(parts)
     return time.perf_counter() - started

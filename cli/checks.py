@@ -15,7 +15,8 @@ OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to alre
 
 
 OF_THE_PRIOR = ("prior_predicts", "prior_loss", "noise_draws", "condition_dropout")
-OF_RETRIEVAL = ("control", "subjects", "permutations")  # flags of evaluate.py without pictures
+# flags of evaluate.py that say nothing of pictures
+OF_RETRIEVAL = ("control", "subjects", "dataset", "permutations")
 OF_PICTURES = ("truth", "weights_dir", "protocol", "score_cache")
 
 

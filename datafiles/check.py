@@ -14,13 +14,12 @@ import numpy as np
 
 from datafiles import electrodes
 from datafiles.captions import read_captions
+from datafiles.datasets import registry
 from datafiles.eeg_files import (
-    EEG_FOLDER,
     RAW_FOLDER,
     SIMULATED_NOTE,
     Recording,
     check_rows,
-    eeg_file,
     list_subjects,
     stored_unit,
 )
@@ -28,8 +27,8 @@ from datafiles.electrodes import LEAST_V, MOST_V, OTHER_SCALE, grade
 from datafiles.feature_bank import open_bank
 from datafiles.findings import NAMED, Findings, some, spaced
 from datafiles.pictures import PictureError, picture_size, read_picture
-from datafiles.published import parse_published
 from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, Stimulus, check_disjoint, list_stimuli
+from modalities import AUTO
 from rundirs.files import file_hash
 from util import DataError
 
@@ -133,51 +132,55 @@ def _check_copies(stimuli: Stimuli, findings: Findings) -> None:
 
 
 def check_recordings(
-    data_path: Path, wanted: Sequence[str] | None, stimuli: Stimuli, full: bool, findings: Findings
+    data_path: Path,
+    wanted: Sequence[str] | None,
+    stimuli: Stimuli,
+    full: bool,
+    findings: Findings,
+    dataset: str,
 ) -> Recordings:
-    """The EEG of all subjects, whichever can be read, each by itself."""
+    """The EEG of all subjects, whichever can be read, each by itself. Raises UserError."""
     from tqdm import tqdm
 
     raw = sorted((Path(data_path) / RAW_FOLDER).glob("sub-*"))
     if raw:
         findings.facts.append(f"{RAW_FOLDER}/: {len(raw)} subjects' raw recordings")
-    if not (Path(data_path) / EEG_FOLDER).is_dir():
+    layout = registry.layout_in(data_path, dataset)
+    if not layout.folder.is_dir():
         if not raw:
             findings.problem(
-                Path(data_path) / EEG_FOLDER,
+                layout.folder,
                 "no such folder",
                 "sub-XX/preprocessed_eeg_training.npy and preprocessed_eeg_test.npy",
                 "unpack the preprocessed EEG there, or make it of recordings (preprocess.py)",
             )
         return {}
-    names = findings.attempt(list_subjects, data_path, wanted) or []
+    findings.facts.append(f"{layout.form.title} ({layout.form.name}) in {layout.folder}")
+    names = findings.attempt(list_subjects, data_path, wanted, dataset) or []
     found: Recordings = {}
     for name in tqdm(names, desc="recordings", unit="subject", leave=False):
         own = {}
         for partition in PARTITIONS:
-            path = eeg_file(data_path, name, partition)
+            path = layout.file(name, partition)
             read = findings.attempt(_open, path)
             if read is not None:
                 own[partition] = read
         if own:
             found[name] = own
-            _check_subject(data_path, name, own, stimuli, full, findings)
+            _check_subject(name, own, stimuli, full, findings)
     return found
 
 
 def _open(path: Path) -> Recording:
-    return Recording(*parse_published(path), "", path)
+    eeg, channels, times, pictures = registry.parse(path)
+    return Recording(eeg, channels, times, "", path, pictures)
 
 
 def _check_subject(
-    data_path: Path,
-    name: str,
-    own: dict[str, Recording],
-    stimuli: Stimuli,
-    full: bool,
-    findings: Findings,
+    name: str, own: dict[str, Recording], stimuli: Stimuli, full: bool, findings: Findings
 ) -> None:
-    _describe(name, own, (Path(data_path) / EEG_FOLDER / name / SIMULATED_NOTE).exists(), findings)
+    folder = next(iter(own.values())).path.parent
+    _describe(name, own, (folder / SIMULATED_NOTE).exists(), findings)
     _check_row_counts(name, own, stimuli, findings)
     for recording in own.values():
         _check_times(recording, findings)
@@ -439,18 +442,22 @@ def examine(
     captions: Path | None,
     bank: Path | None,
     full: bool,
+    dataset: str = AUTO,
 ) -> Findings:
-    """Look at everything below DATA; writes nothing. Raises DataError where there is no DATA."""
+    """Look at everything below DATA; writes nothing.
+
+    Raises DataError where there is no DATA, UserError where it is not clear which recordings.
+    """
     if not Path(data_path).is_dir():
         raise DataError(
             data_path,
             "no such folder",
-            f"a folder with {EEG_FOLDER}/, training_images/ and test_images/",
+            "a folder with the recordings, training_images/ and test_images/",
             "check --data_path",
         )
     findings = Findings()
     stimuli = check_pictures(data_path, full, findings)
-    recordings = check_recordings(data_path, subjects, stimuli, full, findings)
+    recordings = check_recordings(data_path, subjects, stimuli, full, findings, dataset)
     compare_recordings(recordings, findings)
     compare_scales(recordings, findings)
     if captions is not None:

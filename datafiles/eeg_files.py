@@ -12,23 +12,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datafiles.published import DAMAGED, parse_published
-from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, Stimulus, keys_hashes
+from datafiles.datasets import registry
+from datafiles.pickles import DAMAGED
+from datafiles.stimuli import IMAGE_FOLDER, Stimulus, keys_hashes
+from modalities import AUTO
 from rundirs.files import file_hash, in_work, json_hash, read_json, remove_leftovers, write_json
 from util import DataError, UserError
 
 RAW_FOLDER = "Raw_data"
-EEG_FOLDER = "Preprocessed_data_250Hz"
-EEG_FILE = {partition: f"preprocessed_eeg_{partition}.npy" for partition in PARTITIONS}
 SIMULATED_NOTE = "simulated.json"  # lies in a subject's folder if its EEG is simulated
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Recording:
     """One subject, one partition.
 
-    ``eeg``: memory-mapped float32 [N, R, C, T]; ``times``: s after onset.
+    ``eeg``: memory-mapped float32 [N, R, C, T]; ``times``: s after onset; ``pictures``: keys of
+    the stimuli in row order, where the file names them.
     """
 
     eeg: np.ndarray
@@ -36,6 +37,7 @@ class Recording:
     times: list[float]
     hash: str
     path: Path
+    pictures: Sequence[str] | None = None
 
 
 def open_recording(path: Path, cache_dir: Path) -> Recording:
@@ -60,7 +62,8 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
         eeg = np.lib.format.open_memmap(copy, mode="r")
         if [*eeg.shape] != record["shape"] or eeg.dtype != np.float32:
             raise ValueError(f"{eeg.dtype} {eeg.shape}")
-        return Recording(eeg, record["channels"], record["times"], record["hash"], source)
+        names = {name: record[name] for name in ("channels", "times", "hash", "pictures")}
+        return Recording(eeg, path=source, **names)
     except (OSError, *DAMAGED) as error:
         raise DataError(
             copy, f"unreadable ({error})", "the float32 copy of a recording", f"delete {about}"
@@ -76,7 +79,7 @@ def copy_of(source: Path, cache_dir: Path) -> Path:
 
 def _convert(source: Path, copy: Path, about: Path) -> None:
     """Write the float32 copy, and last what there is to know about it."""
-    eeg, channels, times = parse_published(source)
+    eeg, channels, times, pictures = registry.parse(source)
     # jobs on several nodes may convert the same file, with the same process number
     temporary = copy.with_name(f".{copy.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
@@ -102,6 +105,7 @@ def _convert(source: Path, copy: Path, about: Path) -> None:
             "times": times,
             "shape": list(eeg.shape),
             "hash": file_hash(source),
+            "pictures": pictures,
         },
     )
 
@@ -203,16 +207,18 @@ def match_signal(recording: Recording, channels: Sequence[str], times: Sequence[
     return Signal(signal.channels, list(times), signal.channel_rows, start)
 
 
-def eeg_file(data_path: Path, subject: str, partition: str) -> Path:
-    return Path(data_path) / EEG_FOLDER / subject / EEG_FILE[partition]
+def eeg_file(data_path: Path, subject: str, partition: str, dataset: str = AUTO) -> Path:
+    return registry.layout_in(data_path, dataset).file(subject, partition)
 
 
-def list_subjects(data_path: Path, wanted: Sequence[str] | None) -> list[str]:
+def list_subjects(data_path: Path, wanted: Sequence[str] | None, dataset: str = AUTO) -> list[str]:
     """The wanted subjects, or all that have a folder. Raises DataError / UserError."""
-    root = Path(data_path) / EEG_FOLDER
-    found = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    layout = registry.layout_in(data_path, dataset)
+    found = layout.subjects()
     if not found:
-        raise DataError(root, "no subjects", "folders sub-01, sub-02, ...", "check --data_path")
+        raise DataError(
+            layout.folder, "no subjects", "folders sub-01, sub-02, ...", "check --data_path"
+        )
     lost = [name for name in wanted or [] if name not in found]
     if lost:
         raise UserError(
@@ -247,7 +253,21 @@ def check_rows(recording: Recording, stimuli: Sequence[Stimulus]) -> None:
             "complete the pictures or use the EEG that belongs to them",
         )
 
+    if recording.pictures is not None:
+        _check_pictures(recording.path, recording.pictures, stimuli)
     _check_names(recording.path.parent / "inputs.json", stimuli)
+
+
+def _check_pictures(path: Path, named: Sequence[str], stimuli: Sequence[Stimulus]) -> None:
+    """Compare the pictures with those that the recording's file names, row by row."""
+    for row, (name, stimulus) in enumerate(zip(named, stimuli, strict=True)):
+        if name != stimulus.key:
+            raise DataError(
+                path,
+                f"row {row} is of {name}, but the picture there is {stimulus.key}",
+                "the pictures that the file names, in its order",
+                "take the pictures that belong to it, under their own names",
+            )
 
 
 def _check_names(noted: Path, stimuli: Sequence[Stimulus]) -> None:
@@ -289,7 +309,7 @@ def stored_unit(path: Path) -> str:
 def is_simulated(data_path: Path | None) -> bool:
     """Whether a subject below DATA carries the simulator's own note: nobody was recorded."""
     return data_path is not None and any(
-        (Path(data_path) / EEG_FOLDER).glob(f"sub-*/{SIMULATED_NOTE}")
+        layout.folder.glob(f"sub-*/{SIMULATED_NOTE}") for layout in registry.layouts_in(data_path)
     )
 
 
@@ -303,27 +323,35 @@ def locate_test_eeg(
     eeg_data = Path(eeg_data)
     if not eeg_data.exists():
         raise UserError(
-            "--eeg_data", f"{eeg_data}: no such file or folder", EEG_FILE["test"], "check the path"
-        )
-    file = eeg_data
-    if eeg_data.is_dir():
-        folder = eeg_data / EEG_FOLDER if (eeg_data / EEG_FOLDER).is_dir() else eeg_data
-        if not (folder / EEG_FILE["test"]).exists():
-            names = sorted(
-                path.name for path in folder.iterdir() if (path / EEG_FILE["test"]).exists()
-            )
-            if subject not in names and not (subject is None and len(names) == 1):
-                raise UserError(
-                    "--subject",
-                    subject,
-                    f"one of {', '.join(names) or '(none found)'} in {folder}",
-                    "name one of them",
-                )
-            folder = folder / (subject or names[0])
-        file = folder / EEG_FILE["test"]
+            "--eeg_data", f"{eeg_data}: no such file or folder", "a test recording, its folder, or "
+            "DATA", "check the path",
+        )  # fmt: skip
+    file = eeg_data if eeg_data.is_file() else _test_file(eeg_data, subject)
     file = Path(os.path.abspath(file))
     subject = subject or file.parent.name
-    above = file.parents
-    if data_path is None and len(above) > 2 and (above[2] / IMAGE_FOLDER["test"]).is_dir():
-        data_path = above[2]
+    if data_path is None:
+        homes = (home for home in file.parents[1:4] if (home / IMAGE_FOLDER["test"]).is_dir())
+        data_path = next(homes, None)
     return file, subject, data_path
+
+
+def _test_file(folder: Path, subject: str | None) -> Path:
+    """The test recording in a subject's folder, or of the one subject or ``subject`` in DATA."""
+    own = registry.tested_in(folder)
+    if len(own) > 1:
+        raise UserError(
+            "--eeg_data", f"several test recordings: {', '.join(file.name for file in own)}",
+            "one", "give the file",
+        )  # fmt: skip
+    if own:
+        return own[0]
+    layout = registry.layout_in(folder)
+    names = [name for name in layout.subjects() if layout.file(name, "test").exists()]
+    if subject not in names and not (subject is None and len(names) == 1):
+        raise UserError(
+            "--subject",
+            subject,
+            f"one of {', '.join(names) or '(none found)'} in {layout.folder}",
+            "name one of them",
+        )
+    return layout.file(subject or names[0], "test")

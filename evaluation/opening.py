@@ -27,6 +27,7 @@ class RetrievalChoice:
     subjects: list[str] | None
     clip_feature_path: Path
     data_path: Path
+    dataset: str
     cache_dir: Path | None
 
 
@@ -82,11 +83,11 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
         wanted = [left_out] if left_out else asked.subjects or decoder.signal["subjects"]
         key = f"model_{left_out}" if left_out else "model"
         opened.hashes[key] = file_hash(model_file(run, asked.checkpoint))
-        for name in list_subjects(asked.data_path, wanted):
+        for name in list_subjects(asked.data_path, wanted, asked.dataset):
             opened.models[name] = decoder
             opened.tests.append(
                 open_test(
-                    eeg_file(asked.data_path, name, "test"),
+                    eeg_file(asked.data_path, name, "test", asked.dataset),
                     name,
                     asked.data_path,
                     asked.cache_dir,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import util
-from datafiles.eeg_files import EEG_FILE
+from datafiles.datasets.things_eeg2 import EEG_FILE
 from datafiles.stimuli import PARTITIONS
 from preprocessing import quality
 from preprocessing.amplitude import check_alike

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from datafiles.eeg_files import RAW_FOLDER, SIMULATED_NOTE
-from datafiles.published import array_in, list_in, read_pickled_dict, refuse_missing_keys
+from datafiles.pickles import array_in, list_in, read_pickled_dict, refuse_missing_keys
 from datafiles.stimuli import PARTITIONS
 from preprocessing.amplitude import check_amplitude
 from preprocessing.channels import check_unique

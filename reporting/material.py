@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import args
-from datafiles.eeg_files import EEG_FOLDER, eeg_file, is_simulated, list_subjects, locate_test_eeg
+from datafiles.datasets import registry
+from datafiles.eeg_files import is_simulated, locate_test_eeg
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, list_stimuli
+from modalities import AUTO
 from reporting.words import MOST_SUBJECTS, spoken_marks
 from rundirs.files import read_csv, read_json
 from rundirs.journal import read_journal, unfinished
@@ -214,9 +216,9 @@ def open_world(
     folder = data / IMAGE_FOLDER["test"]
     stimuli = list_stimuli(data, "test") if folder.is_dir() else []
     named = dict.fromkeys(subjects_of(runs, scores))
-    if not named and (data / EEG_FOLDER).is_dir():
-        named = dict.fromkeys(list_subjects(data, None))
-    files = {name: eeg_file(data, name, "test") for name in named}
+    form = next((one.options["dataset"] for one in runs if one.options.get("dataset")), AUTO)
+    layout = registry.layout_in(data, form)
+    files = {name: layout.file(name, "test") for name in named or layout.subjects()}
     caches = (path for run in runs for path in _recorded_paths(run, "cache_dir"))
     return World(
         data,

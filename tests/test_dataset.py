@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import dataset
-from datafiles.eeg_files import EEG_FOLDER, cache_home, eeg_file, locate_test_eeg
+from datafiles.datasets.things_eeg2 import EEG_FOLDER
+from datafiles.eeg_files import cache_home, eeg_file, locate_test_eeg
 from datafiles.stimuli import PARTITIONS, keys_hashes, list_stimuli
 from dataset import open_test
 from modalities import NAMES

@@ -39,8 +39,9 @@ from PIL import Image, PngImagePlugin
 from scipy.io import savemat
 
 import args
-from datafiles import eeg_files, feature_bank, pictures, published, stimuli
+from datafiles import eeg_files, feature_bank, pictures, stimuli
 from datafiles.captions import read_captions
+from datafiles.datasets import things_eeg2
 from preprocessing import events, reading, recordings, timeline
 from preprocessing.hints import explained
 from preprocessing.own_recordings import OwnTake
@@ -309,7 +310,7 @@ def _check_run(path: Path) -> None:
 
 
 READERS = {
-    "published": Reader("a.npy", _published, published.parse_published, programs()),
+    "published": Reader("a.npy", _published, things_eeg2.parse_published, programs()),
     "raw": Reader("r.npy", _raw, lambda p: recordings.PublishedTake(p, "test").open(), programs()),
     "captions.json": Reader("c.json", _captions_json, _read_captions),
     "captions.csv": Reader("c.csv", _captions_csv, _read_captions),

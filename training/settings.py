@@ -67,6 +67,7 @@ class Fold:
 
     data_path: Path
     subjects: list[str] | None
+    dataset: str
     leave_out: str | None
     output_dir: Path
 
@@ -105,7 +106,7 @@ def folds(asked: Fold) -> Iterator[Fold]:
     if asked.leave_out is None:
         yield asked
         return
-    names = list_subjects(asked.data_path, asked.subjects)
+    names = list_subjects(asked.data_path, asked.subjects, asked.dataset)
     each = asked.leave_out == EACH
     if len(names) < 2 or not (each or asked.leave_out in names):
         raise util.UserError(

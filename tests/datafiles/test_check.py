@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import dataset
-from datafiles import check, published, stimuli
+from datafiles import check, pickles, stimuli
 from datafiles.eeg_files import eeg_file
 from rundirs.files import write_json
 
@@ -62,7 +62,7 @@ def run(root: Path, capsys, *flags: object) -> tuple[int, str]:
 def change(root: Path, edit, subject: str = "sub-01", partition: str = "training") -> None:
     """Rewrite a published file after ``edit(content)``."""
     path = eeg_file(root, subject, partition)
-    read = published.read_pickled_dict(path)
+    read = pickles.read_pickled_dict(path)
     content = {
         "preprocessed_eeg_data": np.array(read["preprocessed_eeg_data"]),
         "ch_names": list(read["ch_names"]),

@@ -45,7 +45,7 @@ def _no_parsing(*_):
 def test_later_opens_do_not_read_the_source(tmp_path, monkeypatch):
     path = _file(tmp_path, pickle.dumps(builders.published()))
     first = open_recording(path, tmp_path / "cache")
-    monkeypatch.setattr(eeg_files, "parse_published", _no_parsing)
+    monkeypatch.setattr(eeg_files.registry, "parse", _no_parsing)
     second = open_recording(path, tmp_path / "cache")
     np.testing.assert_array_equal(first.eeg, second.eeg)
     assert (first.channels, first.times, first.hash) == (second.channels, second.times, second.hash)

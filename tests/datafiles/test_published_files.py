@@ -11,9 +11,9 @@ import builders
 import numpy as np
 import pytest
 
-from datafiles import published
+from datafiles.datasets import things_eeg2
 from datafiles.eeg_files import open_recording
-from datafiles.published import read_pickled_dict
+from datafiles.pickles import read_pickled_dict
 from util import DataError
 
 
@@ -53,7 +53,7 @@ def _file(tmp_path, blob, name="preprocessed_eeg_test.npy"):
 
 
 def _check_parsed(path, content):
-    eeg, channels, times = published.parse_published(path)
+    eeg, channels, times = things_eeg2.parse_published(path)[:3]
     assert type(eeg) is np.ndarray
     np.testing.assert_array_equal(eeg, content["preprocessed_eeg_data"])
     assert channels == list(builders.CHANNELS)
@@ -166,7 +166,7 @@ def _marked(tmp_path):
 
 def _refused(path, told=""):
     with pytest.raises(DataError, match=path.name) as caught:
-        published.parse_published(path)
+        things_eeg2.parse_published(path)
     assert told in str(caught.value)
 
 

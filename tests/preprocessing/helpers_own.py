@@ -9,7 +9,7 @@ import numpy as np
 from helpers_raw import CAP_32, RATE_HZ, response, simulate, write_events
 
 import preprocess
-from datafiles import published
+from datafiles.datasets import things_eeg2
 from datafiles.eeg_files import eeg_file
 
 PICTURES = (
@@ -52,7 +52,7 @@ def check_responses(root: Path, names=CAP_32, tolerance: float = 0.03) -> None:
     """Every picture's row holds that picture's response."""
     row = 0
     for partition, pictures in (("training", 3), ("test", 1)):
-        eeg, found, times = published.parse_published(eeg_file(root, "sub-01", partition))
+        eeg, found, times = things_eeg2.parse_published(eeg_file(root, "sub-01", partition))[:3]
         assert found == list(names) and len(eeg) == pictures
         for trials in eeg:
             known = response(row + 1, len(names), np.asarray(times))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import preprocess
-from datafiles import published
+from datafiles.datasets import things_eeg2
 from datafiles.eeg_files import eeg_file
 
 NOISE = np.eye(63) * 1e-6 + np.random.default_rng(0).normal(size=(63, 63)) * 3e-7
@@ -20,4 +20,4 @@ def run(root: Path, *flags: object, sessions: int = 2) -> int:
 
 
 def read(root: Path, partition: str, subject: str = "sub-01"):
-    return published.parse_published(eeg_file(root, subject, partition))
+    return things_eeg2.parse_published(eeg_file(root, subject, partition))

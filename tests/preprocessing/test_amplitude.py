@@ -13,8 +13,8 @@ from helpers_raw import write_brainvision, write_edf, write_events
 
 import dataset
 import preprocess
-from datafiles.eeg_files import EEG_FOLDER, eeg_file
-from datafiles.published import parse_published
+from datafiles.datasets.things_eeg2 import EEG_FOLDER, parse_published
+from datafiles.eeg_files import eeg_file
 from preprocessing.amplitude import check_alike
 from util import DataError
 
@@ -130,7 +130,7 @@ def test_the_check_has_the_limits_of_the_stage(data, capsys):
     assert dataset.main(["--check", "--data_path", str(data)]) == 0
     for partition in ("training", "test"):
         path = eeg_file(data, "sub-01", partition)
-        eeg, names, times = parse_published(path)
+        eeg, names, times = parse_published(path)[:3]
         content = {"preprocessed_eeg_data": eeg * 2e4, "ch_names": names, "times": times}
         path.unlink()
         builders.write_published(path, content)

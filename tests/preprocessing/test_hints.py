@@ -14,7 +14,7 @@ import pytest
 from helpers_own import PICTURES, check_responses, recording, run, write_data
 from helpers_raw import write_brainvision, write_edf, write_events
 
-from datafiles.eeg_files import EEG_FOLDER
+from datafiles.datasets.things_eeg2 import EEG_FOLDER
 from datafiles.stimuli import list_stimuli
 from preprocessing import reading
 from preprocessing.own_recordings import OwnTake

@@ -27,8 +27,10 @@ from helpers_raw import (
 import generate
 import preprocess
 import train
-from datafiles import published, stimuli
-from datafiles.eeg_files import EEG_FOLDER, eeg_file
+from datafiles import stimuli
+from datafiles.datasets import things_eeg2
+from datafiles.datasets.things_eeg2 import EEG_FOLDER
+from datafiles.eeg_files import eeg_file
 from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
 from preprocessing import channels, quality
 
@@ -269,7 +271,7 @@ def test_recorders_names_become_10_05_names(data):
 def test_other_rates_are_resampled(data, rate_hz):
     raw, _, lines = recording(rate_hz=rate_hz)
     assert run(data, *save(data, raw, lines)) == 0
-    eeg, _, times = published.parse_published(eeg_file(data, "sub-01", "test"))
+    eeg, _, times = things_eeg2.parse_published(eeg_file(data, "sub-01", "test"))[:3]
     assert eeg.shape == (1, 3, 32, 250)
     assert abs(times[0]) < 1e-3
     check_responses(data, tolerance=0.04)
@@ -291,7 +293,7 @@ def test_fz_instead_of_cz_is_named_and_can_be_rebuilt(data, capsys):
     assert "no channel Cz; it has Fp1" in told and "--interpolate_missing" in told
     assert run(data, *flags, "--interpolate_missing") == 0
     assert "rebuilt Cz" in capsys.readouterr().out
-    eeg, found, _ = published.parse_published(eeg_file(data, "sub-01", "training"))
+    eeg, found, _ = things_eeg2.parse_published(eeg_file(data, "sub-01", "training"))[:3]
     assert found == ["Pz", "Cz", "Oz"] and np.abs(eeg[:, :, 1]).max() > 1e-7
 
 
@@ -315,7 +317,7 @@ def test_flat_bad_and_body_channels(data, capsys):
     assert run(data, *flags, "--interpolate_missing") == 0
     assert "flat F3; bad Oz; rebuilt F3 Oz" in capsys.readouterr().out
     file = eeg_file(data, "sub-01", "training")
-    assert published.parse_published(file)[1] == [name for name in CAP_32 if name != "Fp2"]
+    assert things_eeg2.parse_published(file)[1] == [name for name in CAP_32 if name != "Fp2"]
 
 
 def test_duplicate_names_are_told(data, capsys):
@@ -358,7 +360,7 @@ def test_a_session_without_training_pictures_is_whitened_by_the_others(data):
         flags, tables = [*flags, file], [*tables, table]
     command = ["--data_path", str(data), "--subjects", "sub-01", "--raw", *flags]
     assert preprocess.main([*command, "--events", *tables]) == 0
-    eeg, *_ = published.parse_published(eeg_file(data, "sub-01", "test"))
+    eeg, *_ = things_eeg2.parse_published(eeg_file(data, "sub-01", "test"))
     spread = eeg.std(axis=(0, 1, 3))
     assert eeg.shape[1] == 30
     assert spread.max() / spread.min() < 1.3, "4 before whitening"
@@ -411,7 +413,7 @@ def test_sessions_of_three_recorders_are_one_person(data):
     assert run(data, "--raw", *files, "--events", *tables, *flags) == 0
     row = 0
     for partition, pictures in (("training", 3), ("test", 1)):
-        eeg, _, times = published.parse_published(eeg_file(data, "sub-01", partition))
+        eeg, _, times = things_eeg2.parse_published(eeg_file(data, "sub-01", partition))[:3]
         assert eeg.shape[:2] == (pictures, 9)
         for trials in eeg:
             known = response(row + 1, len(CAP_32), np.asarray(times))

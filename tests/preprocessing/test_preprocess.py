@@ -27,7 +27,7 @@ from sklearn.discriminant_analysis import _cov
 from sklearn.utils import shuffle
 
 import args
-from datafiles import published, stimuli
+from datafiles import pickles, stimuli
 from datafiles.eeg_files import eeg_file, is_simulated
 from preprocessing import quality, sessions, whitening
 from preprocessing.channels import POSTERIOR, THINGS_CHANNELS
@@ -95,7 +95,7 @@ def test_the_files_are_those_of_the_reference_method(noisy):
         assert eeg.shape == joined.shape and eeg.dtype == np.float64
         assert channels == list(THINGS_CHANNELS)
         np.testing.assert_allclose(eeg, joined, rtol=1e-7, atol=1e-9)
-        content = published.read_pickled_dict(eeg_file(noisy, "sub-01", name))
+        content = pickles.read_pickled_dict(eeg_file(noisy, "sub-01", name))
         assert set(content) == {"preprocessed_eeg_data", "ch_names", "times"}
         np.testing.assert_array_equal(content["times"], times)
         assert len(times) == 300 and times[50] == 0

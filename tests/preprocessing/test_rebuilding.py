@@ -9,8 +9,8 @@ from helpers_own import PICTURES, run, save, write_data
 from helpers_raw import RATE_HZ
 
 from datafiles import electrodes
+from datafiles.datasets.things_eeg2 import parse_published
 from datafiles.eeg_files import eeg_file
-from datafiles.published import parse_published
 
 
 def banks(letters: str, pins: int = 32) -> list[str]:
@@ -37,7 +37,7 @@ def smooth(places: dict[str, np.ndarray], names: list[str], flat: str):
 
 def rebuilt(root, name: str) -> np.ndarray:
     """[picture] the mean of the channel while the field is there, in the training pictures."""
-    eeg, names, times = parse_published(eeg_file(root, "sub-01", "training"))
+    eeg, names, times = parse_published(eeg_file(root, "sub-01", "training"))[:3]
     inside = (np.asarray(times) > 0.15) & (np.asarray(times) < 0.45)
     return eeg[:, :, names.index(name)][..., inside].mean(axis=(1, 2))
 

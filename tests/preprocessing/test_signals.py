@@ -9,7 +9,7 @@ import pytest
 from helpers_own import check_responses, recording, run, save, write_data
 from helpers_raw import CAP_32, write_edf
 
-from datafiles import published
+from datafiles.datasets import things_eeg2
 from datafiles.eeg_files import eeg_file
 from preprocessing.signals import Glance, sort_by_name
 
@@ -32,7 +32,7 @@ def noise(raw: mne.io.BaseRaw, seed: int = 5, size_v: float = 1e-5) -> np.ndarra
 
 
 def kept(root, partition: str = "training") -> list[str]:
-    return published.parse_published(eeg_file(root, "sub-01", partition))[1]
+    return things_eeg2.parse_published(eeg_file(root, "sub-01", partition))[1]
 
 
 OTHERS = (

@@ -11,7 +11,7 @@ import pytest
 from helpers_own import PICTURES, check_responses, recording, run, save, write_data
 from helpers_raw import RATE_HZ, SOA_S, write_edf, write_events
 
-from datafiles.eeg_files import EEG_FOLDER
+from datafiles.datasets.things_eeg2 import EEG_FOLDER
 from preprocessing import quality
 from preprocessing.epochs import Stretch, Window, cut_trials
 from preprocessing.timeline import interruptions, trigger_codes

@@ -21,7 +21,8 @@ from PIL import Image
 
 import report
 import util
-from datafiles.eeg_files import EEG_FOLDER, eeg_file
+from datafiles.datasets.things_eeg2 import EEG_FOLDER
+from datafiles.eeg_files import eeg_file
 from datafiles.stimuli import list_stimuli
 from modalities import NAMES, SITES, recipes
 from reporting import thumbnails

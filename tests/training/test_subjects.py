@@ -14,7 +14,7 @@ import dataset
 import evaluate
 import train
 import util
-from datafiles.eeg_files import EEG_FOLDER
+from datafiles.datasets.things_eeg2 import EEG_FOLDER
 from decoder.decoder import Decoder
 from masking import mask_subject
 from rundirs.files import read_json

@@ -1,7 +1,8 @@
-"""Published EEG files, which are pickles: read and never run, their arrays mapped, not loaded."""
+"""Pickles of arrays, as recordings are published: read and never run, arrays mapped, not loaded."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
 import os
@@ -9,19 +10,18 @@ import pickle
 import pickletools
 import re
 import tokenize
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from util import DataError, repeated
+from util import DataError
 
-OSF_SHAPE = (17, 100)  # channels x samples of the authors' own files, at 100 Hz
 MOST_STEPS = 10_000  # opcodes of a pickle; a published file has some hundred
 _MAPPED = 4096  # bytes; a shorter array is read, a longer one stays in the file
 _PUT = ("PUT", "BINPUT", "LONG_BINPUT")
-_REFUSED = ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4")
+REFUSED = ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4")
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _LENGTH_BYTES = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
@@ -34,7 +34,7 @@ _LENGTH_BYTES = {
 # ---------------------------------------------------------------- stand-ins while unpickling
 
 
-class _Dtype:
+class DtypeStandIn:
     """Stands in for numpy.dtype: a name and a byte order, nothing else."""
 
     def __init__(self, name: object = "", *_flags: object) -> None:
@@ -53,7 +53,7 @@ class _Dtype:
         return kind if kind.hasobject else kind.newbyteorder(self.order)
 
 
-class _Array:
+class ArrayStandIn:
     """Stands in for numpy.ndarray; checked and built afterwards."""
 
     def __init__(self, *_reconstruct: object) -> None:
@@ -67,7 +67,7 @@ class _Array:
         self.content = (raw, dtype, shape, "F" if fortran else "C")
 
     def numpy(self, built: dict[int, Any]) -> np.ndarray:
-        if len(self.content) != 4 or not isinstance(self.content[1], _Dtype):
+        if len(self.content) != 4 or not isinstance(self.content[1], DtypeStandIn):
             raise pickle.UnpicklingError("damaged array")
         raw, dtype, shape, order = self.content
         kind = dtype.numpy()
@@ -83,18 +83,18 @@ class _Array:
         return flat.reshape(shape, order=order)
 
 
-def _from_buffer(
+def from_buffer(
     raw: object, dtype: object, shape: object, order: object, axes: Any = None
-) -> _Array:
+) -> ArrayStandIn:
     """``axes``: protocol 5's way to store a transposed view, as stored and then transposed."""
-    array = _Array()
+    array = ArrayStandIn()
     array.content = (raw, dtype, shape, order)
     array.axes = axes if order == "K" else None
     return array
 
 
-def _scalar(dtype: object, raw: object = b"") -> _Array:
-    return _from_buffer(raw, dtype, (), "C")
+def _scalar(dtype: object, raw: object = b"") -> ArrayStandIn:
+    return from_buffer(raw, dtype, (), "C")
 
 
 def _latin1(text: object, encoding: object = "latin1") -> bytes:
@@ -103,7 +103,7 @@ def _latin1(text: object, encoding: object = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-class _Maker:
+class Maker:
     """What a pickle may call and not change: BUILD could set the defaults of a bare function."""
 
     __slots__ = ("_make",)
@@ -118,22 +118,24 @@ class _Maker:
         raise pickle.UnpicklingError("refused: the file asks to change a function")
 
 
-_ADMITTED: dict[tuple[str, str], Any] = {
-    ("numpy", "dtype"): _Maker(_Dtype),
-    ("numpy", "ndarray"): _Maker(_Array),
-    ("_codecs", "encode"): _Maker(_latin1),
-    ("collections", "OrderedDict"): _Maker(dict),
+ADMITTED: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): Maker(DtypeStandIn),
+    ("numpy", "ndarray"): Maker(ArrayStandIn),
+    ("_codecs", "encode"): Maker(_latin1),
+    ("collections", "OrderedDict"): Maker(dict),
 }
 for _core in ("numpy.core", "numpy._core"):
-    _ADMITTED |= {
-        (f"{_core}.multiarray", "_reconstruct"): _Maker(_Array),
-        (f"{_core}.multiarray", "scalar"): _Maker(_scalar),
-        (f"{_core}.numeric", "_frombuffer"): _Maker(_from_buffer),
+    ADMITTED |= {
+        (f"{_core}.multiarray", "_reconstruct"): Maker(ArrayStandIn),
+        (f"{_core}.multiarray", "scalar"): Maker(_scalar),
+        (f"{_core}.numeric", "_frombuffer"): Maker(from_buffer),
     }
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     """Admits NumPy arrays and plain containers; any other name is refused, never imported."""
+
+    admitted: Mapping[tuple[str, str], Any] = ADMITTED
 
     def __init__(self, steps: bytes, payloads: list[memoryview]) -> None:
         super().__init__(io.BytesIO(steps))
@@ -141,27 +143,31 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ADMITTED[module, name]
+            return self.admitted[module, name]
         except KeyError:
             raise pickle.UnpicklingError(
                 f"refused: the file asks to load {module:.80}.{name:.80}"
             ) from None
 
-    def persistent_load(self, number: int) -> memoryview:
+    def persistent_load(self, number: Any) -> Any:
         """The payload that :func:`condense` left in the file."""
         return self._payloads[number]
+
+    def arrays(self) -> Any:
+        """What the pickle holds, its stand-ins replaced by arrays."""
+        return _to_numpy(self.load(), {})
 
 
 def _to_numpy(value: Any, built: dict[int, Any]) -> Any:
     """Replace the stand-ins in plain containers by arrays; what is held twice is built once."""
-    if not isinstance(value, _Array | dict | list | tuple):
+    if not isinstance(value, ArrayStandIn | dict | list | tuple):
         return value
     if id(value) in built:
         if built[id(value)] is None:
             raise pickle.UnpicklingError("a container that holds itself")
         return built[id(value)]
     built[id(value)] = None
-    if isinstance(value, _Array):
+    if isinstance(value, ArrayStandIn):
         made: Any = value.numpy(built)
     elif isinstance(value, dict):
         made = {key: _to_numpy(item, built) for key, item in value.items()}
@@ -190,22 +196,29 @@ def _argument(mapped: mmap.mmap, at: int, opcode: pickletools.OpcodeInfo) -> tup
     return at, at + kind
 
 
-def condense(mapped: mmap.mmap, start: int) -> tuple[bytes, list[memoryview]]:
+def condense(
+    mapped: mmap.mmap,
+    start: int,
+    stop: int | None = None,
+    most: int = MOST_STEPS,
+    refused: Container[str] = REFUSED,
+) -> tuple[bytes, list[memoryview]]:
     """The pickle's steps from ``start`` on, and its long payloads, which they name by number.
 
     Nothing is built of what lengths and memo places claim before they were checked. Raises
     UnpicklingError.
-    """
+    """  # fmt: skip
     steps, at = bytearray(), start
+    stop = len(mapped) if stop is None else stop
     payloads: list[memoryview] = []
-    for count in range(MOST_STEPS):
-        opcode = _OPCODES.get(chr(mapped[at])) if at < len(mapped) else None
+    for count in range(most):
+        opcode = _OPCODES.get(chr(mapped[at])) if at < stop else None
         if opcode is None:
             raise pickle.UnpicklingError(f"no pickle, or cut short, at byte {at:,}")
         begin, end = _argument(mapped, at + 1, opcode)
-        if end > len(mapped) and opcode.name != "FRAME":
+        if end > stop and opcode.name != "FRAME":
             raise pickle.UnpicklingError(f"cut short in {opcode.name} at byte {at:,}")
-        if opcode.name in _REFUSED:
+        if opcode.name in refused:
             raise pickle.UnpicklingError(f"refused: the file asks for {opcode.name}")
         if opcode.name in _PUT and _memo_index(mapped[begin:end], opcode.name) > count:
             raise pickle.UnpicklingError(f"damaged {opcode.name} at byte {at:,}")
@@ -217,7 +230,7 @@ def condense(mapped: mmap.mmap, start: int) -> tuple[bytes, list[memoryview]]:
         at = end if opcode.name != "FRAME" else at + 9
         if opcode.name == "STOP":
             return bytes(steps), payloads
-    raise pickle.UnpicklingError(f"more than {MOST_STEPS:,} steps")
+    raise pickle.UnpicklingError(f"more than {most:,} steps")
 
 
 def _memo_index(argument: bytes, name: str) -> int:
@@ -271,13 +284,19 @@ def read_pickled_dict(
     Nothing in it is run, and long arrays stay in the file until they are looked at. Raises
     DataError for a missing, empty, cut or other file, and for one that asks for more than arrays.
     """
+    with damage_told(path, expected, where_cure):
+        mapped = mapped_file(path)
+        content = RestrictedUnpickler(*condense(mapped, _pickle_start(mapped))).arrays()
+    if isinstance(content, np.ndarray) and content.dtype == object and content.size == 1:
+        content = content.reshape(-1)[0]
+    return dict_of(path, content, expected)
+
+
+@contextlib.contextmanager
+def damage_told(path: Path, expected: str, where_cure: str) -> Iterator[None]:
+    """Turn what reading raises of a missing, cut or damaged file into DataError."""
     try:
-        with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise EOFError("an empty file")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        unpickler = _RestrictedUnpickler(*condense(mapped, _pickle_start(mapped)))
-        content = _to_numpy(unpickler.load(), {})
+        yield
     except OSError as error:
         raise DataError(path, _no_file(path, error), expected, where_cure) from None
     except DAMAGED as error:
@@ -287,13 +306,23 @@ def read_pickled_dict(
             expected,
             "download or convert the file again",
         ) from None
-    if isinstance(content, np.ndarray) and content.dtype == object and content.size == 1:
-        content = content.reshape(-1)[0]
+
+
+def dict_of(path: Path, content: Any, expected: str) -> dict[str, Any]:
+    """Raises DataError for anything else."""
     if not isinstance(content, dict):
         raise DataError(
             path, f"a {type(content).__name__}", expected, "download or convert the file again"
         )
     return content
+
+
+def mapped_file(path: Path) -> mmap.mmap:
+    """A file's bytes, read only. Raises OSError, EOFError for an empty one."""
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise EOFError("an empty file")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _no_file(path: Path, error: OSError) -> str:
@@ -332,71 +361,3 @@ def refuse_missing_keys(
     if lost:
         there = sorted(key for key in content if isinstance(key, str))
         raise DataError(path, f"keys {there}", f"also {', '.join(lost)}: {expected}", cure)
-
-
-def parse_published(path: Path) -> tuple[np.ndarray, list[str], list[float]]:
-    """EEG [N, R, C, T], channel names [C], times [T] of a published file. Raises DataError.
-
-    The EEG is a read-only view of the file, of the type and byte order that it has there.
-    """
-    content = read_pickled_dict(path)
-    refuse_missing_keys(
-        path,
-        content,
-        ("preprocessed_eeg_data", "ch_names", "times"),
-        "preprocessed_eeg_data, ch_names and times",
-        "take a preprocessed THINGS-EEG2 file, or preprocess the recording (preprocess.py)",
-    )
-    try:
-        eeg = array_in(content, "preprocessed_eeg_data")
-        channels = [str(name) for name in list_in(content, "ch_names")]
-        times = [float(second) for second in list_in(content, "times")]
-    except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(
-            path,
-            f"values of another kind ({error})",
-            "arrays preprocessed_eeg_data and times, a list ch_names",
-            "preprocess the recording again",
-        ) from None
-    check_published(path, eeg, channels, times)
-    # as published, times still hold the baseline that the EEG array has lost
-    return eeg, channels, times[len(times) - eeg.shape[3] :]
-
-
-def check_published(path: Path, eeg: np.ndarray, channels: list[str], times: list[float]) -> None:
-    """Raise DataError for EEG of another kind, or that its names and times do not fit."""
-    if eeg.ndim != 4 or eeg.dtype.kind != "f" or 0 in eeg.shape:
-        raise DataError(
-            path,
-            f"EEG of shape {eeg.shape}, {eeg.dtype}",
-            "floating point (conditions, repetitions, channels, samples)",
-            "preprocess the recording again",
-        )
-    if eeg.shape[2:] == OSF_SHAPE:
-        raise DataError(
-            path,
-            "17 channels x 100 samples: the 100 Hz files of the OSF page",
-            "all channels at 250 Hz, 63 x 250 in THINGS-EEG2",
-            "use the 250 Hz release, or preprocess the raw recordings at 250 Hz with all channels",
-        )
-    if len(channels) != eeg.shape[2] or len(times) < eeg.shape[3]:
-        raise DataError(
-            path,
-            f"{len(channels)} channel names and {len(times)} times for EEG {eeg.shape}",
-            f"{eeg.shape[2]} names and at least {eeg.shape[3]} times",
-            "preprocess the recording again",
-        )
-    if twice := repeated(channels):
-        raise DataError(
-            path,
-            f"duplicate channel names: {', '.join(twice)}",
-            "a name of its own for each channel",
-            "preprocess the recording again, with its channels named",
-        )
-    if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
-        raise DataError(
-            path,
-            "times that do not grow, or NaN",
-            "seconds after stimulus onset, one for each sample",
-            "preprocess the recording again",
-        )

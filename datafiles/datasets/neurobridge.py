@@ -1,0 +1,66 @@
+"""THINGS-EEG2 and THINGS-MEG as NeuroBridge writes them: plain arrays beside an info.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datafiles.datasets.form import AGAIN, Form, Parsed, as_rows, check_parsed, cut_times
+from datafiles.pickles import damage_told, list_in, refuse_missing_keys
+from rundirs.files import read_json
+from util import DataError
+
+NEUROBRIDGE_ARRAY = "an array (concepts, pictures, repetitions, channels, samples)"
+INFO = "info.json"
+
+
+def parse_neurobridge(path: Path) -> Parsed:
+    """Raises DataError."""
+    with damage_told(path, NEUROBRIDGE_ARRAY, "check --data_path and the subject's name"):
+        eeg = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(eeg, np.ndarray) or not eeg.flags.c_contiguous:
+        raise DataError(path, "no array in C order", NEUROBRIDGE_ARRAY, AGAIN)
+    about, info = _info(path)
+    refuse_missing_keys(about, info, ("ch_names", "times"), f"{INFO} of NeuroBridge", AGAIN)
+    try:
+        channels = [str(name) for name in list_in(info, "ch_names")]
+        times = [float(second) for second in list_in(info, "times")]
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(about, f"values of another kind ({error})", "lists", AGAIN) from None
+    eeg = as_rows(eeg)
+    check_parsed(path, eeg, channels, times)
+    return Parsed(eeg, channels, cut_times(eeg, times))
+
+
+def _info(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The info.json of the subject, or of all, and where it lies. Raises DataError."""
+    places = [folder / INFO for folder in (path.parent, path.parent.parent)]
+    about = next((place for place in places if place.is_file()), None)
+    if about is None:
+        raise DataError(
+            path,
+            f"a plain array, and no {INFO} beside it",
+            f"{INFO} with ch_names and times, in the subject's folder or the one above",
+            f"copy {INFO}, too; an array alone does not say what its channels are",
+        )
+    info = read_json(about)
+    if not isinstance(info, dict):
+        raise DataError(about, f"a {type(info).__name__}", "ch_names and times", AGAIN)
+    return about, info
+
+
+NEUROBRIDGE = Form(
+    name="neurobridge",
+    title="THINGS-EEG2 or THINGS-MEG, NeuroBridge's form",
+    licence="as the recordings: CC BY 4.0 (EEG), CC0 (MEG)",
+    layout="sub-XX/train.npy and test.npy: arrays (concepts, pictures, repetitions, channels, "
+    f"samples); {INFO} beside them or above: ch_names, times",
+    order="concepts by name, pictures in them by name",
+    splits="as THINGS-EEG2, or THINGS-MEG",
+    traps=("the arrays name no pictures: only their number can be checked",),
+    folders=("Preprocessed_data*", "."),
+    files={"training": "train.npy", "test": "test.npy"},
+    parse=parse_neurobridge,
+)

@@ -1,0 +1,113 @@
+"""All published forms: found in DATA by the names of files, told of a file by its content."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from datafiles.datasets.form import Form, Parsed
+from datafiles.datasets.neurobridge import NEUROBRIDGE
+from datafiles.datasets.things_eeg2 import THINGS_EEG2
+from datafiles.datasets.things_meg import MEG_KEYS, THINGS_MEG
+from datafiles.datasets.ubp import UBP
+from datafiles.pickles import damage_told, read_pickled_dict
+from modalities import AUTO
+from util import UserError
+
+FORMS = {form.name: form for form in (THINGS_EEG2, UBP, NEUROBRIDGE, THINGS_MEG)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A form in a DATA, ``folder`` holding a folder per subject."""
+
+    form: Form
+    folder: Path
+    among_others: bool = False  # DATA itself: not each of its folders is a subject's
+
+    def file(self, subject: str, partition: str) -> Path:
+        return self.folder / subject / self.form.files[partition]
+
+    def subjects(self) -> list[str]:
+        """Names of their folders, sorted; none where there is no folder."""
+        if not self.folder.is_dir():
+            return []
+        folders = (path for path in self.folder.iterdir() if path.is_dir())
+        return sorted(
+            path.name for path in folders if not self.among_others or _has_files(self.form, path)
+        )
+
+
+def layout_in(data_path: Path, dataset: str = AUTO) -> Layout:
+    """The form of DATA's recordings, or the one that is asked for; THINGS-EEG2 where none is there.
+
+    Raises UserError where there are several and none is named, or in several folders.
+    """
+    found = [one for one in layouts_in(data_path) if dataset in (AUTO, one.form.name)]
+    if len(found) > 1:
+        places = [f"{one.form.name} in {one.folder.relative_to(data_path)}" for one in found]
+        raise UserError(
+            "--dataset" if dataset == AUTO else "--data_path",
+            f"{len(found)} forms of recordings in {data_path}: {', '.join(places)}",
+            "one",
+            "name it with --dataset, or give the folder of one subject; of a form, keep one folder",
+        )
+    form = FORMS[THINGS_EEG2.name if dataset == AUTO else dataset]
+    return found[0] if found else Layout(form, Path(data_path) / form.folders[0])
+
+
+def layouts_in(data_path: Path) -> Iterator[Layout]:
+    """Every form of which a subject's file is there."""
+    data = Path(data_path)
+    for form, pattern in ((of, pattern) for of in FORMS.values() for pattern in of.folders):
+        for folder in [data] if pattern == "." else sorted(data.glob(pattern)):
+            layout = Layout(form, folder, pattern == ".")
+            if any(_has_files(form, folder / name) for name in layout.subjects()):
+                yield layout
+
+
+def tested_in(folder: Path) -> list[Path]:
+    """The test recordings in a subject's folder."""
+    files = (folder / form.files["test"] for form in FORMS.values())
+    return [file for file in files if os.path.lexists(file)]
+
+
+def _has_files(form: Form, folder: Path) -> bool:
+    """A link to nothing is one: opening it says what is the matter."""
+    return any(os.path.lexists(folder / file) for file in form.files.values())
+
+
+def parse(path: Path) -> Parsed:
+    """Read a file of whichever form it is. Raises DataError."""
+    return form_of(path).parse(path)
+
+
+def form_of(path: Path) -> Form:
+    """The form that a file's content has. Raises DataError for one that cannot be opened."""
+    with (
+        damage_told(path, "a published recording", "check --data_path and the subject's name"),
+        open(path, "rb") as file,
+    ):
+        magic = file.read(6)
+        file.seek(0)
+        if magic[:4] == b"PK\x03\x04":
+            return UBP
+        if magic == b"\x93NUMPY" and not _header_dtype(file).hasobject:
+            return NEUROBRIDGE
+    meg = MEG_KEYS[0] in read_pickled_dict(path)
+    return THINGS_MEG if meg else THINGS_EEG2
+
+
+def _header_dtype(file: BinaryIO) -> np.dtype:
+    version = np.lib.format.read_magic(file)
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    return read(file)[2]

@@ -1,0 +1,68 @@
+"""One person's recordings, written in every published form."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datafiles.datasets.registry import FORMS
+from datafiles.stimuli import PARTITIONS, list_stimuli
+
+IMAGES_OF = {"training": 2, "test": 1}  # pictures of a concept in the tests' DATA
+Content = Mapping[str, Any]
+
+
+def _pickled(names: Mapping[str, str]) -> Callable[[Path, Content, str, list[str]], None]:
+    def write(file: Path, content: Content, partition: str, keys: list[str]) -> None:
+        file.write_bytes(pickle.dumps({names.get(key, key): content[key] for key in content}))
+
+    return write
+
+
+def _ubp(file: Path, content: Content, partition: str, keys: list[str]) -> None:
+    eeg = content["preprocessed_eeg_data"]
+    named = [key.replace("training_images", "train_images") for key in keys]
+    saved = {
+        "eeg": eeg,
+        "img": np.tile(np.array(named)[:, None], (1, eeg.shape[1])),
+        "session": np.zeros(eeg.shape[:2]),
+        "ch_names": content["ch_names"],
+        "times": content["times"],
+    }
+    torch.save(saved, file, pickle_protocol=5)
+
+
+def _neurobridge(file: Path, content: Content, partition: str, keys: list[str]) -> None:
+    eeg = content["preprocessed_eeg_data"]
+    np.save(file, eeg.reshape(-1, IMAGES_OF[partition], *eeg.shape[1:]))
+    times = np.asarray(content["times"]).tolist()
+    info = {"ch_names": list(content["ch_names"]), "times": times, "sfreq": 250}
+    (file.parent.parent / "info.json").write_text(json.dumps(info))
+
+
+WRITERS = {
+    "things-eeg2": _pickled({}),
+    "ubp": _ubp,
+    "neurobridge": _neurobridge,
+    "things-meg": _pickled({"preprocessed_eeg_data": "meg_data"}),
+}
+
+
+def write_as(form: str, data: Path, subject: str, contents: Mapping[str, Content]) -> list[Path]:
+    """{partition: what a published THINGS-EEG2 file holds}, written as ``form`` in DATA."""
+    pattern = next(one for one in FORMS[form].folders if one != ".")
+    folder = data / pattern.replace("*", "_250Hz_whiten") / subject
+    folder.mkdir(parents=True)
+    files = []
+    for partition in PARTITIONS:
+        keys = [item.key for item in list_stimuli(data, partition)]
+        file = folder / FORMS[form].files[partition]
+        WRITERS[form](file, contents[partition], partition, keys)
+        files.append(file)
+    return files

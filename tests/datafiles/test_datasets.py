@@ -1,0 +1,211 @@
+"""Published forms of one recording: same averages, same scores, told apart by content."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+
+import builders
+import numpy as np
+import pytest
+import torch
+from helpers_forms import IMAGES_OF, WRITERS, write_as
+
+import evaluate
+import train
+from datafiles import eeg_files
+from datafiles.datasets import registry
+from datafiles.pickles import read_pickled_dict
+from datafiles.stimuli import PARTITIONS, list_stimuli
+from dataset import TrainingData
+from dataset import main as check
+from modalities import DATASETS
+from util import DataError, UserError
+
+
+@pytest.fixture
+def data(tmp_path):
+    """DATA with pictures, without recordings."""
+    builders.write_pictures(tmp_path / "data", training=6, images=IMAGES_OF["training"], test=3)
+    return tmp_path / "data"
+
+
+def contents(root, repetitions=4):
+    """{partition: content}, its values saying where they belong."""
+    return {
+        partition: builders.published(0, len(list_stimuli(root, partition)), repetitions)
+        for partition in PARTITIONS
+    }
+
+
+def test_every_form_is_a_choice():
+    assert tuple(registry.FORMS) == DATASETS == tuple(WRITERS)
+
+
+@pytest.mark.parametrize("form", DATASETS)
+def test_a_form_holds_what_was_written(data, form, tmp_path):
+    given = contents(data)
+    files = write_as(form, data, "sub-01", given)
+    assert registry.layout_in(data).form.name == form
+    assert eeg_files.list_subjects(data, None) == ["sub-01"]
+    for file, partition in zip(files, PARTITIONS, strict=True):
+        assert eeg_files.eeg_file(data, "sub-01", partition) == file
+        assert registry.form_of(file).name == form
+        read = eeg_files.open_recording(file, tmp_path / "cache")
+        np.testing.assert_array_equal(read.eeg, given[partition]["preprocessed_eeg_data"])
+        assert read.channels == list(builders.CHANNELS)
+        np.testing.assert_allclose(read.times, np.arange(20) / builders.RATE_HZ, atol=1e-12)
+        eeg_files.check_rows(read, list_stimuli(data, partition))
+
+
+def rewritten(chain, root, form) -> None:
+    """The chain's two people in another form, beside links to its pictures."""
+    for partition in PARTITIONS:
+        folder = f"{partition}_images"
+        shutil.copytree(chain.data / folder, root / folder)
+    for name in eeg_files.list_subjects(chain.data, None):
+        files = {one: eeg_files.eeg_file(chain.data, name, one) for one in PARTITIONS}
+        given = {one: read_pickled_dict(file) for one, file in files.items()}
+        written = write_as(form, root, name, given)
+        shutil.copy(files["test"].parent / "simulated.json", written[0].parent)
+
+
+def retrieval(chain, root, out, *more) -> list[dict]:
+    flags = ["--model_path", chain.model, "--data_path", root, "--clip_feature_path",
+             chain.features, "--prior_steps", 3, "--permutations", 5, "--device", "cpu",
+             "--output_dir", out, *more]  # fmt: skip
+    assert evaluate.main([str(flag) for flag in flags]) == 0
+    return json.loads((out / "results.json").read_text())["retrieval"]
+
+
+@pytest.mark.parametrize("form", [name for name in DATASETS if name != "things-eeg2"])
+def test_another_form_has_the_same_scores(chain, tmp_path, form):
+    """Also the same training: the EEG that a batch is made of."""
+    root = tmp_path / "data"
+    rewritten(chain, root, form)
+    assert retrieval(chain, root, tmp_path / "b") == retrieval(chain, chain.data, tmp_path / "a")
+    batches = []
+    for where in (chain.data, root):
+        opened: TrainingData = builders.open_world(where, clip_feature_path=chain.features)
+        batches.append(next(opened.batches(0, 8)).eeg)
+    assert torch.equal(*batches)
+
+
+def test_two_forms_need_a_name(chain, tmp_path, capsys):
+    root = tmp_path / "data"
+    rewritten(chain, root, "ubp")
+    given = {one: read_pickled_dict(eeg_files.eeg_file(chain.data, "sub-01", one))
+             for one in PARTITIONS}  # fmt: skip
+    given["test"] = given["test"] | {
+        "preprocessed_eeg_data": given["test"]["preprocessed_eeg_data"][::-1]
+    }
+    write_as("things-eeg2", root, "sub-01", given)
+    with pytest.raises(UserError, match=r"things-eeg2 in .*, ubp in "):
+        registry.layout_in(root)
+    assert check(["--data_path", str(root)]) == 2
+    assert "--dataset" in capsys.readouterr().err
+    one = ["--subjects", "sub-01"]
+    found = [
+        retrieval(chain, root, tmp_path / form, *one, "--dataset", form)
+        for form in ("ubp", "things-eeg2")
+    ]
+    assert found[0] == retrieval(chain, chain.data, tmp_path / "own", *one)
+    assert found[1] != found[0]
+    flags = chain.train_flags(tmp_path / "run", "--data_path", root, *one, "--epochs", 1)
+    assert train.main([*flags, "--dataset", "ubp"]) == 0
+    assert train.main(flags) == 2
+
+
+def test_float16_loses_less_than_a_thousandth(data, tmp_path):
+    given = contents(data)
+    noise = np.random.default_rng(0).normal(size=given["test"]["preprocessed_eeg_data"].shape)
+    given["test"] |= {"preprocessed_eeg_data": noise.astype(np.float16)}
+    file = write_as("ubp", data, "sub-01", given)[1]
+    read = eeg_files.open_recording(file, tmp_path / "cache")
+    assert np.abs(read.eeg - noise).max() < 4e-3
+    assert np.sqrt(np.square(read.eeg - noise).mean()) < 1e-3
+
+
+def test_rows_of_other_pictures_are_refused(data, tmp_path):
+    file = write_as("ubp", data, "sub-01", contents(data))[0]
+    read = eeg_files.open_recording(file, tmp_path / "cache")
+    (data / "training_images/00001_train1/train1_1.png").rename(
+        data / "training_images/00001_train1/train1_3.png"
+    )
+    with pytest.raises(DataError, match=r"row 0 is of training_images/.*train1_1"):
+        eeg_files.check_rows(read, list_stimuli(data, "training"))
+
+
+def _saved(data, **changed):
+    file = data / "Preprocessed_data_250Hz_whiten" / "sub-01" / "test.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    keys = [item.key for item in list_stimuli(data, "test")]
+    content = {"eeg": np.zeros((3, 2, 5, 20), np.float16), "img": keys,
+               "ch_names": list(builders.CHANNELS), "times": np.arange(20) / 100}  # fmt: skip
+    kept = {key: value for key, value in (content | changed).items() if value is not None}
+    torch.save(kept, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"img": ["a.jpg"] * 3}, "not train_images"), ({"img": None}, "also img"),
+     ({"img": [["test_images/a/b.png", "test_images/a/c.png"]] * 3}, "of several pictures"),
+     ({"img": ["test_images/a/b.png"]}, "1 pictures in img, 3 rows"),
+     ({"ch_names": None}, "ch_names"), ({"times": None, "ch_names": None}, "ch_names"),
+     ({"eeg": np.zeros((3, 2, 5), np.float16)}, r"shape \(3, 2, 5\)")],
+)  # fmt: skip
+def test_what_a_ubp_file_lacks_is_told(data, changed, told):
+    with pytest.raises(DataError, match=told):
+        registry.parse(_saved(data, **changed))
+
+
+def test_meg_of_ubp_has_neither_names_nor_times(data):
+    meg = np.full((3, 1, 271, 201), 2e-13, np.float32)
+    read = registry.parse(_saved(data, eeg=meg, ch_names=None, times=None))
+    assert read.channels[0] == "MEG001" and len(set(read.channels)) == 271
+    assert read.times[-1] == 1.0
+    np.testing.assert_array_equal(read.eeg, meg)
+
+
+def test_plain_arrays_need_their_info(data):
+    file = write_as("neurobridge", data, "sub-01", contents(data))[0]
+    (file.parent.parent / "info.json").rename(file.parent / "info.json")
+    assert registry.parse(file).eeg.shape == (12, 4, 5, 20)
+    (file.parent / "info.json").unlink()
+    with pytest.raises(DataError, match=r"no info\.json beside it"):
+        registry.parse(file)
+
+
+def test_a_longer_baseline_and_fewer_repetitions_are_read(data, tmp_path):
+    """Uncut times belong to as many samples; three repetitions of float32."""
+    given = contents(data, repetitions=3)
+    given["test"] |= {
+        "preprocessed_eeg_data": np.zeros((3, 3, 5, 25), np.float32),
+        "times": np.arange(-5, 20) / 100,
+    }
+    file = write_as("things-eeg2", data, "sub-01", given)[1]
+    read = eeg_files.open_recording(file, tmp_path / "cache")
+    assert read.eeg.shape == (3, 3, 5, 25) and read.times[0] == -0.05
+
+
+@pytest.mark.parametrize("given", ["file", "subject", "folder", "DATA"])
+def test_a_test_recording_is_found_from_any_folder(data, given):
+    file = write_as("ubp", data, "sub-01", contents(data))[1]
+    place = {"file": file, "subject": file.parent, "folder": file.parents[1], "DATA": data}[given]
+    assert eeg_files.locate_test_eeg(place, None, None) == (file, "sub-01", data)
+
+
+def test_nothing_in_a_file_is_run(data, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    file = _saved(data, text=Bomb())
+    with pytest.raises(DataError, match=r"refused: the file asks to load (io|_io|builtins)\.open"):
+        registry.parse(file)
+    file.write_bytes(pickle.dumps({"meg_data": Bomb()}))
+    with pytest.raises(DataError, match="refused"):
+        registry.parse(file)
+    assert not (tmp_path / "ran").exists()
