@@ -308,8 +308,11 @@ def stored_unit(path: Path) -> str:
 
 def is_simulated(data_path: Path | None) -> bool:
     """Whether a subject below DATA carries the simulator's own note: nobody was recorded."""
-    return data_path is not None and any(
-        layout.folder.glob(f"sub-*/{SIMULATED_NOTE}") for layout in registry.layouts_in(data_path)
+    layouts = registry.layouts_in(data_path) if data_path is not None else ()
+    return any(
+        (layout.folder / subject / SIMULATED_NOTE).exists()
+        for layout in layouts
+        for subject in layout.subjects()
     )
 
 

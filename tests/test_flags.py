@@ -43,6 +43,7 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
     """All that take data; ``world``, ``pretrain`` and ``demo`` have tests of their own."""
     model = with_another_latest(chain, root)
     learn = {
+        "dataset": "ubp",
         "subjects": "sub-01", "subject_dropout": 0.5, "val_fraction": 0.4, "lr_eeg": 0.1,
         "channels": "Oz", "time_window": ["--time_window", 0, 0.5], "encoder": "EEGProject",
         "epochs": 2, "grad_clip": 0.001, "ema_decay": 0.9, "mask_channel": 0.5, "mask_time": 0.5,
@@ -78,7 +79,8 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
     ]  # fmt: skip
     yield Stage(
         "evaluate", evaluate.main, "output_dir", scoring,
-        {"subjects": "sub-01", "occlusion": "time", "control": "shuffled_eeg", "permutations": 9,
+        {"dataset": "ubp", "subjects": "sub-01",
+         "occlusion": "time", "control": "shuffled_eeg", "permutations": 9,
          "compare": ["--compare", NOWHERE, NOWHERE], "truth": NOWHERE, "weights_dir": NOWHERE,
          "prior_sampler": "ddim", "prior_steps": 2},
     )  # fmt: skip
@@ -105,7 +107,7 @@ def test_no_flag_is_idle(name: str, chain: Chain, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("check", "full"), ("subjects", "sub-09"), ("captions", NOWHERE),
+    [("check", "full"), ("subjects", "sub-09"), ("dataset", "ubp"), ("captions", NOWHERE),
      ("clip_feature_path", NOWHERE), ("data_path", NOWHERE)],
 )  # fmt: skip
 def test_no_flag_of_the_check_is_idle(chain: Chain, capsys, flag, value) -> None:
@@ -121,4 +123,6 @@ def test_every_stage_is_walked() -> None:
     elsewhere = {"check", "preprocess"}  # above, and by tests/preprocessing
     assert args.STAGES.keys() == {*NAMES_OF, *own, *elsewhere}
     given = set(args.STAGES["check"]().actions()) - HOW
-    assert given == {"check", "subjects", "captions", "clip_feature_path", "data_path"}
+    assert given == {
+        "check", "subjects", "dataset", "captions", "clip_feature_path", "data_path"
+    }  # fmt: skip

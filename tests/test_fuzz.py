@@ -11,9 +11,11 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import builders
 import helpers_raw
@@ -41,7 +43,7 @@ from scipy.io import savemat
 import args
 from datafiles import eeg_files, feature_bank, pictures, stimuli
 from datafiles.captions import read_captions
-from datafiles.datasets import things_eeg2
+from datafiles.datasets import registry, things_eeg2
 from preprocessing import events, reading, recordings, timeline
 from preprocessing.hints import explained
 from preprocessing.own_recordings import OwnTake
@@ -99,6 +101,38 @@ def _published(_: Path) -> list[bytes]:
     return [pickled(small, number) for number in range(6)] + [
         _np_saved(small), pickled(long, 4), _np_saved(long), *hostile
     ]  # fmt: skip
+
+
+def _torch(_: Path) -> list[bytes]:
+    small = builders.published(rows=2, repetitions=2, samples=4)
+    eeg = small.pop("preprocessed_eeg_data")
+    content = small | {"eeg": eeg, "img": [f"train_images/00001_a/{n}.jpg" for n in range(2)]}
+    tensors = content | {"eeg": torch.from_numpy(eeg), "label": torch.arange(9).reshape(3, 3)}
+    hostile = [content | {"info": item} for item in _hostile()]
+    return [_torch_saved(item) for item in (content, tensors, *hostile)]
+
+
+def _torch_saved(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, pickle_protocol=5)
+    return buffer.getvalue()
+
+
+def _torch_zipped(program: bytes) -> bytes:
+    """A pickle in the place of that of torch.save, beside a storage."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("archive/data.pkl", program)
+        file.writestr("archive/data/0", bytes(64))
+    return buffer.getvalue()
+
+
+def _neurobridge(folder: Path) -> list[bytes]:
+    info = {"ch_names": list(builders.CHANNELS), "times": [n / 100 for n in range(4)]}
+    (folder / "info.json").write_text(json.dumps(info))
+    saved = io.BytesIO()
+    np.save(saved, builders.eeg_values(0, 4, 2, builders.CHANNELS, 4).reshape(2, 2, 2, 5, 4))
+    return [saved.getvalue()]
 
 
 def _raw(_: Path) -> list[bytes]:
@@ -311,6 +345,8 @@ def _check_run(path: Path) -> None:
 
 READERS = {
     "published": Reader("a.npy", _published, things_eeg2.parse_published, programs()),
+    "torch": Reader("t.pt", _torch, registry.parse, programs().map(_torch_zipped)),
+    "neurobridge": Reader("n.npy", _neurobridge, registry.parse),
     "raw": Reader("r.npy", _raw, lambda p: recordings.PublishedTake(p, "test").open(), programs()),
     "captions.json": Reader("c.json", _captions_json, _read_captions),
     "captions.csv": Reader("c.csv", _captions_csv, _read_captions),
