@@ -33,7 +33,17 @@ from cli.parser import (
     shard,
     share,
 )
-from modalities import AUTO, CONTROLS, DATASETS, EACH, ENCODERS, FINAL, QUANTITIES, TEXT_TEMPLATE
+from modalities import (
+    AUTO,
+    CONTROLS,
+    DATASETS,
+    EACH,
+    ENCODERS,
+    EXPORTS,
+    FINAL,
+    QUANTITIES,
+    TEXT_TEMPLATE,
+)
 
 MODEL_PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
     "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
@@ -245,7 +255,8 @@ def check_parser() -> Parser:
     parser = Parser(
         "check",
         "Before the first stage: what is there, missing or inconsistent in a data folder. Reads\n"
-        "headers and samples, writes nothing; exit code 0 if all is well, 1 for problems.",
+        "headers and samples, writes nothing; exit code 0 if all is well, 1 for problems.\n"
+        "With --export: the recordings in another published form.",
         "python dataset.py --check --data_path DATA",
     )
     group = parser.flags("check")
@@ -260,6 +271,11 @@ def check_parser() -> Parser:
         help="also whether these captions belong to the pictures")
     group.add("--clip_feature_path", type=Path, metavar="DIR",
         help="also whether this output of clip_feature_extractor.py belongs to the pictures")
+    group = parser.flags("export, instead of a check")
+    group.choose("--export", choices=EXPORTS,
+        help="write the recordings in this form for other people's code; npy: THINGS-EEG2's own")
+    group.add("--output_path", type=Path, metavar="DIR",
+        help="where to; put training_images/ and test_images/ beside them")
     common_flags(parser, device=False, writes=False)
     return parser
 

@@ -33,6 +33,7 @@ from datafiles.eeg_files import (
     open_recording,
     select_signal,
 )
+from datafiles.export import Export, write_as_form
 from datafiles.feature_bank import open_bank
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, check_disjoint, list_stimuli, stimulus_id
 from modalities import AUTO
@@ -420,8 +421,12 @@ def open_training(
 
 @util.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect a data folder and say what to do next. Exit code 1 if something is wrong with it."""
-    values = args.resolve("check", argv).values
+    """Inspect a data folder, or export it. Exit code 1 if something is wrong with it."""
+    options = args.resolve("check", argv)
+    values = options.values
+    if values.export:
+        print(*write_as_form(options.settings(Export)), sep="\n")
+        return 0
     findings = check.examine(
         values.data_path,
         values.subjects,

@@ -14,6 +14,7 @@ OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to alre
 )  # fmt: skip
 
 
+OF_THE_CHECK = ("check", "captions", "clip_feature_path")
 OF_THE_PRIOR = ("prior_predicts", "prior_loss", "noise_draws", "condition_dropout")
 # flags of evaluate.py that say nothing of pictures
 OF_RETRIEVAL = ("control", "subjects", "dataset", "permutations")
@@ -25,6 +26,8 @@ def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
     window = getattr(values, "time_window", None)
     if window and window[0] >= window[1]:
         parser.error(f"--time_window {window[0]} {window[1]}: the start must come before the end")
+    if parser.stage == "check":
+        _validate_export(parser, values)
     if parser.stage == "features" and not _names_concept(values.text_template):
         parser.error(
             f"--text_template {values.text_template!r}: expected {{concept}}, without which all "
@@ -109,6 +112,13 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
     if values.aligner == "none":
         why = "with --aligner none, which is nothing but that"
         _refuse_idle(parser, values, ("aligner_skip",), why)
+
+
+def _validate_export(parser: Parser, values: argparse.Namespace) -> None:
+    if bool(values.export) != bool(values.output_path):
+        parser.error("--export FORM and --output_path DIR belong together")
+    for flag in _given(parser, values, OF_THE_CHECK) if values.export else ():
+        parser.error(f"--{flag} is of the check, which --export takes the place of")
 
 
 def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:

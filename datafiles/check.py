@@ -21,6 +21,7 @@ from datafiles.eeg_files import (
     Recording,
     check_rows,
     list_subjects,
+    parsed_recording,
     stored_unit,
 )
 from datafiles.electrodes import LEAST_V, MOST_V, OTHER_SCALE, grade
@@ -162,18 +163,13 @@ def check_recordings(
         own = {}
         for partition in PARTITIONS:
             path = layout.file(name, partition)
-            read = findings.attempt(_open, path)
+            read = findings.attempt(parsed_recording, path)
             if read is not None:
                 own[partition] = read
         if own:
             found[name] = own
             _check_subject(name, own, stimuli, full, findings)
     return found
-
-
-def _open(path: Path) -> Recording:
-    eeg, channels, times, pictures = registry.parse(path)
-    return Recording(eeg, channels, times, "", path, pictures)
 
 
 def _check_subject(

@@ -70,6 +70,12 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
         ) from None
 
 
+def parsed_recording(path: Path) -> Recording:
+    """A file as it is, its type its own, without a copy and without its hash. Raises DataError."""
+    eeg, channels, times, pictures = registry.parse(path)
+    return Recording(eeg, channels, times, "", path, pictures)
+
+
 def copy_of(source: Path, cache_dir: Path) -> Path:
     """Where the float32 copy of a recording lies, as long as the recording is the same."""
     stat = source.stat()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from datafiles.datasets.form import AGAIN, Form, Parsed, as_rows, check_parsed, cut_times
 from datafiles.pickles import damage_told, list_in, refuse_missing_keys
-from rundirs.files import read_json
+from rundirs.files import atomic_write, read_json, write_json
 from util import DataError
 
 NEUROBRIDGE_ARRAY = "an array (concepts, pictures, repetitions, channels, samples)"
@@ -51,6 +53,22 @@ def _info(path: Path) -> tuple[Path, dict[str, Any]]:
     return about, info
 
 
+def write_neurobridge(path: Path, given: Parsed, keys: Sequence[str]) -> None:
+    """float32, and info.json beside it. Raises DataError unless concepts have as many pictures."""
+    of_concept = Counter(key.split("/")[1] for key in keys)
+    images = set(of_concept.values())
+    if len(images) > 1:
+        fewest = min(of_concept, key=lambda name: of_concept[name])
+        raise DataError(
+            path, f"{min(images)} pictures of {fewest}, {max(images)} of others",
+            "as many of each concept: the form is one array", "choose another form",
+        )  # fmt: skip
+    eeg = np.asarray(given.eeg, np.float32)
+    write_json(path.parent / INFO, {"ch_names": list(given.channels), "times": given.times})
+    with atomic_write(path, "wb") as file:
+        np.save(file, eeg.reshape(len(of_concept), -1, *eeg.shape[1:]))
+
+
 NEUROBRIDGE = Form(
     name="neurobridge",
     title="THINGS-EEG2 or THINGS-MEG, NeuroBridge's form",
@@ -63,4 +81,5 @@ NEUROBRIDGE = Form(
     folders=("Preprocessed_data*", "."),
     files={"training": "train.npy", "test": "test.npy"},
     parse=parse_neurobridge,
+    write=write_neurobridge,
 )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from datafiles.datasets.form import Form, Parsed, as_rows, check_parsed, cut_times
 from datafiles.pickles import array_in, list_in, read_pickled_dict, refuse_missing_keys
 from datafiles.stimuli import PARTITIONS
+from rundirs.files import atomic_write
 from util import DataError
 
 EEG_FOLDER = "Preprocessed_data_250Hz"
@@ -42,6 +47,13 @@ def parse_pickled(path: Path, keys: tuple[str, str, str], cure: str) -> Parsed:
     return Parsed(eeg, channels, cut_times(eeg, times))
 
 
+def write_published(path: Path, given: Parsed, keys: Sequence[str]) -> None:
+    """float32; rows have to be in the order of ``keys`` already."""
+    values = (np.asarray(given.eeg, np.float32), list(given.channels), np.asarray(given.times))
+    with atomic_write(path, "wb") as file:
+        pickle.dump(dict(zip(EEG_KEYS, values, strict=True)), file, protocol=4)
+
+
 THINGS_EEG2 = Form(
     name="things-eeg2",
     title="THINGS-EEG2, 250 Hz",
@@ -57,4 +69,5 @@ THINGS_EEG2 = Form(
     folders=(EEG_FOLDER, "."),
     files=EEG_FILE,
     parse=parse_published,
+    write=write_published,
 )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from datafiles.datasets.form import AGAIN, Form, Parsed, as_rows, check_parsed, cut_times
+from datafiles.datasets.form import AGAIN, Form, Parsed, as_rows, check_parsed, compact, cut_times
 from datafiles.pickles import array_in, list_in, refuse_missing_keys
+from datafiles.stimuli import concept_of_folder
 from datafiles.torch_files import read_torch_dict
+from rundirs.files import atomic_write
 from util import DataError
 
 UBP_CONTENT = "a dict with eeg, img, ch_names and times, written by torch.save"
@@ -80,6 +82,27 @@ def _key(name: str) -> str:
     return "/".join((PICTURE_FOLDERS[parts[0]], *parts[1:]))
 
 
+def write_ubp(path: Path, given: Parsed, keys: Sequence[str]) -> None:
+    """float16 where it is enough; sessions are not known and left out."""
+    import torch
+
+    eeg = compact(given.eeg)
+    back = {own: theirs for theirs, own in PICTURE_FOLDERS.items() if theirs != own}
+    named = ["/".join((back.get(folder := key.split("/")[0], folder), *key.split("/")[1:]))
+             for key in keys]  # fmt: skip
+    concepts = [key.split("/")[1] for key in keys]
+    number = {name: place for place, name in enumerate(dict.fromkeys(concepts))}
+    columns = {
+        "label": np.array([number[name] for name in concepts]),
+        "img": np.array(named),
+        "text": np.array([concept_of_folder(name) for name in concepts]),
+    }
+    wide = {name: np.tile(rows[:, None], (1, eeg.shape[1])) for name, rows in columns.items()}
+    content = {"eeg": eeg, **wide, "ch_names": list(given.channels), "times": given.times}
+    with atomic_write(path, "wb") as file:
+        torch.save(content, file, pickle_protocol=5)
+
+
 UBP = Form(
     name="ubp",
     title="THINGS-EEG2 or THINGS-MEG, UBP's form",
@@ -96,4 +119,5 @@ UBP = Form(
     folders=("Preprocessed_data*", "."),
     files={"training": "train.pt", "test": "test.pt"},
     parse=parse_ubp,
+    write=write_ubp,
 )

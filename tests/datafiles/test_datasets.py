@@ -20,7 +20,7 @@ from datafiles.pickles import read_pickled_dict
 from datafiles.stimuli import PARTITIONS, list_stimuli
 from dataset import TrainingData
 from dataset import main as check
-from modalities import DATASETS
+from modalities import DATASETS, EXPORTS
 from util import DataError, UserError
 
 
@@ -209,3 +209,46 @@ def test_nothing_in_a_file_is_run(data, tmp_path):
     with pytest.raises(DataError, match="refused"):
         registry.parse(file)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("form", EXPORTS)
+def test_an_export_has_the_same_scores(chain, tmp_path, form, capsys):
+    out = tmp_path / "out"
+    flags = ["--data_path", str(chain.data), "--export", form, "--output_path", str(out)]
+    assert check(flags) == 0
+    written = [tmp_path / line for line in capsys.readouterr().out.split("\n") if line]
+    assert len(written) == 4 and all(file.exists() for file in written)
+    for partition in PARTITIONS:
+        shutil.copytree(chain.data / f"{partition}_images", out / f"{partition}_images")
+    assert registry.layout_in(out).form.name == {"npy": "things-eeg2"}.get(form, form)
+    assert eeg_files.is_simulated(out)
+    of = [retrieval(chain, root, tmp_path / f"of_{root.name}") for root in (chain.data, out)]
+    assert [row["top1"] for row in of[0]] == [row["top1"] for row in of[1]]
+    assert check(flags) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_volts_are_not_exported_as_float16(data, tmp_path):
+    given = contents(data)
+    volts = 1e-6 * np.random.default_rng(0).normal(size=(3, 4, 5, 20))
+    given["test"] |= {"preprocessed_eeg_data": volts}
+    write_as("things-eeg2", data, "sub-01", given)
+    flags = ["--data_path", str(data), "--export", "ubp", "--output_path", str(tmp_path / "out")]
+    assert check(flags) == 0
+    (file,) = (tmp_path / "out").glob("*/sub-01/test.pt")
+    np.testing.assert_allclose(registry.parse(file).eeg, volts, rtol=1e-6)
+
+
+def test_an_array_of_unequal_concepts_cannot_be_exported(data, tmp_path, capsys):
+    builders.write_picture(data / "training_images/00001_train1/train1_3.png")
+    given = contents(data)
+    write_as("things-eeg2", data, "sub-01", given)
+    out = tmp_path / "out"
+    code = check(["--data_path", str(data), "--export", "neurobridge", "--output_path", str(out)])
+    assert code == 1 and "2 pictures of 00002_train2, 3 of others" in capsys.readouterr().err
+    assert not list(out.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("flags", [["--export", "ubp"], ["--output_path", "x"]])
+def test_an_export_needs_a_place(data, flags):
+    assert check(["--data_path", str(data), *flags]) == 2
