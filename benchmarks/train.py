@@ -330,7 +330,10 @@ def write_subjects(
         eeg = np.lib.format.open_memmap(copy, mode="w+", dtype=np.float32, shape=shape)
         if dense:
             eeg[:] = np.random.default_rng(subject).standard_normal(shape, dtype=np.float32)
-        about = {"shape": shape, "channels": names, "times": times, "hash": f"subject {subject}"}
+        about = {
+            "shape": shape, "channels": names, "times": times, "hash": f"subject {subject}",
+            "pictures": None,
+        }  # fmt: skip
         write_json(copy.with_suffix(".json"), about)
     stimuli = list_stimuli(root, "training")
     ids = torch.tensor([item.id for item in stimuli])

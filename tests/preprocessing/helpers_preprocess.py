@@ -20,4 +20,4 @@ def run(root: Path, *flags: object, sessions: int = 2) -> int:
 
 
 def read(root: Path, partition: str, subject: str = "sub-01"):
-    return things_eeg2.parse_published(eeg_file(root, subject, partition))
+    return things_eeg2.parse_published(eeg_file(root, subject, partition))[:3]
