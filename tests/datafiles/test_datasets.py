@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import builders
 import numpy as np
@@ -41,6 +42,15 @@ def contents(root, repetitions=4):
 
 def test_every_form_is_a_choice():
     assert tuple(registry.FORMS) == DATASETS == tuple(WRITERS)
+
+
+def test_every_form_is_documented():
+    text = (Path(registry.__file__).parents[2] / "docs" / "datasets.md").read_text("utf-8")
+    rows = {line.split("|")[1].strip(" `"): line for line in text.splitlines() if "| `" in line}
+    assert tuple(rows) == ("--dataset", *DATASETS)
+    for name, form in registry.FORMS.items():
+        assert all(file in rows[name] for file in form.files.values()), name
+        assert form.folders[0].rstrip("*") in rows[name], name
 
 
 @pytest.mark.parametrize("form", DATASETS)
