@@ -345,9 +345,9 @@ def _joint_loss(parser: Parser) -> None:
     group.choose("--aligner", choices=("prior", "mlp", "none"), default="prior",
         help="what makes the five embeddings of the encoder's output: a diffusion prior for each, "
         "a regression with a shared trunk, or nothing (the output is taken for each of them)")
-    group.switch("--aligner_skip",
+    group.choose("--aligner_skip", choices=("on", "off"), default="on",
         help="let the aligner begin at the encoder's output, with a fitted gain for each "
-        "modality, and learn what is to be changed of it")
+        "modality, and learn what is to be changed of it; on won at 120 to 16,540 pictures")
     group.choose("--prior_predicts", choices=QUANTITIES, default="velocity",
         help="what the priors' networks put out")
     group.choose("--prior_loss", choices=QUANTITIES,

@@ -170,7 +170,7 @@ def train_one(options: Options, processes: Processes) -> None:
             values.condition_dropout,
             values.prior_predicts,
             values.prior_loss,
-            values.aligner_skip,
+            values.aligner_skip == "on",
         )
         decoder = new_decoder(data, values.seed, alignment, donor, values.encoder, layer)
     if donor:

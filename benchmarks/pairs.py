@@ -42,10 +42,10 @@ UNSEEN = 200  # pictures, of as many concepts
 PICTURES = 10  # of a training concept
 STEPS, VALIDATIONS = 600, 12  # of a training, at least, and in it
 VARIANTS: Mapping[str, Sequence[str]] = {
-    "prior": ("--aligner", "prior"),
-    "prior_skip": ("--aligner", "prior", "--aligner_skip"),
-    "mlp": ("--aligner", "mlp"),
-    "mlp_skip": ("--aligner", "mlp", "--aligner_skip"),
+    "prior": ("--aligner", "prior", "--aligner_skip", "off"),
+    "prior_skip": ("--aligner", "prior"),
+    "mlp": ("--aligner", "mlp", "--aligner_skip", "off"),
+    "mlp_skip": ("--aligner", "mlp"),
     "none": ("--aligner", "none"),
 }
 SCORES = ("top1_image", "top1_encoder", "top1_plain", *(f"cosine_{name}" for name in NAMES))

@@ -39,6 +39,7 @@ COLOURS = ("colour", "background")
 TRAINING_KNOBS: Mapping[str, Mapping[str, object]] = {
     "loss_weights_uncertainty": {"loss_weights": "uncertainty"},
     **{f"aligner_{value}": {"aligner": value} for value in ("mlp", "none")},
+    "aligner_alone": {"aligner_skip": "off"},
 }
 # settings beside the demo's own: {name: flags of generate.py}
 KNOBS: Mapping[str, Mapping[str, object]] = {
@@ -49,7 +50,7 @@ KNOBS: Mapping[str, Mapping[str, object]] = {
     },
     **{f"guidance_{value}": {"guidance": value} for value in (1.0, 3.0, 5.0)},
     **{f"steps_{value}": {"steps": value} for value in (5, 20)},
-    **{f"prior_guidance_{value}": {"prior_guidance": value} for value in (1.0, 4.0)},
+    **{f"prior_guidance_{value}": {"prior_guidance": value} for value in (1.0, 1.5, 4.0)},
     "prior_draws_1": {"prior_draws": 1},
     "restore_variance": {"restore_variance": True},
     **{

@@ -32,7 +32,7 @@ def test_every_variant_is_a_command_and_no_two_are_the_same(benchmark) -> None:
     assert all(one not in seen[:place] for place, one in enumerate(seen))
     assert set(benchmark.chosen_variants(["aligner_", "target"], [])) == {
         benchmark.BASE, "aligner_mlp", "aligner_none", "aligner_mlp_restore_variance",
-        "aligner_skip", "aligner_mlp_skip",
+        "aligner_alone", "aligner_mlp_alone",
         "target_mse_0.1", "target_mse_1.0",
     }  # fmt: skip
     with pytest.raises(SystemExit, match="alginer"):

@@ -261,7 +261,7 @@ MODEL = ["--model_path", "M", "--clip_feature_path", "F", "--data_path", "D"]
         ("generate", ["--prompt_source", "oracle", "--prompt", "x"], "--prompt"),
         ("train", ["--mask_span", "9"], "--mask_span"),
         ("train", ["--contrast_weight", "0", "--text_contrast", "0.5"], "--text_contrast"),
-        ("train", ["--aligner", "none", "--aligner_skip"], "--aligner_skip"),
+        ("train", ["--aligner", "none", "--aligner_skip", "off"], "--aligner_skip"),
         ("train", ["--aligner", "mlp", "--noise_draws", "2"], "--noise_draws"),
         ("train", ["--aligner", "none", "--condition_dropout", "0.3"], "--condition_dropout"),
     ],
