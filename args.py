@@ -620,6 +620,7 @@ def report_parser() -> Parser:
         help="the page; default: report.html beside the first run")
     group.add("--data_path", type=Path, per_call=True, metavar="DATA",
         help="folder with test_images/ and the test EEG; default: as the runs recorded it")
+    _dataset(group)
     _cache_dir(group, "as the runs recorded it")
     common_flags(parser, device=False)
     return parser

@@ -26,7 +26,7 @@ from rundirs.files import atomic_write
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or nothing when it shows the same already. Prints its path."""
     values = args.resolve("report", argv).values
-    material = gather(values.runs, values.data_path, values.cache_dir)
+    material = gather(values.runs, values.data_path, values.cache_dir, values.dataset)
     output = values.output or Path(values.runs[0]).resolve().parent / "report.html"
     earlier = recorded_hash(output)
     hashes, large = wanted_pictures(material)

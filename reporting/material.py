@@ -206,7 +206,11 @@ def find_data(given: Path | None, runs: Sequence[Run]) -> Path | None:
 
 
 def open_world(
-    given: Path | None, cache_dir: Path | None, runs: Sequence[Run], scores: Sequence[Scores]
+    given: Path | None,
+    cache_dir: Path | None,
+    runs: Sequence[Run],
+    scores: Sequence[Scores],
+    dataset: str = AUTO,
 ) -> World:
     """Stimuli and the subjects' test recordings. Raises UserError / DataError."""
     data = find_data(given, runs)
@@ -216,8 +220,8 @@ def open_world(
     folder = data / IMAGE_FOLDER["test"]
     stimuli = list_stimuli(data, "test") if folder.is_dir() else []
     named = dict.fromkeys(subjects_of(runs, scores))
-    form = next((one.options["dataset"] for one in runs if one.options.get("dataset")), AUTO)
-    layout = registry.layout_in(data, form)
+    forms = (dataset, *(one.options.get("dataset", AUTO) for one in runs))
+    layout = registry.layout_in(data, next((form for form in forms if form != AUTO), AUTO))
     files = {name: layout.file(name, "test") for name in named or layout.subjects()}
     caches = (path for run in runs for path in _recorded_paths(run, "cache_dir"))
     return World(
@@ -274,14 +278,16 @@ class Material:
         return next((tuple(item) for item in found if item), None)
 
 
-def gather(folders: Sequence[Path], data_path: Path | None, cache_dir: Path | None) -> Material:
+def gather(
+    folders: Sequence[Path], data_path: Path | None, cache_dir: Path | None, dataset: str = AUTO
+) -> Material:
     """Read and check all that the page shows, except pictures and EEG. Raises Stage errors.
 
-    ``data_path`` and ``cache_dir`` None: as the runs in ``folders`` recorded them.
+    ``data_path`` and ``cache_dir`` None, ``dataset`` auto: as the runs in ``folders`` recorded.
     """
     runs = read_runs(folders)
     drawings = [found for run in runs if run.stage == "generate" and (found := read_drawing(run))]
     scores = [found for run in runs if run.stage == "evaluate" and (found := read_scores(run))]
-    world = open_world(data_path, cache_dir, runs, scores)
+    world = open_world(data_path, cache_dir, runs, scores, dataset)
     check_join(drawings, world)
     return Material(runs, drawings, scores, world)

@@ -92,7 +92,7 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
         {"text_template": "a {concept}", "clip_model": "ViT-B-32", "clip_pretrained": NOWHERE,
          "target_blur": 2, "image_layers": 2, "superpixel_size": 32},
     )  # fmt: skip
-    yield Stage("report", report.main, "output", ["--runs", chain.model], {})
+    yield Stage("report", report.main, "output", ["--runs", chain.model], {"dataset": "ubp"})
 
 
 NAMES_OF = ("train", "retrieval", "generate", "evaluate", "features", "report")

@@ -14,6 +14,7 @@ import torch
 from helpers_forms import IMAGES_OF, WRITERS, write_as
 
 import evaluate
+import report
 import train
 from datafiles import eeg_files
 from datafiles.datasets import registry
@@ -125,6 +126,7 @@ def test_two_forms_need_a_name(chain, tmp_path, capsys):
     flags = chain.train_flags(tmp_path / "run", "--data_path", root, *one, "--epochs", 1)
     assert train.main([*flags, "--dataset", "ubp"]) == 0
     assert train.main(flags) == 2
+    assert report.main(["--runs", str(tmp_path / "run")]) == 0, "the run says which"
 
 
 def test_float16_loses_less_than_a_thousandth(data, tmp_path):
