@@ -20,6 +20,7 @@ import torch
 
 import util
 from datafiles import check
+from datafiles.datasets.registry import layout_in
 from datafiles.eeg_files import (
     Recording,
     Signal,
@@ -27,7 +28,6 @@ from datafiles.eeg_files import (
     cache_folder,
     cache_home,
     check_rows,
-    eeg_file,
     list_subjects,
     match_signal,
     open_recording,
@@ -368,8 +368,9 @@ class DataChoice:
     def recordings(self) -> dict[str, Recording]:
         """{subject: its training recording}. Raises UserError / DataError."""
         folder = cache_folder(self.data_path, self.cache_dir)
+        layout = layout_in(self.data_path, self.dataset)
         return {
-            name: open_recording(eeg_file(self.data_path, name, "training", self.dataset), folder)
+            name: open_recording(layout.file(name, "training"), folder)
             for name in list_subjects(self.data_path, self.subjects, self.dataset)
         }
 

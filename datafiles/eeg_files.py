@@ -213,8 +213,8 @@ def match_signal(recording: Recording, channels: Sequence[str], times: Sequence[
     return Signal(signal.channels, list(times), signal.channel_rows, start)
 
 
-def eeg_file(data_path: Path, subject: str, partition: str, dataset: str = AUTO) -> Path:
-    return registry.layout_in(data_path, dataset).file(subject, partition)
+def eeg_file(data_path: Path, subject: str, partition: str) -> Path:
+    return registry.layout_in(data_path).file(subject, partition)
 
 
 def list_subjects(data_path: Path, wanted: Sequence[str] | None, dataset: str = AUTO) -> list[str]:

@@ -237,10 +237,10 @@ def _memo_index(argument: bytes, name: str) -> int:
     return int(argument) if name == "PUT" else int.from_bytes(argument, "little")
 
 
-def _pickle_start(mapped: mmap.mmap) -> int:
-    """Where the pickle begins: at the start, or behind the header of an object array."""
+def npy_dtype(mapped: mmap.mmap) -> np.dtype | None:
+    """Of an array's file, which is then read up to its data; None of another. Raises DAMAGED."""
     if mapped[:6] != b"\x93NUMPY":
-        return 0
+        return None
     version = np.lib.format.read_magic(mapped)
     width = 2 if version == (1, 0) else 4
     length = int.from_bytes(mapped[8 : 8 + width], "little")
@@ -251,8 +251,13 @@ def _pickle_start(mapped: mmap.mmap) -> int:
         if version == (1, 0)
         else np.lib.format.read_array_header_2_0
     )
-    _, _, dtype = read(mapped)
-    if not dtype.hasobject:
+    return read(mapped)[2]
+
+
+def _pickle_start(mapped: mmap.mmap) -> int:
+    """Where the pickle begins: at the start, or behind the header of an object array."""
+    dtype = npy_dtype(mapped)
+    if dtype is not None and not dtype.hasobject:
         raise pickle.UnpicklingError(f"a plain {dtype} array without channel names and times")
     return mapped.tell()
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datafiles.eeg_files import eeg_file, list_subjects
+from datafiles.datasets.registry import layout_in
+from datafiles.eeg_files import list_subjects
 from datafiles.feature_bank import Bank, check_clip, open_bank
 from datafiles.stimuli import list_stimuli
 from dataset import TestEEG, open_test
@@ -73,6 +74,7 @@ class Opened:
 
 def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
     """Models, gallery and test EEG, checked against each other. Raises UserError / DataError."""
+    layout = layout_in(asked.data_path, asked.dataset)
     runs = runs_of(asked.model_path, asked.subjects)
     decoders = {name: Decoder.load(run, asked.checkpoint) for name, run in runs.items()}
     layers = {decoder.layer for decoder in decoders.values()}
@@ -87,7 +89,7 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
             opened.models[name] = decoder
             opened.tests.append(
                 open_test(
-                    eeg_file(asked.data_path, name, "test", asked.dataset),
+                    layout.file(name, "test"),
                     name,
                     asked.data_path,
                     asked.cache_dir,

@@ -45,6 +45,22 @@ class Form:
     write: Callable[[Path, Parsed, Sequence[str]], None] | None = None  # of a partition, by keys
 
 
+def checked(
+    path: Path,
+    eeg: np.ndarray,
+    channels: list[str],
+    times: list[float],
+    pictures: list[str] | None = None,
+) -> Parsed:
+    """What a file holds, its rows as one axis; raises DataError where it does not fit.
+
+    As published, times may still hold the baseline that the EEG has lost: the last ones count.
+    """
+    rows = as_rows(eeg)
+    check_parsed(path, rows, channels, times)
+    return Parsed(rows, channels, times[len(times) - rows.shape[3] :], pictures)
+
+
 def check_parsed(path: Path, eeg: np.ndarray, channels: list[str], times: list[float]) -> None:
     """Raise DataError for EEG of another kind, or that its names and times do not fit."""
     if eeg.ndim != 4 or eeg.dtype.kind != "f" or 0 in eeg.shape:
@@ -82,11 +98,6 @@ def check_parsed(path: Path, eeg: np.ndarray, channels: list[str], times: list[f
             "seconds after stimulus onset, one for each sample",
             AGAIN,
         )
-
-
-def cut_times(eeg: np.ndarray, times: list[float]) -> list[float]:
-    """The samples' own times: as published, times still hold the baseline that EEG has lost."""
-    return times[len(times) - eeg.shape[3] :]
 
 
 def as_rows(eeg: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from datafiles.datasets.form import AGAIN, Form, Parsed, as_rows, check_parsed, cut_times
+from datafiles.datasets.form import AGAIN, Form, Parsed, checked
 from datafiles.pickles import damage_told, list_in, refuse_missing_keys
 from rundirs.files import atomic_write, read_json, write_json
 from util import DataError
@@ -31,9 +31,7 @@ def parse_neurobridge(path: Path) -> Parsed:
         times = [float(second) for second in list_in(info, "times")]
     except (ValueError, TypeError, OverflowError) as error:
         raise DataError(about, f"values of another kind ({error})", "lists", AGAIN) from None
-    eeg = as_rows(eeg)
-    check_parsed(path, eeg, channels, times)
-    return Parsed(eeg, channels, cut_times(eeg, times))
+    return checked(path, eeg, channels, times)
 
 
 def _info(path: Path) -> tuple[Path, dict[str, Any]]:

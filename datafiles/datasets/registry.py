@@ -6,16 +6,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
 
 from datafiles.datasets.form import Form, Parsed
 from datafiles.datasets.neurobridge import NEUROBRIDGE
 from datafiles.datasets.things_eeg2 import THINGS_EEG2
 from datafiles.datasets.things_meg import MEG_KEYS, THINGS_MEG
 from datafiles.datasets.ubp import UBP
-from datafiles.pickles import damage_told, read_pickled_dict
+from datafiles.pickles import damage_told, mapped_file, npy_dtype, read_pickled_dict
 from modalities import AUTO
 from util import UserError
 
@@ -89,25 +86,12 @@ def parse(path: Path) -> Parsed:
 
 def form_of(path: Path) -> Form:
     """The form that a file's content has. Raises DataError for one that cannot be opened."""
-    with (
-        damage_told(path, "a published recording", "check --data_path and the subject's name"),
-        open(path, "rb") as file,
-    ):
-        magic = file.read(6)
-        file.seek(0)
-        if magic[:4] == b"PK\x03\x04":
+    with damage_told(path, "a published recording", "check --data_path and the subject's name"):
+        mapped = mapped_file(path)
+        if mapped[:4] == b"PK\x03\x04":
             return UBP
-        if magic == b"\x93NUMPY" and not _header_dtype(file).hasobject:
-            return NEUROBRIDGE
+        dtype = npy_dtype(mapped)
+    if dtype is not None and not dtype.hasobject:
+        return NEUROBRIDGE
     meg = MEG_KEYS[0] in read_pickled_dict(path)
     return THINGS_MEG if meg else THINGS_EEG2
-
-
-def _header_dtype(file: BinaryIO) -> np.dtype:
-    version = np.lib.format.read_magic(file)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    return read(file)[2]

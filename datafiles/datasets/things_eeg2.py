@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datafiles.datasets.form import Form, Parsed, as_rows, check_parsed, cut_times
+from datafiles.datasets.form import Form, Parsed, checked
 from datafiles.pickles import array_in, list_in, read_pickled_dict, refuse_missing_keys
 from datafiles.stimuli import PARTITIONS
 from rundirs.files import atomic_write
@@ -33,7 +33,7 @@ def parse_pickled(path: Path, keys: tuple[str, str, str], cure: str) -> Parsed:
         f"{cure} preprocess the recording (preprocess.py)",
     )  # fmt: skip
     try:
-        eeg = as_rows(array_in(content, data))
+        eeg = array_in(content, data)
         channels = [str(name) for name in list_in(content, names)]
         times = [float(second) for second in list_in(content, seconds)]
     except (ValueError, TypeError, OverflowError) as error:
@@ -43,8 +43,7 @@ def parse_pickled(path: Path, keys: tuple[str, str, str], cure: str) -> Parsed:
             f"arrays {data} and {seconds}, a list {names}",
             "preprocess the recording again",
         ) from None
-    check_parsed(path, eeg, channels, times)
-    return Parsed(eeg, channels, cut_times(eeg, times))
+    return checked(path, eeg, channels, times)
 
 
 def write_published(path: Path, given: Parsed, keys: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from datafiles.datasets.form import AGAIN, Form, Parsed, as_rows, check_parsed, compact, cut_times
+from datafiles.datasets.form import AGAIN, Form, Parsed, as_rows, checked, compact
 from datafiles.pickles import array_in, list_in, refuse_missing_keys
 from datafiles.stimuli import concept_of_folder
 from datafiles.torch_files import read_torch_dict
@@ -33,12 +33,12 @@ def parse_ubp(path: Path) -> Parsed:
         pictures = _pictures(content["img"])
     except (ValueError, TypeError, OverflowError) as error:
         raise DataError(path, f"values of another kind ({error})", UBP_CONTENT, AGAIN) from None
-    check_parsed(path, eeg, channels, times)
-    if len(pictures) != len(eeg):
+    found = checked(path, eeg, channels, times, pictures)
+    if len(pictures) != len(found.eeg):
         raise DataError(
-            path, f"{len(pictures)} pictures in img, {len(eeg)} rows in eeg", "as many", AGAIN
+            path, f"{len(pictures)} pictures in img, {len(found.eeg)} rows in eeg", "as many", AGAIN
         )
-    return Parsed(eeg, channels, cut_times(eeg, times), pictures)
+    return found
 
 
 def _names_and_times(
