@@ -52,7 +52,7 @@ def pretrain_parser() -> Parser:
     group.add("--output_path", type=Path, required=True, per_call=True, metavar="RUN",
         help="run directory: cache/, a checkpoint per part and weights/")
     group.choose("--part", choices=("all", *PRETRAIN_STEPS), default="all", per_call=True,
-        help="what to train; the generator needs the trained vae and clip")
+        help="what to train; generator, in a new run: with the shipped VAE and CLIP")
     for part, steps in PRETRAIN_STEPS.items():
         group.add(f"--{part}_steps", type=count, default=steps, metavar="N", per_call=True,
             help=f"optimiser steps of the {part}; more than before: it goes on")
@@ -61,7 +61,7 @@ def pretrain_parser() -> Parser:
     group.add("--batch_size", type=positive_int, metavar="N",
         help="pictures per step, for tests; default: each part's own")
     group.add("--seed", type=count, default=0, help="of pictures, weights, order and noise")
-    common_flags(parser, device=False)
+    common_flags(parser)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,13 +62,21 @@ class Training:
         )
         self.average = optimisation.Average(part.model, part.ema_decay)
         if path.exists():
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(path, weights_only=True, map_location=every[0].device)
             part.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average.values = state["average"]
             self.step = state["step"]
 
-    def save(self) -> None:
+    def save(self, mean_loss: float) -> None:
+        """Raises DataError if ``mean_loss``, of all steps since the last time, is not finite."""
+        if not math.isfinite(mean_loss):
+            raise util.DataError(
+                f"{self.part.name}, before step {self.step}",
+                "a loss that is not finite",
+                "finite numbers",
+                f"the last checkpoint is kept in {self.path}; lower the learning rate",
+            )
         state = {
             "model": self.part.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -81,13 +90,6 @@ class Training:
         torch.manual_seed(util.seed_for(seed, self.part.name, self.step))
         random = util.numpy_generator_for(seed, self.part.name, "batch", self.step)
         losses = self.part.losses(self.step, random)
-        if not torch.isfinite(losses["loss"]):
-            raise util.DataError(
-                f"{self.part.name}, step {self.step}",
-                "a loss that is not finite",
-                "finite numbers",
-                f"the last checkpoint is kept in {self.path}; lower the learning rate",
-            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.part.learning_rate * rate_share(self.step, steps)
         self.optimizer.zero_grad(set_to_none=True)
@@ -112,12 +114,14 @@ def fit_part(part: Pretrained, steps: int, folder: Path, seed: int, stops: Seque
     with tqdm(total=steps, initial=first, desc=part.name, unit="step") as bar:
         while training.step < steps:
             for name, value in training.update(steps, seed).items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+                # not as a number, which a GPU would be waited for
+                sums[name] = sums.get(name, 0.0) + value.detach()
             bar.update()
             late = time.monotonic() - saved > SAVE_EVERY_S
             if late or stops or training.step == steps:
-                training.save()
-                means = {name: value / (training.step - first) for name, value in sums.items()}
+                done = training.step - first
+                means = {name: float(value) / done for name, value in sums.items()}
+                training.save(means["loss"])
                 record = {"part": part.name, "step": training.step, **means}
                 append_jsonl(folder / "metrics.jsonl", record)
                 bar.set_postfix(loss=f"{means['loss']:.4f}")

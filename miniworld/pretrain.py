@@ -7,8 +7,8 @@ from (seed, part, step). What is trained is exported to ``RUN/weights`` by the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import shutil
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,48 +19,24 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-import modalities
 import util
 from cli.miniature import PRETRAIN_STEPS
-from features.clip import load_clip
 from miniworld import judge, models, pictures, renders
 from miniworld.clip_losses import grouped_contrast, spread_penalties
 from miniworld.fitting import Pretrained, fit_part
+from miniworld.generator import GeneratorPart
+from miniworld.latents import as_pixels, halved, set_latent_statistics
 from rundirs.directory import open_run
 from rundirs.environment import commit
-from rundirs.files import file_hash, read_json, write_json
-from rundirs.tensors import load_tensors, save_tensors
-from sdxl import sampler
-from sdxl.adapter_file import IPAdapterWeights
-from sdxl.attention import Injector
-from sdxl.loading import load_sdxl
+from rundirs.files import read_json, write_json
+from rundirs.tensors import save_tensors
 from training import loop
 
 L1_WEIGHT = 0.125  # beside the squared error: edges a little sharper
 NEAR_MISSES = 6  # wrong captions for each picture of a CLIP batch
 STATISTICS_OF = 512  # pictures that give the latents' mean and standard deviation
-TIME_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)  # original size, crop, target size
-NEUTRAL = ("", "best quality, high quality",
-           "monochrome, lowres, bad anatomy, worst quality, low quality")  # fmt: skip
-
-
-# ---------------------------------------------------------------- as stored
-
-
-def halved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As shipped: float16, which halves the files; whole numbers stay."""
-    return {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def as_pixels(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in -1..1."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------- VAE
@@ -104,26 +80,6 @@ class VaePart:
             models.trained_scheduler(),
         )
         pipe.to(torch.float16).save_pretrained(weights.sdxl, safe_serialization=True)
-
-
-@torch.no_grad()
-def encode_latents(vae: Any, pictures: np.ndarray) -> torch.Tensor:
-    """Posterior means float32 [n, 4, 16, 16] of uint8 [n, 128, 128, 3]."""
-    from tqdm import tqdm
-
-    starts = tqdm(range(0, len(pictures), 32), desc="latents", unit="batch")
-    parts = [vae.encode(as_pixels(pictures[i : i + 32])).latent_dist.mean for i in starts]
-    return torch.cat(parts)
-
-
-def set_latent_statistics(vae: Any, pictures: np.ndarray) -> None:
-    """Measure what diffusers divides latents by: mean and std of each channel."""
-    latents = encode_latents(vae, pictures)
-    vae.register_to_config(
-        scaling_factor=1.0,
-        latents_mean=latents.mean(dim=(0, 2, 3)).tolist(),
-        latents_std=latents.std(dim=(0, 2, 3)).tolist(),
-    )
 
 
 # ---------------------------------------------------------------- CLIP
@@ -270,194 +226,25 @@ class JudgePart:
         save_tensors(weights.judge, halved(self.model.state_dict()), about)
 
 
-# ---------------------------------------------------------------- SDXL's U-Net and the IP-Adapter
-
-
-def set_adapter(unet: Any, clip_dim: int) -> Injector:
-    """The very modules that draw, made trainable; starts with little effect."""
-    tensors = models.adapter_tensors(unet, clip_dim, seed=0, value_gain=0.5)
-    weights = IPAdapterWeights.from_tensors(Path("in training"), tensors)
-    injector = Injector.install(unet, weights)
-    for module in (injector.projection, *injector.processors):
-        module.requires_grad_(True)
-    return injector
-
-
-class GeneratorPart:
-    """v-prediction with zero terminal SNR; the adapter at scale 1 in all layers, as the real one.
-
-    Most rows have a neutral prompt and the picture's own un-normalised CLIP embedding. Unlike the
-    real adapter's, a share of the rows is injected at some sites only: SDXL's sites act alone, too
-    (InstantStyle, arXiv:2404.02733), and miniature ones have to be made to. The object counts more
-    than the ground, ten times its size and soon learned; so do the noise levels that decide on it.
-    """
-
-    # Adam moves weights whose gradient is mostly noise as far as all others: without decay kernels
-    # quadrupled and the deep levels' input grew to a deviation of 30.
-    name, learning_rate, weight_decay, ema_decay = "generator", 8e-4, 0.1, 0.999
-    batch_size = 16
-    caption_share, embedding_dropout = 0.1, 0.08
-    few_sites_share = 0.3
-    # At first the embedding enters at the 4 x 4 level only. Where all sites learn at once, the
-    # 8 x 8 level is quicker, and then leaves nothing to learn for those below.
-    deep_sites, deep_until = ("down.2", "mid", "up.0"), 0.3
-    snr_limit = 5.0  # of SNR + 1: what is nearly clean counts less
-    early_times = 0.6  # times are 1000 u^0.6: at 78 % of them the condition still matters
-    object_weight = 4.0  # of latent cells within one of the object's
-
-    def __init__(
-        self, data: renders.Renders, weights: models.Models, steps: int, batch_size: int | None
-    ) -> None:
-        self.steps, self.batch_size = steps, batch_size or self.batch_size
-        # 3 x 3 convolutions of few channels are faster on CPU with channels last
-        self.unet = models.build_unet(models.TRAINED).to(memory_format=torch.channels_last)
-        self.injector = set_adapter(self.unet, models.TRAINED.clip["embed_dim"])
-        self.model = nn.ModuleDict({"unet": self.unet, "projection": self.injector.projection})
-        self.scheduler = models.trained_scheduler()
-        pipe = load_sdxl(weights.sdxl, torch.float32, "cpu")
-        self.latents = kept(
-            data.folder, "latents", weights.sdxl / "vae" / models.WEIGHTS_FILE,
-            lambda: whitened_latents(pipe.vae, data.whole),
-        )  # fmt: skip
-        self.embeddings = kept(
-            data.folder, "embeddings", weights.clip_checkpoint,
-            lambda: embed_pictures(weights, data.small),
-        )  # fmt: skip
-        self.importance = importance(data.scenes, self.object_weight)
-        unique = sorted(set(data.captions))
-        self.caption_of = torch.tensor([unique.index(text) for text in data.captions])
-        self.captions, self.neutral = encode_texts(pipe, unique), encode_texts(pipe, NEUTRAL)
-
-    def texts(self, rows: torch.Tensor, random: np.random.Generator) -> tuple[torch.Tensor, ...]:
-        """Hidden states [B, 77, W] and pooled [B, E]: a caption, or one of the neutral prompts."""
-        plain = torch.from_numpy(random.integers(len(NEUTRAL), size=len(rows)))
-        told = torch.from_numpy(random.random(len(rows)) < self.caption_share)
-        return tuple(
-            torch.where(
-                told.view(-1, *[1] * (part.ndim - 1)), part[self.caption_of[rows]], other[plain]
-            ).float()
-            for part, other in zip(self.captions, self.neutral, strict=True)
-        )
-
-    def scales(self, step: int, random: np.random.Generator) -> torch.Tensor:
-        """Injection scales [B, 1, L]: 1 at all sites, or in some rows at one site and perhaps more.
-
-        Squaring the chance of the others makes a site alone the most frequent case. Only
-        ``deep_sites`` count as sites in the first ``deep_until`` of the steps.
-        """
-        early = step < self.deep_until * self.steps
-        names = self.deep_sites if early else tuple(modalities.SITES)
-        shape = (self.batch_size, len(names))
-        more = random.random(shape) < random.random((shape[0], 1)) ** 2
-        alone = random.integers(shape[1], size=(shape[0], 1)) == np.arange(shape[1])
-        everywhere = random.random((shape[0], 1)) >= self.few_sites_share
-        chosen = dict(zip(names, (more | alone | everywhere).T, strict=True))
-        nowhere = np.zeros(shape[0], bool)
-        columns = [chosen.get(layer.site, nowhere) for layer in self.injector.layers]
-        return torch.from_numpy(np.stack(columns, axis=1)).float()[:, None]
-
-    def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
-        size = self.batch_size
-        rows = torch.from_numpy(random.integers(len(self.latents), size=size))
-        text, pooled = self.texts(rows, random)
-        kept = torch.from_numpy(random.random(size) >= self.embedding_dropout)
-        embeddings = self.embeddings[rows] * kept[:, None]
-        self.injector.set(embeddings[:, None], self.scales(step, random), guidance=False)
-        # spread over all times within a batch: less variance than independent draws
-        even = (np.arange(size) + random.random()) / size
-        times = torch.from_numpy(1000 * even**self.early_times).long()
-        clean = self.latents[rows]
-        noise = torch.randn_like(clean)
-        found = self.unet(
-            self.scheduler.add_noise(clean, noise, times),
-            times,
-            encoder_hidden_states=text,
-            added_cond_kwargs={
-                "text_embeds": pooled,
-                "time_ids": torch.tensor(TIME_IDS).expand(size, -1),
-            },
-        ).sample
-        wanted = self.scheduler.get_velocity(clean, noise, times)
-        squares = (found - wanted).square() * self.importance[rows]
-        error = squares.mean(dim=(1, 2, 3))
-        signal = 1 / (1 - self.scheduler.alphas_cumprod[times])  # SNR + 1
-        weight = signal.clamp(max=self.snr_limit) / signal
-        self.injector.clear()
-        return {"loss": (weight * error).mean(), "error": error.mean()}
-
-    def export(self, weights: models.Models, about: Mapping[str, Any]) -> None:
-        from diffusers.models.attention_processor import AttnProcessor2_0
-
-        save_tensors(weights.ip_adapter, halved(self.injector.state()), about)
-        self.unet.set_attn_processor(AttnProcessor2_0())  # the adapter has a file of its own
-        plain = self.unet.half().to(memory_format=torch.contiguous_format)
-        plain.save_pretrained(weights.sdxl / "unet", safe_serialization=True)
-
-
-def importance(scenes: Sequence[pictures.Scene], object_weight: float) -> torch.Tensor:
-    """Weights [n, 1, 16, 16] of mean 1: at the object ``object_weight`` times the ground's."""
-    cells = models.SIZE_PX // 8
-    masks = [pictures.object_coverage(scene, cells) for scene in scenes]
-    near = F.max_pool2d(torch.from_numpy(np.stack(masks))[:, None], 3, stride=1, padding=1)
-    weights = torch.where(near > 0, object_weight, 1.0)
-    return weights / weights.mean()
-
-
-def kept(folder: Path, what: str, encoder: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """``make()``, or what it gave before with the same weights in ``encoder``."""
-    path = folder / f"{what}-{file_hash(encoder)[:12]}.safetensors"
-    if not path.exists():
-        save_tensors(path, {what: make()}, {})
-    return load_tensors(path)[0][what]
-
-
-@torch.no_grad()
-def whitened_latents(vae: Any, whole: np.ndarray) -> torch.Tensor:
-    """What the U-Net sees of uint8 [n, 128, 128, 3]: float32 [n, 4, 16, 16]."""
-    mean, std = (
-        torch.tensor(values)[:, None, None]
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return (encode_latents(vae, whole) - mean) / std
-
-
-@torch.no_grad()
-def embed_pictures(weights: models.Models, small: np.ndarray) -> torch.Tensor:
-    """Un-normalised CLIP embeddings float32 [n, D] of uint8 [n, 64, 64, 3]."""
-    from PIL import Image
-    from tqdm import tqdm
-
-    clip = load_clip(str(weights.clip_config), str(weights.clip_checkpoint), torch.device("cpu"))
-    parts = []
-    for start in tqdm(range(0, len(small), 128), desc="embeddings", unit="batch"):
-        crops = [clip.transform(Image.fromarray(row)) for row in small[start : start + 128]]
-        parts.append(clip.encode_pictures(torch.stack(crops)))
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def encode_texts(pipe: Any, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What SDXL reads of each text: float16 [n, 77, W] and [n, E]."""
-    parts = [
-        sampler.encode_prompt(pipe, list(texts[start : start + 256]))
-        for start in range(0, len(texts), 256)
-    ]
-    return tuple(
-        torch.cat([getattr(part, name).half() for part in parts]) for name in ("text", "pooled")
-    )
-
-
 # ---------------------------------------------------------------- the stage
 
 
 def make_part(
-    name: str, data: renders.Renders, weights: models.Models, steps: int, batch_size: int | None
+    name: str,
+    data: renders.Renders,
+    weights: models.Models,
+    steps: int,
+    batch_size: int | None,
+    device: torch.device,
 ) -> Pretrained:
-    """A part with its data; the generator reads the exported VAE and CLIP."""
+    """A part with its data; the generator reads the exported VAE and CLIP.
+
+    ``device``: the generator's; the others are small and trained on the CPU.
+    """
     if name == "vae":
         return VaePart(data, steps, batch_size)
     if name == "generator":
-        return GeneratorPart(data, weights, steps, batch_size)
+        return GeneratorPart(data, weights, steps, batch_size, device)
     return {"clip": ClipPart, "judge": JudgePart}[name](data, batch_size)
 
 
@@ -466,11 +253,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing, in turn, and export each part as soon as it is trained."""
     options = args.resolve("pretrain", argv)
     values = options.values
+    device = util.pick_device(values.device)
     names = PRETRAIN_STEPS if values.part == "all" else (values.part,)
     plan = [f"train {name} to step {getattr(values, f'{name}_steps')}" for name in names]
     run = open_run(options, values.output_path, {}, plan)
     data = renders.Renders(run.path / "cache", values.pictures, values.seed)
     weights = models.Models(run.path / "weights")
+    if values.part == "generator" and not weights.folder.exists():
+        util.LOG.info("the VAE and CLIP are the shipped ones, from %s", models.SHIPPED)
+        shutil.copytree(models.SHIPPED, weights.folder)
     with loop.stop_requests() as stops:
         for name in names:
             steps = getattr(values, f"{name}_steps")
@@ -479,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 util.LOG.info("%s: already trained to step %d", name, steps)
                 continue
             torch.manual_seed(util.seed_for(values.seed, name, "weights"))
-            part = make_part(name, data, weights, steps, values.batch_size)
+            part = make_part(name, data, weights, steps, values.batch_size, device)
             fit_part(part, steps, run.path, values.seed, stops)
             about = {"steps": steps, "seed": values.seed, "pictures": len(data)}
             part.export(weights, about | {"commit": commit()})

@@ -112,8 +112,17 @@ class InjectedAttention(nn.Module):
         self._active = len(active)
         if not self._active:
             return
-        tokens = tokens[:, active.to(tokens.device)]
-        weight = scale[:, active].to(tokens)[:, :, None, None]
+        self.hold_tokens(tokens[:, active.to(tokens.device)], scale[:, active].to(tokens), device)
+
+    def hold_tokens(
+        self, tokens: torch.Tensor, scale: torch.Tensor, device: torch.device | None = None
+    ) -> None:
+        """As :meth:`set_tokens` for modalities that all act: no scale is looked at.
+
+        ``scale`` is where the tokens are. Training needs it, where a look would be waited for.
+        """
+        self._batch, self._active = tokens.shape[:2]
+        weight = scale[:, :, None, None]
         key = self.to_k_ip(tokens).flatten(1, 2).unflatten(-1, (self.heads, -1))
         value = (self.to_v_ip(tokens) * weight).flatten(1, 2).unflatten(-1, (self.heads, -1))
         self._key = (key.transpose(1, 2).contiguous() * key.shape[-1] ** -0.5).to(device=device)

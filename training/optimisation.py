@@ -85,10 +85,12 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, value in zip(self.values, _state(model), strict=True):
-            if value.is_floating_point():
-                mean.lerp_(value, 1 - decay)
-            else:
+        pairs = list(zip(self.values, _state(model), strict=True))
+        moving = [pair for pair in pairs if pair[1].is_floating_point()]
+        means, values = zip(*moving, strict=True)
+        torch._foreach_lerp_(means, values, 1 - decay)  # on a GPU few kernels, not one for each
+        for mean, value in pairs:
+            if not value.is_floating_point():
                 mean.copy_(value)
 
     @contextlib.contextmanager

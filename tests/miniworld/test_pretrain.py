@@ -12,9 +12,11 @@ import torch
 import modalities
 import util
 from features.clip import load_clip
-from miniworld import judge, models, pictures, pretrain, renders
+from miniworld import generator, judge, models, pictures, pretrain, renders
 from miniworld.clip_losses import grouped_contrast
 from miniworld.fitting import fit_part
+from miniworld.generator import GeneratorPart
+from miniworld.latents import whitened_latents
 from rundirs.tensors import load_tensors
 from sdxl.adapter_file import read_ip_adapter
 from sdxl.attention import Injector
@@ -131,7 +133,7 @@ def test_all_parts_load_where_the_real_ones_do(trained: Path) -> None:
 def test_latents_come_out_with_mean_0_and_variance_1(trained: Path) -> None:
     vae = load_sdxl(trained / "weights" / "sdxl", torch.float32, "cpu").vae
     data = renders.Renders(trained / "cache", 24, 0)
-    latents = pretrain.whitened_latents(vae, data.whole)
+    latents = whitened_latents(vae, data.whole)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.05
     assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
 
@@ -139,7 +141,7 @@ def test_latents_come_out_with_mean_0_and_variance_1(trained: Path) -> None:
 def test_the_generator_learns_every_part_of_the_adapter(trained: Path) -> None:
     state = torch.load(trained / "generator" / "state.pt", weights_only=True)["model"]
     start = models.build_unet(models.TRAINED)
-    fresh = pretrain.set_adapter(start, models.TRAINED.clip["embed_dim"])
+    fresh = generator.set_adapter(start, models.TRAINED.clip["embed_dim"])
     names = [name for name in state if "_ip." in name or name.startswith("projection.proj")]
     assert len(names) == 2 * len(fresh.layers) + 2
     before = torch.nn.ModuleDict({"unet": start, "projection": fresh.projection}).state_dict()
@@ -153,7 +155,7 @@ def test_a_share_of_the_rows_is_injected_at_some_sites_only(
     trained: Path, step: int, names: tuple[str, ...]
 ) -> None:
     data = renders.Renders(trained / "cache", 24, 0)
-    part = pretrain.GeneratorPart(data, models.Models(trained / "weights"), 200, 4000)
+    part = GeneratorPart(data, models.Models(trained / "weights"), 200, 4000, torch.device("cpu"))
     rows = part.scales(step, np.random.default_rng(0))[:, 0]
     of_layer = [layer.site for layer in part.injector.layers]
     sites = torch.stack([rows[:, of_layer.index(name)] for name in names], dim=1)
@@ -171,7 +173,7 @@ def test_a_share_of_the_rows_is_injected_at_some_sites_only(
 
 def test_the_object_weighs_more_than_the_ground() -> None:
     scenes = renders.training_scenes(8, seed=0)
-    weights = pretrain.importance(scenes, 4.0)
+    weights = generator.importance(scenes, 4.0)
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
     assert torch.allclose(weights.max() / weights.min(), torch.tensor(4.0))
     for scene, row in zip(scenes, weights[:, 0], strict=True):
