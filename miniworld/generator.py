@@ -224,7 +224,7 @@ def training_data(
     object_weight: float,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """What :class:`DenoisingLoss` reads, on CPU; encoded on ``device``, latents and embeddings once."""
+    """What :class:`DenoisingLoss` reads, on CPU; pictures are encoded on ``device``, once."""
     pipe = load_sdxl(weights.sdxl, torch.float32, "cpu")
     text, pooled = encode_texts(pipe, prompts)
     return {
