@@ -47,8 +47,9 @@ class DenoisingLoss(nn.Module):
     snr_limit = 5.0  # of SNR + 1: what is nearly clean counts less
 
     def __init__(self, unet: Any, injector: Injector, data: Mapping[str, torch.Tensor]) -> None:
-        """``data``: latents [n, 4, 16, 16], embeddings [n, D], importance [n, 1, 16, 16];
-        text [p, 77, W] and pooled [p, E] of the prompts; signal [T], the scheduler's."""
+        """``data``: latents [n, 4, 16, 16], embeddings [n, 2, D] of picture and caption,
+        importance [n, 1, 16, 16]; text [p, 77, W] and pooled [p, E] of the prompts; signal [T],
+        the scheduler's."""
         super().__init__()
         self.unet, self.projection = unet, injector.projection
         self.processors, self.data = injector.processors, data
@@ -67,7 +68,7 @@ class DenoisingLoss(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted and plain squared error []; arguments as in :meth:`GeneratorPart.draws`."""
         rows, prompts, times = numbers
-        self._inject(self._blurred(rows, blur, embedding_noise) * kept[:, None], scales)
+        self._inject(self._blurred(rows, blur, embedding_noise) * kept[:, None, None], scales)
         clean, signal = self.data["latents"][rows], self.data["signal"][times]
         share, rest = (part.view(-1, 1, 1, 1) for part in (signal.sqrt(), (1 - signal).sqrt()))
         found = self.unet(
@@ -85,14 +86,14 @@ class DenoisingLoss(nn.Module):
         return (ratio.clamp(max=self.snr_limit) / ratio * error).mean(), error.mean()
 
     def _blurred(self, rows: torch.Tensor, blur: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, D] as they would be estimated from ones with ``blur`` [B] times their
+        """Embeddings [B, 2, D] as they would be estimated from ones with ``blur`` [B] times their
         deviation of noise on top, the least squares way."""
         own = self.data["embeddings"][rows] - self.centre
-        level = blur[:, None]
+        level = blur[:, None, None]
         return self.centre + (own + level * self.spread * noise) / (1 + level.square())
 
     def _inject(self, embeddings: torch.Tensor, scales: torch.Tensor) -> None:
-        tokens = self.projection(embeddings[:, None])
+        tokens = self.projection(embeddings)
         for layer, processor in enumerate(self.processors):
             processor.hold_tokens(tokens, scales[:, :, layer])
 
@@ -104,9 +105,10 @@ class GeneratorPart:
     real adapter's, a share of the rows is injected at some sites only: SDXL's sites act alone, too
     (InstantStyle, arXiv:2404.02733), and miniature ones have to be made to. Another share sees
     its embedding blurred, as unCLIP's decoders do (arXiv:2204.06125, Stable unCLIP): predicted
-    ones are, and a generator that has only seen clean ones draws blobs from them. The object
-    counts more than the ground, ten times its size and soon learned; so do the noise levels that
-    decide on it.
+    ones are, and a generator that has only seen clean ones draws blobs from them. In a third
+    share the caption's embedding takes part of each site, as in the recipes: it knows no place,
+    and the sites that do have to be followed. The object counts more than the ground, ten times
+    its size and soon learned; so do the noise levels that decide on it.
     """
 
     # Adam moves weights whose gradient is mostly noise as far as all others: without decay kernels
@@ -116,6 +118,7 @@ class GeneratorPart:
     caption_share, embedding_dropout = 0.1, 0.08
     few_sites_share = 0.3
     blurred_share, most_blur = 0.3, 2.0
+    mixed_share = 0.4
     # At first the embedding enters at the 4 x 4 level only. Where all sites learn at once, the
     # 8 x 8 level is quicker, and then leaves nothing to learn for those below.
     deep_sites, deep_until = ("down.2", "mid", "up.0"), 0.2
@@ -154,7 +157,8 @@ class GeneratorPart:
         return np.where(told, self.caption_of[rows], plain)
 
     def scales(self, step: int, random: np.random.Generator) -> torch.Tensor:
-        """Injection scales [B, 1, L]: 1 at all sites, or in some rows at one site and perhaps more.
+        """Injection scales [B, 2, L] of picture and caption: together 1 at all sites, or in some
+        rows at one site and perhaps more.
 
         Squaring the chance of the others makes a site alone the most frequent case. Only
         ``deep_sites`` count as sites in the first ``deep_until`` of the steps.
@@ -167,12 +171,21 @@ class GeneratorPart:
         everywhere = random.random((shape[0], 1)) >= self.few_sites_share
         chosen = dict(zip(names, (more | alone | everywhere).T, strict=True))
         nowhere = np.zeros(shape[0], bool)
-        columns = [chosen.get(layer.site, nowhere) for layer in self.injector.layers]
-        return torch.from_numpy(np.stack(columns, axis=1)).float()[:, None]
+        layers = [layer.site for layer in self.injector.layers]
+        whole = np.stack([chosen.get(site, nowhere) for site in layers], axis=1)
+        shares = dict(zip(modalities.SITES, self.caption_shares(random).T, strict=True))
+        told = np.stack([shares[site] for site in layers], axis=1)
+        return torch.from_numpy(np.stack([whole * (1 - told), whole * told], axis=1)).float()
+
+    def caption_shares(self, random: np.random.Generator) -> np.ndarray:
+        """The caption's share [B, sites] of each site: none in most rows, else any, often all."""
+        shape = (self.batch_size, len(modalities.SITES))
+        mixed = random.random((shape[0], 1)) < self.mixed_share
+        return mixed * (2 * random.random(shape) - 0.5).clip(0, 1)
 
     def draws(self, step: int, random: np.random.Generator) -> tuple[torch.Tensor, ...]:
         """Arguments of :class:`DenoisingLoss`: numbers [3, B] of pictures, prompts and times,
-        scales [B, 1, L], blur and kept [B], noise [B, 4, 16, 16], noise of the embeddings [B, D].
+        scales [B, 2, L], blur and kept [B], noise [B, 4, 16, 16] and [B, 2, D] of embeddings.
         """
         size = self.batch_size
         rows = random.integers(len(self.caption_of), size=size)
@@ -190,7 +203,7 @@ class GeneratorPart:
         return (
             *(part.to(self.device, non_blocking=True) for part in small),
             torch.randn(size, 4, cells, cells, device=self.device),
-            torch.randn(size, width, device=self.device),
+            torch.randn(size, 2, width, device=self.device),
         )
 
     def losses(self, step: int, random: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -227,15 +240,17 @@ def training_data(
     """What :class:`DenoisingLoss` reads, on CPU; pictures are encoded on ``device``, once."""
     pipe = load_sdxl(weights.sdxl, torch.float32, "cpu")
     text, pooled = encode_texts(pipe, prompts)
+    seen = kept(
+        data.folder, "embeddings", weights.clip_checkpoint,
+        lambda: embed_pictures(weights, data.small, device),
+    )  # fmt: skip
+    told = embed_captions(weights, data.captions)
     return {
         "latents": kept(
             data.folder, "latents", weights.sdxl / "vae" / models.WEIGHTS_FILE,
             lambda: whitened_latents(pipe.vae.to(device), data.whole),
         ),
-        "embeddings": kept(
-            data.folder, "embeddings", weights.clip_checkpoint,
-            lambda: embed_pictures(weights, data.small, device),
-        ),
+        "embeddings": torch.stack([seen, told], dim=1),
         "importance": importance(data.scenes, object_weight),
         "text": text,
         "pooled": pooled,
@@ -272,6 +287,15 @@ def embed_pictures(weights: models.Models, small: np.ndarray, device: torch.devi
         crops = [clip.transform(Image.fromarray(row)) for row in small[start : start + 128]]
         parts.append(clip.encode_pictures(torch.stack(crops)).cpu())
     return torch.cat(parts)
+
+
+def embed_captions(weights: models.Models, captions: Sequence[str]) -> torch.Tensor:
+    """Un-normalised CLIP embeddings float32 [n, D] on CPU; each text is encoded once."""
+    clip = load_clip(str(weights.clip_config), str(weights.clip_checkpoint), torch.device("cpu"))
+    unique = sorted(set(captions))
+    place = {text: row for row, text in enumerate(unique)}
+    parts = [clip.encode_texts(unique[i : i + 256]) for i in range(0, len(unique), 256)]
+    return torch.cat(parts)[[place[text] for text in captions]]
 
 
 @torch.no_grad()

@@ -156,7 +156,8 @@ def test_a_share_of_the_rows_is_injected_at_some_sites_only(
 ) -> None:
     data = renders.Renders(trained / "cache", 24, 0)
     part = GeneratorPart(data, models.Models(trained / "weights"), 200, 4000, torch.device("cpu"))
-    rows = part.scales(step, np.random.default_rng(0))[:, 0]
+    both = part.scales(step, np.random.default_rng(0))
+    rows = both.sum(dim=1)
     of_layer = [layer.site for layer in part.injector.layers]
     sites = torch.stack([rows[:, of_layer.index(name)] for name in names], dim=1)
     for layer, name in enumerate(of_layer):  # a site's layers act together; others not at all
@@ -167,6 +168,10 @@ def test_a_share_of_the_rows_is_injected_at_some_sites_only(
     few = counts < len(names)
     share = part.few_sites_share
     assert 0.7 * share < few.float().mean() < share  # a draw of some sites may be all of them
+    told = both[:, 1] / rows.clamp(min=1e-9)  # the caption's share where anything is injected
+    mixed = (told > 0).any(dim=1).float().mean()
+    assert 0.7 * part.mixed_share < mixed < 1.05 * part.mixed_share
+    assert both.min() == 0 and 0.2 < told[told > 0].lt(1).float().mean() < 0.9
     alone = sites[counts == 1]
     assert len(alone) > 0.4 * few.sum() and alone.mean(dim=0).min() > 0.7 / len(names)
 
