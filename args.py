@@ -593,6 +593,9 @@ def evaluate_parser() -> Parser:
     _cache_dir(group)
     group.add("--permutations", type=positive_int, default=200, metavar="N",
         help="shuffles of the EEG in the control")
+    group.several("--average", type=positive_int, metavar="N",
+        help="also score retrieval with so many repetitions averaged, 1 2 4 ... 80: single trials "
+        "are what one look gives, published figures average all")
     group.choose("--occlusion", nargs="+", choices=("channels", "time"),
         help="also explain the encoder: what retrieval loses without each channel and region, or "
         "without each 50-ms window")

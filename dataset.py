@@ -41,6 +41,26 @@ from util import WHOLE, Part
 
 
 @dataclass(frozen=True)
+class SingleTrials:
+    """The single trials of a recording, cut to a model's signal, read as they are wanted."""
+
+    recording: Recording
+    signal: Signal
+
+    @property
+    def repetitions(self) -> int:
+        return self.recording.eeg.shape[1]
+
+    def mean(self, chosen: np.ndarray) -> torch.Tensor:
+        """Mean over the repetitions ``chosen`` [N, n] of each stimulus: float32 [N, C, T]."""
+        rows = [
+            self.signal.cut(self.recording.eeg[row][repetitions]).mean(axis=0)
+            for row, repetitions in enumerate(chosen)
+        ]
+        return torch.from_numpy(np.stack(rows).astype(np.float32, copy=False))
+
+
+@dataclass(frozen=True)
 class TestEEG:
     """Averaged EEG [N, C, T] of one subject's test recording; stimuli where DATA is at hand."""
 
@@ -51,6 +71,7 @@ class TestEEG:
     stimuli: list[Stimulus] | None
     hash: str
     source: Path
+    trials: SingleTrials | None = None  # None: there are no single ones
 
     @property
     def ids(self) -> list[int]:
@@ -88,7 +109,9 @@ def open_test(
     if stimuli:
         check_rows(recording, stimuli)
     signal = match_signal(recording, channels, times)
-    return TestEEG(average_trials(recording, signal), subject, stimuli, recording.hash, file)
+    averaged = average_trials(recording, signal)
+    trials = SingleTrials(recording, signal)
+    return TestEEG(averaged, subject, stimuli, recording.hash, file, trials)
 
 
 # ---------------------------------------------------------------- training data

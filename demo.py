@@ -25,6 +25,7 @@ from rundirs.files import atomic_write
 from util import CHECKOUT
 
 SUBJECT = "sub-01"
+AVERAGED = (1, 2, 5, 10, 20)  # of the world's 20 test repetitions
 PRIOR_STEPS = 10  # half of the default, for time
 PRIOR_DRAWS = 32  # four times the default: miniature priors are quick
 TRAINING_REPETITIONS = 2  # with as many trials, more pictures teach more
@@ -200,6 +201,7 @@ def plan_of(out: Path, seed: int, scale: Scale) -> list[tuple[str, list[str]]]:
             "scores",
             control_images=tuple(out / control for control in DRAWN_CONTROLS),
             occlusion=("channels", "time"),
+            average=AVERAGED,
         ),
         reporting(out),
     ]

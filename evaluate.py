@@ -18,7 +18,7 @@ import util
 from cli.config import Options
 from datafiles.eeg_files import is_simulated
 from decoder.controls import Prediction
-from evaluation import comparison, networks, occlusion, picture_scores, tables
+from evaluation import comparison, networks, occlusion, picture_scores, repetitions, tables
 from evaluation.opening import (
     Opened,
     PictureChoice,
@@ -42,6 +42,7 @@ class Scoring:
     protocol: str
     permutations: int
     occlusion: list[str] | None
+    average: list[int] | None
     control: str | None
     data_path: Path | None
     output_dir: Path
@@ -59,9 +60,9 @@ class Scoring:
 def score_retrieval(
     opened: Opened, how: Scoring, prediction: Prediction
 ) -> tuple[list[dict[str, Any]], ...]:
-    """(rows for results.json, lines of ranks.csv, rows of occlusion) of every subject."""
+    """(rows for results.json, lines of ranks.csv, rows of occlusion and of repetitions)."""
     bank, device = opened.bank, util.pick_device(how.device)
-    rows, lines, occluded = [], [], []
+    rows, lines, occluded, averaged = [], [], [], []
     for test in opened.tests:
         util.LOG.info("retrieval: %s", test.subject)
         decoder = opened.models[test.subject].to(device)
@@ -69,10 +70,16 @@ def score_retrieval(
         found = subject_queries(decoder, test, bank, prediction)
         rows += [retrieval_row(query, how.seed, how.permutations) for query in found]
         lines += [line for query in found for line in rank_lines(query, test.stimuli)]
+        gallery = decoder.gallery(bank.rows_for(test.stimuli))
         if how.occlusion:
-            gallery = decoder.gallery(bank.rows_for(test.stimuli))
             occluded += occlusion.occlusion_rows(decoder, test, gallery, how.occlusion, how.seed)
-    return rows, lines, occluded
+        averaged += [
+            repetitions.repetition_row(
+                decoder, test, gallery, count, how.control, how.seed, how.permutations
+            )
+            for count in sorted(set(how.average or ()))
+        ]
+    return rows, lines, occluded, averaged
 
 
 def score_pictures(opened: Opened, how: Scoring) -> tuple[list[dict[str, Any]], ...]:
@@ -95,9 +102,9 @@ def score(
 
     Returns the content of ``results.json``.
     """
-    retrieval, occluded, pictures = [], [], []
+    retrieval, occluded, averaged, pictures = [], [], [], []
     if opened.models:
-        retrieval, lines, occluded = score_retrieval(opened, how, prediction)
+        retrieval, lines, occluded, averaged = score_retrieval(opened, how, prediction)
         write_csv(run / "ranks.csv", lines)
     if opened.groups:
         pictures, lines = score_pictures(opened, how)
@@ -108,6 +115,7 @@ def score(
         "pictures": pictures,
         "metrics": picture_scores.described(pictures, how.protocol),
         "occlusion": {"how": occlusion.HOW, "rows": occluded} if occluded else None,
+        "repetitions": {"how": repetitions.HOW_AVERAGED, "rows": averaged} if averaged else None,
         "skipped": opened.skipped,
         "labels": {name: item.label for name, item in picture_scores.SCORES.items()},
         "literature": yaml.safe_load(LITERATURE.read_text(encoding="utf-8")),
@@ -131,6 +139,8 @@ def run_scores(options: Options) -> Path:
         open_pictures(options.settings(PictureChoice), opened)
     if values.model_path:
         open_retrieval(options.settings(RetrievalChoice), opened)
+        for test in opened.tests if values.average else ():
+            repetitions.check_average(test, values.average)
     inputs = identities(opened)
     run = open_run(options, values.output_dir, inputs, opened.plan())
     if not run.finished:

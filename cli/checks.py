@@ -17,7 +17,7 @@ OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to alre
 OF_THE_CHECK = ("check", "captions", "clip_feature_path")
 OF_THE_PRIOR = ("prior_predicts", "prior_loss", "noise_draws", "condition_dropout")
 # flags of evaluate.py that say nothing of pictures
-OF_RETRIEVAL = ("control", "subjects", "dataset", "permutations")
+OF_RETRIEVAL = ("control", "subjects", "dataset", "permutations", "average")
 OF_PICTURES = ("truth", "weights_dir", "protocol", "score_cache")
 
 
@@ -166,6 +166,10 @@ def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
         parser.error(f"--{flag} is of retrieval, which is not scored: give --model_path")
     for flag in _given(parser, values, OF_PICTURES) if not values.images else ():
         parser.error(f"--{flag} is of pictures, and none are scored: give --images")
+    if values.average and values.control in WITHOUT_EEG:
+        parser.error(
+            f"--average counts repetitions of the EEG; --control {values.control} has none"
+        )
     if values.occlusion and (values.control or not values.model_path):
         parser.error(
             "--occlusion explains what a model reads from the EEG: give --model_path, "

@@ -39,7 +39,7 @@ def world_parser() -> Parser:
     return parser
 
 
-PRETRAIN_STEPS = {"vae": 8000, "clip": 6600, "judge": 1500, "generator": 33000}
+PRETRAIN_STEPS = {"vae": 8000, "clip": 6600, "judge": 1500, "generator": 9000}
 
 
 def pretrain_parser() -> Parser:
@@ -57,7 +57,7 @@ def pretrain_parser() -> Parser:
         group.add(f"--{part}_steps", type=count, default=steps, metavar="N", per_call=True,
             help=f"optimiser steps of the {part}; more than before: it goes on")
     group.add("--pictures", type=positive_int, default=12000, metavar="N",
-        help="rendered pictures to train on, two of each concept")
+        help="rendered pictures to train on, two of each concept; the shipped generator had 96000")
     group.add("--batch_size", type=positive_int, metavar="N",
         help="pictures per step, for tests; default: each part's own")
     group.add("--seed", type=count, default=0, help="of pictures, weights, order and noise")

@@ -154,6 +154,21 @@ def occlusion_lines(rows: Sequence[Row], largest: int = 8) -> list[str]:
     return table([*head, *(f"drop of {name} [95 %]" for name in rows[0]["drops"])], lines)
 
 
+def repetition_lines(rows: Sequence[Row]) -> list[str]:
+    """A line per subject and number of repetitions averaged."""
+    lines = [
+        [
+            row["subject"], f"{row['repetitions']}", f"{row['n']}", f"{row['groups']}",
+            with_interval(row["top1"], row["top1_interval"]), number(row["top1_shuffled"]),
+            number(row["top1_chance"]), with_interval(row["top5"], row["top5_interval"]),
+            number(row["top5_chance"]), f"{row['median_rank']:g}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["subject", "repetitions", "N", "groups", "top-1 [95 %]", "shuffled EEG", "chance"]
+    return table([*head, "top-5 [95 %]", "chance", "median rank"], lines)
+
+
 def comparison_lines(rows: Sequence[Row]) -> list[str]:
     head = ["what", "score", "N", "A", "B", "A - B [95 %]", "p", "p, Holm"]
     lines = [
@@ -187,6 +202,10 @@ def as_table(results: Row) -> str:
     if results["across_subjects"]:
         means = across_subjects_table(results["across_subjects"])
         lines += ["## Retrieval over subjects, mean ± SE", "", *means, ""]
+    if results["repetitions"]:
+        found = results["repetitions"]
+        lines += ["## Repetitions averaged", "", found["how"], ""]
+        lines += [*repetition_lines(found["rows"]), ""]
     lacking = {row["images"]: row.get("unfinished") for row in results["pictures"]}
     lines += [f"**{images}: {lacks}.**\n" for images, lacks in lacking.items() if lacks]
     for title, paired in (("Pictures", True), ("Distributions of pictures", False)):

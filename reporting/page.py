@@ -30,6 +30,7 @@ from reporting.figures.scores import (
     asked_subjects,
     contribution_figures,
     rank_figures,
+    repetition_figures,
     retrieval_bars,
 )
 from reporting.figures.training import training_figures
@@ -265,6 +266,7 @@ def score_parts(item: Scores, world: World, thumbs: Thumbnails) -> dict[str, Any
             contribution_figures(item.results),
         ],
         "ranks": rank_figures(item.results, item.ranks),
+        "repetitions": repetition_figures(item.results),
         "confusions": found
         | {
             "pairs": [(shown(a), shown(b), count) for a, b, count in found["pairs"]],

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from preprocessing.reading import SET_TRIAL
 from sdxl.memory import main_memory_peak
 
-SLOWEST_S, MOST_BYTES = 2.0, 1 << 30
+SLOWEST_S, HANG_S, MOST_BYTES = 2.0, 30.0, 1 << 30
 _NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**62)
 _WORDS = (
     b"\0", b"\n", b"\r\n", b'"', b",", b"{", b"[" * 2000, b"(" * 300, b"{}", b":", b"- ", b"&a *a",
@@ -195,7 +195,7 @@ class Watch:
 
 
 def _too_long(*_: object) -> None:
-    raise AssertionError(f"more than {4 * SLOWEST_S} s: a hang")
+    raise AssertionError(f"more than {HANG_S} s: a hang")
 
 
 def forget_peak() -> None:
@@ -214,15 +214,15 @@ def watched(folder: Path, watch: Watch) -> Iterator[None]:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGALRM, _too_long)
-    signal.setitimer(signal.ITIMER_REAL, 4 * SLOWEST_S)
+    signal.setitimer(signal.ITIMER_REAL, HANG_S)
     resource.setrlimit(resource.RLIMIT_AS, (used + 4 * MOST_BYTES, before[1]))
     _seen.clear()
     _watching.append(folder)
-    begun = time.perf_counter()
+    begun = time.process_time()  # a busy machine makes nothing slow
     try:
         yield
     finally:
-        spent = time.perf_counter() - begun
+        spent = time.process_time() - begun
         _watching.clear()
         resource.setrlimit(resource.RLIMIT_AS, before)
         signal.setitimer(signal.ITIMER_REAL, 0)

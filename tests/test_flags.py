@@ -80,7 +80,7 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
     yield Stage(
         "evaluate", evaluate.main, "output_dir", scoring,
         {"dataset": "ubp", "subjects": "sub-01",
-         "occlusion": "time", "control": "shuffled_eeg", "permutations": 9,
+         "occlusion": "time", "average": 1, "control": "shuffled_eeg", "permutations": 9,
          "compare": ["--compare", NOWHERE, NOWHERE], "truth": NOWHERE, "weights_dir": NOWHERE,
          "prior_sampler": "ddim", "prior_steps": 2},
     )  # fmt: skip

@@ -249,3 +249,51 @@ def draw_histogram(
     axes.yaxis.set_major_locator(few_ticks())
     axes.margins(y=0.16)
     axes.grid(axis="y")
+
+
+def repetition_figures(results: Mapping[str, Any]) -> list[Figure]:
+    """Retrieval against the number of repetitions averaged, a line per subject; none without."""
+    rows = (results.get("repetitions") or {"rows": []})["rows"]
+    if not rows:
+        return []
+    subjects = list(dict.fromkeys(row["subject"] for row in rows))
+    parts = [
+        f"{row['subject']} {row['repetitions']}: {percent(row['top1'])} "
+        f"{bracket(row['top1_interval'], percent)}, shuffled {percent(row['top1_shuffled'])}"
+        for row in rows
+    ]
+    mark = "".join(f"{text}. " for text in spoken_marks(None, results.get("control")))
+    caption = (
+        f"{mark}Encoder to image, top-1 among {round(1 / rows[0]['top1_chance'])}, "
+        f"{', '.join(subjects)}, against how many repetitions of each stimulus were averaged; "
+        f"left, single trials. N = {rows[0]['n']} stimuli, seed {results['seed']}; band: 95 % over "
+        "stimuli; red: EEG dealt to other stimuli; dashed: chance."
+    )
+    draw = partial(draw_repetitions, rows=rows)
+    return [Figure(draw_svg(f"Repetitions averaged: {'; '.join(parts)}", 240, draw), caption)]
+
+
+def draw_repetitions(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Top-1 in per cent over a logarithmic axis of repetitions."""
+    axes = figure.subplots()
+    axes.set_title("retrieval top-1 by repetitions averaged")
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        own = [row for row in rows if row["subject"] == subject]
+        counts = [row["repetitions"] for row in own]
+        low, high = np.array([row["top1_interval"] for row in own], dtype=float).T * 100
+        top1 = [100 * row["top1"] for row in own]
+        axes.fill_between(counts, low, high, color=MUTED, alpha=0.25, linewidth=0)
+        axes.plot(counts, top1, color=INK, linewidth=1.5, marker="o", markersize=4)
+        axes.annotate(subject, (counts[-1], top1[-1]), (6, 0), textcoords="offset points",
+                      va="center", fontsize=9.5, color=INK)  # fmt: skip
+        shuffled = [100 * row["top1_shuffled"] for row in own]
+        axes.plot(counts, shuffled, color=ALERT, linewidth=1.3)
+    axes.axhline(100 * rows[0]["top1_chance"], color=MUTED, linestyle=(0, (3, 2)), linewidth=1.2)
+    counts = sorted({row["repetitions"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.margins(x=0.12)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(few_ticks())
+    axes.grid(axis="y")

@@ -111,7 +111,7 @@ def test_pictures_show_what_the_embeddings_say(scenes, embeddings, painter) -> N
     drawn = painter(embeddings, recipes("fused")[0])
     right = judge.verdicts(model, drawn, scenes)
     wrong = judge.verdicts(model, drawn, scenes[1:] + scenes[:1])
-    floors = {"shape": 0.5, "colour": 0.9, "background": 0.9, "pattern": 0.9}
+    floors = {"shape": 0.85, "colour": 0.9, "background": 0.95, "pattern": 0.95}
     for name, floor in floors.items():
         assert right[name].mean() >= floor, name
         assert wrong[name].mean() < right[name].mean() - 0.1, name
