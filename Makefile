@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 
 # A process per core, up to four, each with one thread; a file's tests share one process.
 test: $(VENV)/installed $(VENV)/browser
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check .

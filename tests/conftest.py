@@ -30,6 +30,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+LONG_FILES = (  # minutes each: first, so that no process is left alone with one at the end
+    "test_demo.py", "test_slurm.py", "test_flags.py", "test_evaluate.py", "test_browser.py",
+    "test_processes.py", "test_fuzz.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @dataclass(frozen=True)
 class Chain:
     """Where the stages of the tiny chain left their output."""
