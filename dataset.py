@@ -28,6 +28,8 @@ from datafiles.eeg_files import (
     cache_folder,
     cache_home,
     check_rows,
+    check_scale,
+    common_scale,
     list_subjects,
     match_signal,
     open_recording,
@@ -101,14 +103,19 @@ def open_test(
     cache_dir: Path | None,
     channels: Sequence[str],
     times: Sequence[float],
+    scale: float = 1.0,
 ) -> TestEEG:
-    """One subject's test recording, averaged over repetitions, cut to the model's signal."""
+    """One subject's test recording, averaged over repetitions, cut to the model's signal.
+
+    ``scale``: of the model's training recordings.
+    """
     # first the pictures: a DATA that is not there must not be made by the cache
     stimuli = list_stimuli(data_path, "test") if data_path else None
     recording = open_recording(file, cache_folder(data_path or cache_home(file), cache_dir))
     if stimuli:
         check_rows(recording, stimuli)
-    signal = match_signal(recording, channels, times)
+    signal = replace(match_signal(recording, channels, times), scale=scale)
+    check_scale(recording, signal)
     averaged = average_trials(recording, signal)
     trials = SingleTrials(recording, signal)
     return TestEEG(averaged, subject, stimuli, recording.hash, file, trials)
@@ -322,6 +329,8 @@ class TrainingData:
             f"{len(self.signal['times'])} samples, {len(self.samples)} training samples "
             f"({self.trials} trials)"
         )
+        if "scale" in self.signal:
+            yield f"multiply the recordings, which are not whitened, by {self.signal['scale']:g}"
         yield (
             f"train on {len(self.train_rows)} pictures, validate on {len(self.val_rows)} pictures "
             "of held-out concepts"
@@ -398,6 +407,19 @@ class DataChoice:
         }
 
 
+def what_is_read(
+    of: Mapping[str, Recording], asked: DataChoice
+) -> tuple[list[Signal], dict[str, Any]]:
+    """How each subject's recording is cut and scaled, and what a model's header says of it."""
+    recordings = list(of.values())
+    cut = select_signal(recordings[0], asked.channels, asked.time_window)
+    cuts = [match_signal(recording, cut.channels, cut.times) for recording in recordings]
+    scale = common_scale(recordings, cuts)
+    signal = {"channels": cut.channels, "times": cut.times, "subjects": list(of)}
+    scaled = [replace(one, scale=scale) for one in cuts]
+    return scaled, signal | ({} if scale == 1 else {"scale": scale})
+
+
 def open_training(
     asked: DataChoice, layer: str | None = None, donor: Mapping[str, Sequence[str]] | None = None
 ) -> TrainingData:
@@ -413,7 +435,7 @@ def open_training(
     recordings = list(of.values())
     for recording in recordings:
         check_rows(recording, stimuli)
-    cut = select_signal(recordings[0], asked.channels, asked.time_window)
+    cuts, signal = what_is_read(of, asked)
     concepts = [item.concept for item in stimuli]
     held_out = split_concepts(concepts, asked.val_fraction, asked.seed)
     notes: list[str] = []
@@ -424,8 +446,8 @@ def open_training(
     number = {name: place for place, name in enumerate(names)}
     return TrainingData(
         recordings,
-        [match_signal(recording, cut.channels, cut.times) for recording in recordings],
-        {"channels": cut.channels, "times": cut.times, "subjects": list(of)},
+        cuts,
+        signal,
         torch.tensor([item.id for item in stimuli]),
         torch.tensor([number[concept] for concept in concepts]),
         targets,

@@ -116,7 +116,8 @@ def open_model(asked: ModelChoice, rendering: Rendering) -> tuple[Decoder, TestE
     check_ip_adapter(rendering.ip_adapter_path, decoder.bank.embed_dim)
     file, subject, data_path = locate_test_eeg(asked.eeg_data, asked.subject, asked.data_path)
     signal = decoder.signal
-    test = open_test(file, subject, data_path, asked.cache_dir, signal["channels"], signal["times"])
+    of_model = signal["channels"], signal["times"], signal.get("scale", 1.0)
+    test = open_test(file, subject, data_path, asked.cache_dir, *of_model)
     return decoder, test
 
 

@@ -22,7 +22,7 @@ from datafiles.eeg_files import (
     check_rows,
     list_subjects,
     parsed_recording,
-    stored_unit,
+    unit_of,
 )
 from datafiles.electrodes import LEAST_V, MOST_V, OTHER_SCALE, grade
 from datafiles.feature_bank import open_bank
@@ -38,7 +38,12 @@ COMPARED_TRIALS = 4000  # of a file, of which three channels' first samples are
 SAMPLED_PICTURES = 500  # of a partition, whose headers are read
 # standard deviations: of volts as where they are preprocessed; of files of an unknown unit from
 # there to the same in microvolts
-SCALES = {"V": (LEAST_V, MOST_V), "": (LEAST_V, 1e6 * MOST_V), "whitened": (1e-2, 1e2)}
+SCALES = {
+    "V": (LEAST_V, MOST_V),
+    "T": (1e-15, 1e-10),
+    "": (LEAST_V, 1e6 * MOST_V),
+    "whitened": (1e-2, 1e2),
+}
 OTHER_PICTURES = (".gif", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
 Stimuli = dict[str, list[Stimulus]]
 Recordings = dict[str, dict[str, Recording]]  # subject -> partition
@@ -282,13 +287,13 @@ def _judge_amplitude(recording: Recording, deviations: np.ndarray, findings: Fin
             "a signal in every channel",
             "leave them out of --channels, or rebuild them (preprocess.py --interpolate_missing)",
         )
-    unit = stored_unit(recording.path)
+    unit = unit_of(recording)
     low, high = SCALES[unit]
     if not low <= middle <= high:
         findings.problem(
             recording.path,
-            f"a standard deviation of {middle:.3g}{' V' if unit == 'V' else ''}",
-            "about 1 (whitened), 1e-5 (volts) or 10 (microvolts)",
+            f"a standard deviation of {middle:.3g}{f' {unit}' if unit in ('V', 'T') else ''}",
+            "about 1 (whitened), 1e-5 (volts), 10 (microvolts) or, of MEG, 1e-13 (tesla)",
             "check the unit that the recording was exported in",
         )
 

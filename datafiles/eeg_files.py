@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from datafiles.datasets import registry
+from datafiles.electrodes import LEAST_V, is_meg
 from datafiles.pickles import DAMAGED
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, keys_hashes
 from modalities import AUTO
@@ -147,19 +148,23 @@ def _write_float32(path: Path, eeg: np.ndarray, channels: Sequence[str], source:
 
 @dataclass(frozen=True)
 class Signal:
-    """Which channels (by index) and which run of samples are read of a recording."""
+    """Which channels (by index) and which run of samples are read of a recording.
+
+    ``scale``: what values are multiplied by, 1 for EEG in units of about its own deviation.
+    """
 
     channels: list[str]
     times: list[float]
     channel_rows: list[int]
     start: int
+    scale: float = 1.0
 
     def cut(self, eeg: np.ndarray) -> np.ndarray:
         """[..., all channels, all samples] -> [..., C, T]; a view if all channels are in order."""
         eeg = eeg[..., self.start : self.start + len(self.times)]
-        if self.channel_rows == list(range(eeg.shape[-2])):
-            return eeg
-        return eeg[..., self.channel_rows, :]
+        if self.channel_rows != list(range(eeg.shape[-2])):
+            eeg = eeg[..., self.channel_rows, :]
+        return eeg if self.scale == 1 else eeg * self.scale
 
 
 def select_signal(
@@ -211,6 +216,51 @@ def match_signal(recording: Recording, channels: Sequence[str], times: Sequence[
             "resample the recording, or train with a --time_window that it has",
         )
     return Signal(signal.channels, list(times), signal.channel_rows, start)
+
+
+SEEN_ROWS = 32  # of a recording, for its amplitude
+AS_IT_IS = 1e-2  # the least deviation that networks read without a scale
+MOST_APART = 1e3  # times the deviation that a model was trained on
+
+
+def amplitude(recording: Recording, signal: Signal) -> float:
+    """Median over the channels of the standard deviation over trials and time, times the scale."""
+    rows = np.linspace(0, len(recording.eeg) - 1, min(SEEN_ROWS, len(recording.eeg))).astype(int)
+    trials = [signal.cut(recording.eeg[row, 0]).astype(np.float64) for row in rows]
+    return float(np.median(np.stack(trials).std(axis=(0, 2))))
+
+
+def common_scale(recordings: Sequence[Recording], signals: Sequence[Signal]) -> float:
+    """The power of ten that brings small values near a deviation of 1; else 1.
+
+    Volts (1e-5) and tesla (1e-13) are lost in the first normalisation of any network. Raises
+    DataError for recordings of units that differ.
+    """
+    found = [amplitude(*pair) for pair in zip(recordings, signals, strict=True)]
+    known = [size for size in found if size > 0]
+    if known and max(known) > MOST_APART * min(known):
+        least, most = (recordings[found.index(size)].path for size in (min(known), max(known)))
+        raise DataError(
+            most,
+            f"a standard deviation of {max(known):.3g}, but {min(known):.3g} in {least}",
+            "recordings of one unit",
+            "leave some out with --subjects, or export them anew",
+        )
+    middle = float(np.exp(np.mean(np.log(known)))) if known else 1.0
+    return 1.0 if middle >= AS_IT_IS else 10.0 ** -round(np.log10(middle))
+
+
+def check_scale(recording: Recording, signal: Signal) -> None:
+    """Raise DataError for a recording in another unit than the one that a model was trained on."""
+    found = amplitude(recording, signal)
+    most = MOST_APART if signal.scale != 1 else np.inf
+    if found and not 1 / MOST_APART <= found <= most:
+        raise DataError(
+            recording.path,
+            f"a standard deviation of {found / signal.scale:.3g}",
+            f"about {1 / signal.scale:.0e}, as what the model was trained on",
+            "export the recording in the unit of the training recordings",
+        )
 
 
 def eeg_file(data_path: Path, subject: str, partition: str) -> Path:
@@ -310,6 +360,14 @@ def stored_unit(path: Path) -> str:
     if whiten is None:
         return "whitened" if (folder / SIMULATED_NOTE).is_file() else ""
     return "whitened" if whiten else "V"
+
+
+def unit_of(recording: Recording) -> str:
+    """As :func:`stored_unit`, or ``T`` for MEG whose values can be nothing else."""
+    noted = stored_unit(recording.path)
+    if noted or not is_meg(recording.channels):
+        return noted
+    return "T" if amplitude(recording, select_signal(recording, None)) < LEAST_V else ""
 
 
 def is_simulated(data_path: Path | None) -> bool:

@@ -22,8 +22,35 @@ REGIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+# CTF's helmets: M, left, right or midline, the lobe, the sensor's number, perhaps the system's
+_SENSOR = re.compile(r"M[LRZ]([FTCPO])\d\d(-\d+)?")
+_LOBES = {name[0].upper(): name for name in REGIONS}
+HEAD_M = 0.095  # radius of the circle that maps are drawn in
+
+
+def is_meg(channels: Sequence[str]) -> bool:
+    """Whether most channels are gradiometers of CTF's helmets: ``MLC11``, ``MZO03-1609``."""
+    return 2 * sum(_SENSOR.fullmatch(name) is not None for name in channels) > len(channels)
+
+
+def sensor_places(channels: Sequence[str]) -> dict[str, np.ndarray]:
+    """{sensor: [2] in metres} of CTF's sensors on the flattened helmet of 275, nose up."""
+    import mne
+
+    layout = mne.channels.read_layout("CTF-275")
+    flat = layout.pos[:, :2] + layout.pos[:, 2:] / 2
+    low, high = flat.min(axis=0), flat.max(axis=0)
+    flat = (2 * (flat - low) / (high - low) - 1) * HEAD_M
+    known = {name.split("-")[0]: at for name, at in zip(layout.names, flat, strict=True)}
+    short = {name: name.split("-")[0] for name in channels}
+    return {name: known[own] for name, own in short.items() if own in known}
+
+
 def region(channel: str) -> str | None:
-    """The region of a channel by its 10-05 name; None for another name (``EOG``, ``Stim``)."""
+    """The region of a channel by its 10-05 or CTF name; None for another (``EOG``, ``Stim``)."""
+    sensor = _SENSOR.fullmatch(channel)
+    if sensor:
+        return _LOBES[sensor[1]]
     letters = channel.upper().rstrip("0123456789Z")
     return next((name for name, prefixes in REGIONS.items() if letters in prefixes), None)
 

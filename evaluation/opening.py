@@ -95,6 +95,7 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
                     asked.cache_dir,
                     decoder.signal["channels"],
                     decoder.signal["times"],
+                    decoder.signal.get("scale", 1.0),
                 )
             )
 

@@ -21,7 +21,7 @@ from datafiles.eeg_files import (
     check_rows,
     open_recording,
     select_signal,
-    stored_unit,
+    unit_of,
 )
 from modalities import NAMES, SITES
 from reporting.figures.eeg import erp_figure, occlusion_figures, scalp_figures
@@ -152,24 +152,24 @@ def injection_maps(drawings: Sequence[Drawing]) -> list[dict[str, Any]]:
     return maps
 
 
-def open_responses(path: Path, world: World) -> tuple[np.ndarray, list[str], np.ndarray, int]:
-    """One test recording: mean over trials [N, C, T], channels, times [T] in s, trials each."""
+def open_responses(path: Path, world: World) -> tuple[np.ndarray, list[str], np.ndarray, int, str]:
+    """One test recording: mean over trials [N, C, T], channels, times [T] in s, trials, unit."""
     cache = cache_folder(world.path, world.cache_dir)
     recording = open_recording(path, cache)
     if world.stimuli:
         check_rows(recording, world.stimuli)
     signal = select_signal(recording, None)
     eeg = average_trials(recording, signal).numpy()
-    return eeg, list(recording.channels), np.asarray(recording.times), recording.eeg.shape[1]
+    times, trials = np.asarray(recording.times), recording.eeg.shape[1]
+    return eeg, list(recording.channels), times, trials, unit_of(recording)
 
 
 def eeg_views(world: World, window: Sequence[float] | None) -> list[dict[str, Any]]:
     """Evoked responses per region and scalp maps over time, per subject."""
     views = []
     for subject, path in shown_eeg(world).items():
-        eeg, channels, times, trials = open_responses(path, world)
+        eeg, channels, times, trials, unit = open_responses(path, world)
         about = f"{subject}, N = {len(eeg)} test stimuli, mean of {trials} trials each"
-        unit = stored_unit(path)
         evoked = erp_figure(eeg, channels, times, subject, about, window, unit)
         maps = scalp_figures(eeg.mean(axis=0), channels, times, about, unit)
         views.append({"subject": subject, "figures": [evoked, *maps]})

@@ -101,6 +101,19 @@ def _start(one: Decoder) -> str:
     )
 
 
+def scaled_as(decoder: Decoder, data: TrainingData, run: Path) -> TrainingData:
+    """The data on the scale of a model. Raises UserError for recordings of another unit."""
+    scale, own = decoder.signal.get("scale", 1.0), data.signal.get("scale", 1.0)
+    if not 1e-2 <= own / scale <= 1e2:
+        raise util.UserError(
+            f"--adapt_from {run}",
+            f"recordings whose unit asks for a scale of {own:g}",
+            f"recordings in the unit that the model was trained on, scaled by {scale:g}",
+            "export them in that unit",
+        )
+    return replace(data, cuts=[replace(cut, scale=scale) for cut in data.cuts])
+
+
 def adapted(
     decoder: Decoder, run: Path, data: TrainingData, features: Path, trainable: str
 ) -> tuple[TrainingData, Decoder]:
@@ -126,12 +139,9 @@ def adapted(
             f"subjects other than {', '.join(known)}",
             "name the new ones alone",
         )
+    data = scaled_as(decoder, data, run)
     check_clip(data.clip, features, decoder.clip, run)
     decoder.encoder.add_subjects(len(new))
     decoder.signal["subjects"] = [*known, *new]
     decoder.train_only(trainable)
-    return replace(
-        data,
-        signal=data.signal | {"subjects": decoder.signal["subjects"]},
-        first_subject=len(known),
-    ), decoder
+    return replace(data, signal=dict(decoder.signal), first_subject=len(known)), decoder

@@ -18,6 +18,7 @@ from reporting.words import INTERVAL, MOST_SUBJECTS, bracket, finite, points
 UNITS = {  # of datafiles.eeg_files.stored_unit: what is shown, and by what it is multiplied
     "whitened": ("whitened units", 1.0),
     "V": ("µV", 1e6),
+    "T": ("fT", 1e15),
     "": ("units of the file, which says nothing of them", 1.0),
 }
 TOPOMAP_TIMES_S = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
@@ -94,9 +95,15 @@ def draw_erp(
 
 
 def placed(channels: Sequence[str]) -> tuple[list[str], Any]:
-    """The channels whose place is known, and an mne.Info of them; None for fewer than four."""
+    """The channels whose place is known, and an mne.Info of them, or of MEG places [C, 2].
+
+    None for fewer than four.
+    """
     import mne
 
+    if electrodes.is_meg(channels):
+        sensors = electrodes.sensor_places(channels)
+        return list(sensors), np.stack(list(sensors.values())) if len(sensors) >= 4 else None
     places = electrodes.positions(channels)
     if len(places) < 4:
         return [], None
