@@ -49,7 +49,9 @@ def content_of(path: Path) -> bytes:
     if path.suffix == ".png":
         return np.asarray(Image.open(path)).tobytes()
     if path.name == "results.json":
-        kept = ("retrieval", "pictures", "occlusion", "metrics", "skipped", "mark")
+        kept = (
+            "retrieval", "pictures", "occlusion", "repetitions", "metrics", "skipped", "mark",
+        )  # fmt: skip
         return json.dumps([json.loads(path.read_text())[name] for name in kept]).encode()
     return path.read_bytes()
 

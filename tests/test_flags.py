@@ -41,7 +41,6 @@ def with_another_latest(chain: Chain, root: Path) -> Path:
 
 def stages(chain: Chain, root: Path) -> Iterator[Stage]:
     """All that take data; ``world``, ``pretrain`` and ``demo`` have tests of their own."""
-    model = with_another_latest(chain, root)
     learn = {
         "dataset": "ubp",
         "subjects": "sub-01", "subject_dropout": 0.5, "val_fraction": 0.4, "lr_eeg": 0.1,
@@ -58,6 +57,16 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
     tiny += ["--epochs", 1, "--batch_size", 16, "--val_fraction", 0.2, "--device", "cpu"]
     yield Stage("train", train.main, "output_dir", tiny, learn)
     yield Stage("retrieval", ATMS_retrieval.main, "output_dir", tiny, learn)
+    yield Stage(
+        "features", clip_feature_extractor.main, "output_path",
+        ["--data_path", chain.data, "--device", "cpu", "--batch_size", 8, "--num_workers", 1,
+         "--clip_model", chain.models / "miniature-clip.json", "--superpixel_size", 64,
+         "--clip_pretrained", chain.models / "miniature-clip.safetensors"],
+        {"text_template": "a {concept}", "clip_model": "ViT-B-32", "clip_pretrained": NOWHERE,
+         "target_blur": 2, "image_layers": 2, "superpixel_size": 32},
+    )  # fmt: skip
+    yield Stage("report", report.main, "output", ["--runs", chain.model], {"dataset": "ubp"})
+    model = with_another_latest(chain, root)
     drawing = chain.generate_flags(root, "--mode", "fused", "--max_stimuli", 1, "--steps", 2)
     at = drawing.index("--output_dir")
     yield Stage(
@@ -84,15 +93,6 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
          "compare": ["--compare", NOWHERE, NOWHERE], "truth": NOWHERE, "weights_dir": NOWHERE,
          "prior_sampler": "ddim", "prior_steps": 2},
     )  # fmt: skip
-    yield Stage(
-        "features", clip_feature_extractor.main, "output_path",
-        ["--data_path", chain.data, "--device", "cpu", "--batch_size", 8, "--num_workers", 1,
-         "--clip_model", chain.models / "miniature-clip.json", "--superpixel_size", 64,
-         "--clip_pretrained", chain.models / "miniature-clip.safetensors"],
-        {"text_template": "a {concept}", "clip_model": "ViT-B-32", "clip_pretrained": NOWHERE,
-         "target_blur": 2, "image_layers": 2, "superpixel_size": 32},
-    )  # fmt: skip
-    yield Stage("report", report.main, "output", ["--runs", chain.model], {"dataset": "ubp"})
 
 
 NAMES_OF = ("train", "retrieval", "generate", "evaluate", "features", "report")
@@ -100,7 +100,7 @@ NAMES_OF = ("train", "retrieval", "generate", "evaluate", "features", "report")
 
 @pytest.mark.parametrize("name", NAMES_OF)
 def test_no_flag_is_idle(name: str, chain: Chain, tmp_path: Path) -> None:
-    (stage,) = (one for one in stages(chain, tmp_path) if one.name == name)
+    stage = next(one for one in stages(chain, tmp_path) if one.name == name)
     found = idle_flags(stage, tmp_path, "page.html" if name == "report" else "")
     assert found == ([], []), "idle, or without another value in stages()"
 
