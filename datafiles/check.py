@@ -137,6 +137,16 @@ def _check_copies(stimuli: Stimuli, findings: Findings) -> None:
 # ---------------------------------------------------------------- recordings
 
 
+def _about(layout: registry.Layout) -> list[str]:
+    """What is known of a form before a file of it is opened."""
+    form = layout.form
+    return [
+        f"{form.title} ({form.name}) in {layout.folder}; licence: {form.licence}",
+        f"order of the rows: {form.order}",
+        *(f"known of this form: {trap}" for trap in form.traps),
+    ]
+
+
 def check_recordings(
     data_path: Path,
     wanted: Sequence[str] | None,
@@ -161,7 +171,7 @@ def check_recordings(
                 "unpack the preprocessed EEG there, or make it of recordings (preprocess.py)",
             )
         return {}
-    findings.facts.append(f"{layout.form.title} ({layout.form.name}) in {layout.folder}")
+    findings.facts += _about(layout)
     names = findings.attempt(list_subjects, data_path, wanted, dataset) or []
     found: Recordings = {}
     for name in tqdm(names, desc="recordings", unit="subject", leave=False):

@@ -39,8 +39,8 @@ def sensor_places(channels: Sequence[str]) -> dict[str, np.ndarray]:
 
     layout = mne.channels.read_layout("CTF-275")
     flat = layout.pos[:, :2] + layout.pos[:, 2:] / 2
-    low, high = flat.min(axis=0), flat.max(axis=0)
-    flat = (2 * (flat - low) / (high - low) - 1) * HEAD_M
+    flat = flat - (flat.min(axis=0) + flat.max(axis=0)) / 2
+    flat *= HEAD_M / np.linalg.norm(flat, axis=1).max()  # all within the head's circle
     known = {name.split("-")[0]: at for name, at in zip(layout.names, flat, strict=True)}
     short = {name: name.split("-")[0] for name in channels}
     return {name: known[own] for name, own in short.items() if own in known}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import pickletools
 import struct
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -83,8 +86,43 @@ _UNLOADABLE = (
 )
 
 
+LONGEST_WORD = 4096  # characters without a blank
+_PICKLES = 5  # of a file from before torch 1.6: magic number, protocol, system, content, keys
+
+
+def _pickles(path: Path) -> Iterator[IO[bytes]]:
+    """What of a file of ``torch.save`` is a pickle, opened at its beginning, one by one."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    with archive.open(name) as file:
+                        yield file
+        return
+    with open(path, "rb") as file:
+        for _ in range(_PICKLES):
+            yield file
+
+
+def longest_word(path: Path) -> int:
+    """Of all texts in a file of ``torch.save``, as far as it can be read.
+
+    torch looks for reasons in its own complaints with patterns that take the square of a word's
+    length: 15,000 characters are three seconds, a million are hours.
+    """
+    longest = 0
+    with contextlib.suppress(*_UNLOADABLE, zipfile.BadZipFile, zlib.error, NotImplementedError):
+        for file in _pickles(path):
+            for _, value, _ in pickletools.genops(file):
+                if isinstance(value, str | bytes) and len(value) > LONGEST_WORD:
+                    longest = max(longest, *map(len, value.split()), 0)
+    return longest
+
+
 def load_torch(path: Path, expected: str, cure: str) -> dict[Any, Any]:
     """A dict that ``torch.save`` wrote, on the CPU; nothing in it is run. Raises DataError."""
+    if (word := longest_word(path)) > LONGEST_WORD:
+        raise DataError(path, f"unreadable (a name of {word} characters)", expected, cure)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual pickle protocols

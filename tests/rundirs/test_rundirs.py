@@ -11,6 +11,7 @@ import os
 import resource
 import stat
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -572,3 +573,29 @@ def test_a_disk_that_fills_up_while_torch_saves_is_told_as_that(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert load_torch(path, "", "") == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize("form", ["bare", "zip"])
+def test_an_endless_name_in_a_torch_file_is_refused_at_once(tmp_path, form):
+    """torch's own complaint of it takes the square of its length: hours for these."""
+    path, name = tmp_path / "a.pt", b"9" * 1_000_000
+    content = b"\x80\x02c" + name + b"\nsystem\n."
+    if form == "bare":
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+    with pytest.raises(DataError, match="1000000 characters"):
+        load_torch(path, "", "")
+
+
+def test_long_texts_of_words_in_a_torch_file_are_read(tmp_path):
+    text = "a setting of the run " * 5000
+    for legacy in (False, True):
+        torch.save(
+            {"told": text, "weight": torch.ones(2)},
+            tmp_path / "a.pt",
+            _use_new_zipfile_serialization=not legacy,
+        )
+        found = load_torch(tmp_path / "a.pt", "", "")
+        assert found["told"] == text and found["weight"].tolist() == [1, 1]
