@@ -256,7 +256,8 @@ def check_parser() -> Parser:
         "check",
         "Before the first stage: what is there, missing or inconsistent in a data folder. Reads\n"
         "headers and samples, writes nothing; exit code 0 if all is well, 1 for problems.\n"
-        "With --export: the recordings in another published form.",
+        "With --export: the recordings in another published form. With --import_features: a bank\n"
+        "of embeddings that others computed.",
         "python dataset.py --check --data_path DATA",
     )
     group = parser.flags("check")
@@ -275,7 +276,12 @@ def check_parser() -> Parser:
     group.choose("--export", choices=EXPORTS,
         help="write the recordings in this form for other people's code; npy: THINGS-EEG2's own")
     group.add("--output_path", type=Path, metavar="DIR",
-        help="where to; put training_images/ and test_images/ beside them")
+        help="where to, also of --import_features; put training_images/ and test_images/ beside "
+        "recordings")
+    group = parser.flags("import of embeddings, instead of a check")
+    group.several("--import_features", type=Path, metavar=("TRAINING", "TEST"),
+        help="embeddings that others computed of these pictures (.pt, .npy, .safetensors), which "
+        "become a bank for --clip_feature_path in --output_path")
     common_flags(parser, device=False, writes=False)
     return parser
 

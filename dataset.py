@@ -37,8 +37,10 @@ from datafiles.eeg_files import (
 )
 from datafiles.export import Export, write_as_form
 from datafiles.feature_bank import open_bank
+from datafiles.feature_import import FeatureImport, import_features
+from datafiles.splits import held_out_concepts, numbered
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, check_disjoint, list_stimuli, stimulus_id
-from modalities import AUTO
+from modalities import AUTO, NAMES
 from util import WHOLE, Part
 
 
@@ -338,42 +340,6 @@ class TrainingData:
         yield from self.notes
 
 
-def split_concepts(concepts: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """The held-out concepts: a seeded ``fraction`` of the distinct ones; at least one if > 0."""
-    distinct = sorted(set(concepts))
-    if fraction == 0 or len(distinct) < 2:
-        return set()
-    number = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
-    return set(util.numpy_generator_for(seed, "validation").permutation(distinct)[:number].tolist())
-
-
-def fair_validation(
-    chosen: set[str], here: set[str], donor: Mapping[str, Sequence[str]]
-) -> tuple[set[str], list[str]]:
-    """The concepts to hold out where training goes on from a model, and what is to be said of them.
-
-    ``chosen``, if the model was trained on none of them; else those that it held out, of the
-    concepts ``here``. Raises UserError where it held out none of them.
-    """
-    seen = chosen & set(donor["trained"])
-    if not seen:
-        return chosen, []
-    inherited = here & set(donor["held_out"])
-    if not inherited:
-        raise util.UserError(
-            "--val_fraction",
-            f"{len(seen)} of {len(chosen)} validation concepts were trained on by the model that "
-            "this run starts from, which held out none of these concepts",
-            "concepts that neither was trained on",
-            "give --val_fraction 0: nothing here can validate or select",
-        )
-    return inherited, [
-        f"{len(seen)} of the {len(chosen)} concepts that this --seed and --val_fraction hold out "
-        "were trained on by the model that this run starts from: validating on the "
-        f"{len(inherited)} that it held out"
-    ]
-
-
 def training_stimuli(data_path: Path) -> list[Stimulus]:
     """The training pictures in row order. Raises DataError, also if a concept is tested, too."""
     stimuli = list_stimuli(data_path, "training")
@@ -421,15 +387,19 @@ def what_is_read(
 
 
 def open_training(
-    asked: DataChoice, layer: str | None = None, donor: Mapping[str, Sequence[str]] | None = None
+    asked: DataChoice,
+    layer: str | None = None,
+    donor: Mapping[str, Sequence[str]] | None = None,
+    needed: Sequence[str] = NAMES,
 ) -> TrainingData:
     """Open everything training reads, checked and joined by stimulus id.
 
     ``layer``: of CLIP, whose features are wanted among the targets. ``donor``: the concepts of the
-    model that training starts from, see :func:`fair_validation`. Raises UserError / DataError.
+    model that training starts from, see :func:`datafiles.splits.fair_validation`. ``needed``: the
+    modalities. Raises UserError / DataError.
     """
     stimuli = training_stimuli(asked.data_path)
-    bank = open_bank(asked.clip_feature_path, "training", [layer])
+    bank = open_bank(asked.clip_feature_path, "training", [layer], needed)
     targets = bank.rows_for(stimuli)
     of = asked.recordings()
     recordings = list(of.values())
@@ -437,19 +407,15 @@ def open_training(
         check_rows(recording, stimuli)
     cuts, signal = what_is_read(of, asked)
     concepts = [item.concept for item in stimuli]
-    held_out = split_concepts(concepts, asked.val_fraction, asked.seed)
-    notes: list[str] = []
-    if donor:
-        held_out, notes = fair_validation(held_out, set(concepts), donor)
+    held_out, notes = held_out_concepts(concepts, asked.val_fraction, asked.seed, donor)
     is_val = torch.tensor([concept in held_out for concept in concepts])
-    names = sorted(set(concepts))
-    number = {name: place for place, name in enumerate(names)}
+    names, numbers = numbered(concepts)
     return TrainingData(
         recordings,
         cuts,
         signal,
         torch.tensor([item.id for item in stimuli]),
-        torch.tensor([number[concept] for concept in concepts]),
+        numbers,
         targets,
         (~is_val).nonzero().squeeze(1),
         is_val.nonzero().squeeze(1),
@@ -467,9 +433,12 @@ def open_training(
 
 @util.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspect a data folder, or export it. Exit code 1 if something is wrong with it."""
+    """Inspect or export a data folder, or import a bank. Exit code 1 if something is wrong."""
     options = args.resolve("check", argv)
     values = options.values
+    if values.import_features:
+        print(*import_features(options.settings(FeatureImport)), sep="\n")
+        return 0
     if values.export:
         print(*write_as_form(options.settings(Export)), sep="\n")
         return 0

@@ -115,10 +115,17 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
 
 
 def _validate_export(parser: Parser, values: argparse.Namespace) -> None:
-    if bool(values.export) != bool(values.output_path):
-        parser.error("--export FORM and --output_path DIR belong together")
-    for flag in _given(parser, values, OF_THE_CHECK) if values.export else ():
-        parser.error(f"--{flag} is of the check, which --export takes the place of")
+    writes = [flag for flag in ("export", "import_features") if getattr(values, flag)]
+    if len(writes) > 1:
+        parser.error("--export and --import_features are two commands")
+    if bool(writes) != bool(values.output_path):
+        parser.error("--output_path DIR goes with --export FORM or --import_features")
+    for flag in _given(parser, values, OF_THE_CHECK) if writes else ():
+        parser.error(f"--{flag} is of the check, which --{writes[0]} takes the place of")
+    if values.import_features:
+        _refuse_idle(
+            parser, values, ("subjects", "dataset"), "with --import_features: no EEG is read"
+        )
 
 
 def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:

@@ -11,11 +11,12 @@ import torch
 
 from datafiles.stimuli import Stimulus
 from modalities import FINAL, NAMES
-from rundirs.files import file_hash
-from rundirs.tensors import load_tensors
+from rundirs.files import file_hash, write_json
+from rundirs.tensors import load_tensors, save_tensors
 from util import DataError
 
 LAYER_PREFIX = "image_layer_"
+RETRIEVAL_NAMES = ("image", "text")  # the modalities that an encoder alone is trained on
 FINAL_LAYER = "image"  # CLIP's last layer, projected: the image modality itself
 
 
@@ -56,10 +57,13 @@ class Bank:
         return {name: features[rows] for name, features in self.features.items()}
 
 
-def open_bank(folder: Path, partition: str, layers: Collection[str | None] = ()) -> Bank:
+def open_bank(
+    folder: Path, partition: str, layers: Collection[str | None] = (), needed: Sequence[str] = NAMES
+) -> Bank:
     """A partition of the output of stage 1. DataError for an unfinished, damaged or NaN bank.
 
-    ``layers``: names of CLIP's layers that are wanted beside the five modalities, if any.
+    ``layers``: names of CLIP's layers that are wanted beside the modalities, if any; ``needed``:
+    the modalities, of which an imported bank may have but :data:`RETRIEVAL_NAMES`.
     """
     folder = Path(folder)
     path = folder / f"{partition}.safetensors"
@@ -76,15 +80,11 @@ def open_bank(folder: Path, partition: str, layers: Collection[str | None] = ())
     whole = stimulus.ndim == 1 and stimulus.dtype == torch.int64 and len(set(ids)) == len(ids)
     identity = header.get("clip")
     modalities = {name for name in stored if not name.startswith(LAYER_PREFIX)}
-    if modalities != set(NAMES) or not whole or not isinstance(identity, dict):
-        raise DataError(
-            path,
-            f"tensors {sorted(stored)}",
-            f"{', '.join(NAMES)} and stimulus ids",
-            "run clip_feature_extractor.py again",
-        )
+    _check_modalities(path, modalities, "imported" in header, needed)
+    if not whole or not isinstance(identity, dict):
+        raise DataError(path, "no stimulus ids, or no CLIP", "both", "run the stage again")
     beside = {layer for layer in layers if layer is not None} - {*NAMES}
-    wanted = [*NAMES, *sorted(beside)]
+    wanted = [*(name for name in NAMES if name in modalities), *sorted(beside)]
     if lost := [name for name in wanted if name not in stored]:
         raise DataError(
             path,
@@ -95,6 +95,58 @@ def open_bank(folder: Path, partition: str, layers: Collection[str | None] = ())
     features = {name: stored[name] for name in wanted}
     _check_finite(path, features, len(ids))
     return Bank(features, ids, identity, file_hash(path), path)
+
+
+def _check_modalities(
+    path: Path, found: Collection[str], imported: bool, needed: Sequence[str]
+) -> None:
+    """Raise DataError unless they are the five, or of an imported bank at least the needed ones."""
+    if not imported and set(found) != set(NAMES):
+        raise DataError(
+            path, f"tensors {sorted(found)}", f"{', '.join(NAMES)} and stimulus ids",
+            "run clip_feature_extractor.py again",
+        )  # fmt: skip
+    if lost := [name for name in needed if name not in found]:
+        raise DataError(
+            path,
+            f"imported features of {', '.join(sorted(found))}",
+            f"also {', '.join(lost)}",
+            "train with ATMS_retrieval.py, which needs image and text; for pictures from five "
+            "embeddings run clip_feature_extractor.py",
+        )
+
+
+def write_partition(
+    path: Path,
+    stimuli: Sequence[Stimulus],
+    texts: Sequence[str],
+    features: Mapping[str, torch.Tensor],
+    header: Mapping[str, Any],
+) -> None:
+    """``path`` + .safetensors: features with row ids; + .json: manifest. DataError for NaN."""
+    for name, rows in features.items():
+        if not torch.isfinite(rows).all():
+            raise DataError(
+                path,
+                f"NaN in the {name} features",
+                "finite features",
+                "check --clip_pretrained; where --precision float16 overflows, bfloat16 does not",
+            )
+    ids = torch.tensor([item.id for item in stimuli])
+    save_tensors(path.with_suffix(".safetensors"), {**features, "stimulus": ids}, header)
+    described = {
+        name: {
+            "shape": list(rows.shape),
+            "dtype": str(rows.dtype),
+            "mean_norm": float(rows.norm(dim=1).mean()),
+        }
+        for name, rows in features.items()
+    }
+    listed = [
+        {"stimulus": item.id, "picture": item.key, "concept": item.concept, "text": text}
+        for item, text in zip(stimuli, texts, strict=True)
+    ]
+    write_json(path.with_suffix(".json"), {**header, "features": described, "rows": listed})
 
 
 def _check_finite(path: Path, features: dict[str, torch.Tensor], number: int) -> None:

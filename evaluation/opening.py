@@ -8,12 +8,13 @@ from typing import Any
 
 from datafiles.datasets.registry import layout_in
 from datafiles.eeg_files import list_subjects
-from datafiles.feature_bank import Bank, check_clip, open_bank
+from datafiles.feature_bank import RETRIEVAL_NAMES, Bank, check_clip, open_bank
 from datafiles.stimuli import list_stimuli
 from dataset import TestEEG, open_test
 from decoder.decoder import Decoder, model_file
 from evaluation import picture_scores, tables
 from evaluation.pairing import Group, pair, stimuli_below
+from modalities import NAMES
 from rundirs.files import file_hash, json_hash
 from rundirs.folds import runs_of
 from util import UserError
@@ -78,7 +79,9 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
     runs = runs_of(asked.model_path, asked.subjects)
     decoders = {name: Decoder.load(run, asked.checkpoint) for name, run in runs.items()}
     layers = {decoder.layer for decoder in decoders.values()}
-    opened.bank = open_bank(asked.clip_feature_path, "test", layers)
+    alone = all(decoder.bank is None for decoder in decoders.values())
+    needed = RETRIEVAL_NAMES if alone else NAMES
+    opened.bank = open_bank(asked.clip_feature_path, "test", layers, needed)
     for left_out, run in runs.items():
         decoder = decoders[left_out]
         check_clip(opened.bank.clip, opened.bank.path, decoder.clip, run)

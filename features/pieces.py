@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from datafiles import superpixel
+from datafiles.feature_bank import write_partition
 from datafiles.pictures import PictureError
 from datafiles.stimuli import Stimulus
 from features.clip import Clip
 from features.views import TEXT, VISUAL, PictureViews, Views
 from modalities import NAMES
 from rundirs.directory import RunDirectory
-from rundirs.files import write_json
 from rundirs.tensors import load_tensors, save_tensors
 from util import DataError
 
@@ -158,36 +158,3 @@ def join(
         names = [*NAMES, *sorted(found.keys() - set(NAMES))]
         features = {name: found[name] for name in names}
         write_partition(run.path / partition, items, texts[partition], features, header)
-
-
-def write_partition(
-    path: Path,
-    stimuli: Sequence[Stimulus],
-    texts: Sequence[str],
-    features: Mapping[str, torch.Tensor],
-    header: Mapping[str, Any],
-) -> None:
-    """``path`` + .safetensors: features with row ids; + .json: manifest. DataError for NaN."""
-    for name, rows in features.items():
-        if not torch.isfinite(rows).all():
-            raise DataError(
-                path,
-                f"NaN in the {name} features",
-                "finite features",
-                "check --clip_pretrained; where --precision float16 overflows, bfloat16 does not",
-            )
-    ids = torch.tensor([item.id for item in stimuli])
-    save_tensors(path.with_suffix(".safetensors"), {**features, "stimulus": ids}, header)
-    described = {
-        name: {
-            "shape": list(rows.shape),
-            "dtype": str(rows.dtype),
-            "mean_norm": float(rows.norm(dim=1).mean()),
-        }
-        for name, rows in features.items()
-    }
-    listed = [
-        {"stimulus": item.id, "picture": item.key, "concept": item.concept, "text": text}
-        for item, text in zip(stimuli, texts, strict=True)
-    ]
-    write_json(path.with_suffix(".json"), {**header, "features": described, "rows": listed})

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dataset
+from datafiles import splits
 from datafiles.datasets.things_eeg2 import EEG_FOLDER
 from datafiles.eeg_files import cache_home, eeg_file, locate_test_eeg
 from datafiles.stimuli import PARTITIONS, keys_hashes, list_stimuli
@@ -58,13 +59,13 @@ def test_the_split_is_by_concept_and_seeded(world):
 
 def test_split_sizes():
     concepts = [f"c{number}" for number in range(1654)] * 2
-    assert len(dataset.split_concepts(concepts, 0.05, 0)) == 83
-    assert dataset.split_concepts(concepts, 0.05, 0) == dataset.split_concepts(
+    assert len(splits.split_concepts(concepts, 0.05, 0)) == 83
+    assert splits.split_concepts(concepts, 0.05, 0) == splits.split_concepts(
         concepts[::-1], 0.05, 0
     )
-    assert dataset.split_concepts(concepts, 0, 0) == set()
-    assert len(dataset.split_concepts(["a", "b"], 0.9, 0)) == 1
-    assert dataset.split_concepts(["a"], 0.5, 0) == set()
+    assert splits.split_concepts(concepts, 0, 0) == set()
+    assert len(splits.split_concepts(["a", "b"], 0.9, 0)) == 1
+    assert splits.split_concepts(["a"], 0.5, 0) == set()
 
 
 def _epoch(data, epoch=0, batch_size=4, first=0):

@@ -18,12 +18,15 @@ from util import Part
 def validation_retrieval(
     decoder: Decoder, embeddings: torch.Tensor, data: TrainingData
 ) -> dict[str, float]:
-    """Retrieval per modality of held-out stimuli by EEG embeddings [stimuli x subjects, D]."""
+    """Retrieval per modality of held-out stimuli by EEG embeddings [stimuli x subjects, D].
+
+    Of the modalities that the bank has: an imported one may have but two.
+    """
     truth = torch.arange(len(data.val_rows)).repeat(len(data.recordings))
     galleries = {name: rows[data.val_rows] for name, rows in data.targets.items()}
     galleries["image"] = decoder.gallery(galleries)
     scores = {}
-    for name in NAMES:
+    for name in (name for name in NAMES if name in galleries):
         result = retrieval_topk(embeddings, galleries[name], truth)
         scores |= {f"val_{name}_top1": result["top1"], f"val_{name}_top5": result["top5"]}
     return scores | {"val_gallery": len(data.val_rows)}

@@ -13,6 +13,7 @@ from helpers_training import joint_flags, write_people
 import ATMS_retrieval
 import dataset
 import train
+from datafiles import splits
 from decoder import fusion, low_level
 from decoder.decoder import Decoder, model_file
 from rundirs.files import read_json, read_jsonl
@@ -67,7 +68,7 @@ def test_validation_sees_no_concept_that_the_donor_was_trained_on(
     donor = encoder if start == "--init_from" else two
     more = (start, donor) if start == "--init_from" else (start, donor, "--subjects", "sub-03")
     assert train.main(flags(world, tmp_path / "other", *more, "--seed", 5)) == 0
-    chosen = dataset.split_concepts([f"concept{n}" for n in range(CONCEPTS)], 0.25, 5)
+    chosen = splits.split_concepts([f"concept{n}" for n in range(CONCEPTS)], 0.25, 5)
     assert held_out(tmp_path / "other") == held_out(donor) != chosen
     assert "validating on the 3 that it held out" in capsys.readouterr().err
     assert "that it held out" in (tmp_path / "other" / "log.txt").read_text()
