@@ -135,10 +135,10 @@ def _read_array(path: Path) -> tuple[dict[str, Any], list[str] | None]:
     for name, file in (("image", path), ("text", path.with_name(f"{path.stem}_text.npy"))):
         if file.exists():
             with damage_told(file, EMBEDDINGS, BOTH_FILES):
-                array = np.load(file, allow_pickle=False)
+                array = np.load(file, mmap_mode="r", allow_pickle=False)
             if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
                 raise DataError(file, "no array of numbers", EMBEDDINGS, BOTH_FILES)
-            found[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+            found[name] = torch.from_numpy(np.array(array, dtype=np.float32))
     return found, _listed_names(path)
 
 

@@ -44,6 +44,7 @@ import args
 from datafiles import eeg_files, feature_bank, pictures, stimuli
 from datafiles.captions import read_captions
 from datafiles.datasets import registry, things_eeg2
+from datafiles.feature_import import read_features
 from preprocessing import events, reading, recordings, timeline
 from preprocessing.hints import explained
 from preprocessing.own_recordings import OwnTake
@@ -112,9 +113,9 @@ def _torch(_: Path) -> list[bytes]:
     return [_torch_saved(item) for item in (content, tensors, *hostile)]
 
 
-def _torch_saved(content: Any) -> bytes:
+def _torch_saved(content: Any, protocol: int = 5) -> bytes:
     buffer = io.BytesIO()
-    torch.save(content, buffer, pickle_protocol=5)
+    torch.save(content, buffer, pickle_protocol=protocol)
     return buffer.getvalue()
 
 
@@ -133,6 +134,30 @@ def _neurobridge(folder: Path) -> list[bytes]:
     saved = io.BytesIO()
     np.save(saved, builders.eeg_values(0, 4, 2, builders.CHANNELS, 4).reshape(2, 2, 2, 5, 4))
     return [saved.getvalue()]
+
+
+def _vectors(_: Path) -> list[bytes]:
+    """Embeddings of two test pictures: ATM's form, ENIGMA's, and hostile ones."""
+    rows = {"img_features": torch.ones(2, 4), "text_features": torch.ones(2, 4)}
+    named = {"image": {"a.png": torch.ones(4)}, "text": {"test1": torch.ones(1, 4)}}
+    hostile = [rows | {"info": item} for item in _hostile()]
+    return [_torch_saved(item, 2) for item in (rows, named, *hostile)]
+
+
+def _array(folder: Path) -> list[bytes]:
+    saved = io.BytesIO()
+    np.save(saved, np.ones((2, 4), np.float32))
+    (folder / "v_text.npy").write_bytes(saved.getvalue())
+    return [saved.getvalue()]
+
+
+TWO_STIMULI = [
+    stimuli.Stimulus(f"test_images/0000{n}_test{n}/a.png", Path("a.png")) for n in (1, 2)
+]
+
+
+def _read_vectors(path: Path) -> object:
+    return read_features(path, TWO_STIMULI)
 
 
 def _raw(_: Path) -> list[bytes]:
@@ -347,6 +372,8 @@ READERS = {
     "published": Reader("a.npy", _published, things_eeg2.parse_published, programs()),
     "torch": Reader("t.pt", _torch, registry.parse, programs().map(_torch_zipped)),
     "neurobridge": Reader("n.npy", _neurobridge, registry.parse),
+    "vectors": Reader("v.pt", _vectors, _read_vectors, programs().map(_torch_zipped)),
+    "vectors.npy": Reader("v.npy", _array, _read_vectors),
     "raw": Reader("r.npy", _raw, lambda p: recordings.PublishedTake(p, "test").open(), programs()),
     "captions.json": Reader("c.json", _captions_json, _read_captions),
     "captions.csv": Reader("c.csv", _captions_csv, _read_captions),
