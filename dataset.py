@@ -32,6 +32,7 @@ from datafiles.eeg_files import (
     common_scale,
     list_subjects,
     match_signal,
+    mean_trial,
     open_recording,
     select_signal,
 )
@@ -53,7 +54,17 @@ class SingleTrials:
 
     @property
     def repetitions(self) -> int:
-        return self.recording.eeg.shape[1]
+        """That every stimulus has."""
+        return int(self.recording.trial_counts.min())
+
+    def dealt(self, draw: np.random.Generator) -> np.ndarray:
+        """int [N, repetitions]: that many of each stimulus' trials, in random order."""
+        counts = self.recording.trial_counts
+        whole = np.tile(np.arange(counts.max()), (len(counts), 1))
+        order = draw.permuted(whole, axis=1)
+        # a stimulus' missing trials go to the end, the others keep their order
+        late = np.argsort(order >= counts[:, None], axis=1, kind="stable")
+        return np.take_along_axis(order, late, axis=1)[:, : self.repetitions]
 
     def mean(self, chosen: np.ndarray) -> torch.Tensor:
         """Mean over the repetitions ``chosen`` [N, n] of each stimulus: float32 [N, C, T]."""
@@ -113,7 +124,8 @@ def open_test(
     """
     # first the pictures: a DATA that is not there must not be made by the cache
     stimuli = list_stimuli(data_path, "test") if data_path else None
-    recording = open_recording(file, cache_folder(data_path or cache_home(file), cache_dir))
+    cache = cache_folder(data_path or cache_home(file), cache_dir)
+    recording = open_recording(file, cache, stimuli)
     if stimuli:
         check_rows(recording, stimuli)
     signal = replace(match_signal(recording, channels, times), scale=scale)
@@ -195,13 +207,20 @@ class TrainingData:
     def samples(self) -> torch.Tensor:
         """int64 [S, 3]: (subject, stimulus row, repetition; -1 = not a single one) of an epoch."""
         repetitions = (
-            range(min(len(item.eeg[0]) for item in self.recordings))
+            range(min(int(item.trial_counts.max()) for item in self.recordings))
             if self.trials == "single"
             else (-1,)
         )
-        return torch.cartesian_prod(
+        every = torch.cartesian_prod(
             torch.arange(len(self.recordings)), self.train_rows, torch.tensor(repetitions)
         )
+        subject, row, repetition = every.unbind(1)
+        return every[repetition < self.counts[subject, row]]
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """int64 [subjects, N]: trials of each picture."""
+        return torch.from_numpy(np.stack([item.trial_counts for item in self.recordings]))
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches only, so that every step sees the same number of negatives."""
@@ -236,9 +255,8 @@ class TrainingData:
         """
         if self.trials == "single":
             return None
-        counts = torch.tensor([item.eeg.shape[1] for item in self.recordings])
-        most = int(counts.max())
-        count = counts[self.samples[:, 0], None]  # of each sample's subject
+        most = int(self.counts.max())
+        count = self.counts[self.samples[:, 0], self.samples[:, 1], None]
         exists = torch.arange(most) < count
         if self.trials == "average":
             return exists
@@ -303,7 +321,7 @@ class TrainingData:
         Subject-major.
         """
         eeg = [
-            cut.cut(item.eeg[row]).mean(axis=0, dtype=np.float32)
+            mean_trial(item, cut, row)
             for item, cut in zip(self.recordings, self.cuts, strict=True)
             for row in self.val_rows.tolist()
         ]
@@ -340,6 +358,11 @@ class TrainingData:
         yield from self.notes
 
 
+def seen_by_all(recordings: Sequence[Recording]) -> torch.Tensor:
+    """bool [N]: pictures of which everybody has a trial."""
+    return torch.from_numpy(np.stack([item.trial_counts for item in recordings]).all(axis=0))
+
+
 def training_stimuli(data_path: Path) -> list[Stimulus]:
     """The training pictures in row order. Raises DataError, also if a concept is tested, too."""
     stimuli = list_stimuli(data_path, "training")
@@ -363,14 +386,17 @@ class DataChoice:
     cache_dir: Path | None = None
     dataset: str = AUTO
 
-    def recordings(self) -> dict[str, Recording]:
-        """{subject: its training recording}. Raises UserError / DataError."""
+    def recordings(self, stimuli: Sequence[Stimulus]) -> dict[str, Recording]:
+        """{subject: its training recording of these}. Raises UserError / DataError."""
         folder = cache_folder(self.data_path, self.cache_dir)
         layout = layout_in(self.data_path, self.dataset)
-        return {
-            name: open_recording(layout.file(name, "training"), folder)
+        found = {
+            name: open_recording(layout.file(name, "training"), folder, stimuli)
             for name in list_subjects(self.data_path, self.subjects, self.dataset)
         }
+        for recording in found.values():
+            check_rows(recording, stimuli)
+        return found
 
 
 def what_is_read(
@@ -400,15 +426,15 @@ def open_training(
     """
     stimuli = training_stimuli(asked.data_path)
     bank = open_bank(asked.clip_feature_path, "training", [layer], needed)
-    targets = bank.rows_for(stimuli)
-    of = asked.recordings()
+    of = asked.recordings(stimuli)
     recordings = list(of.values())
-    for recording in recordings:
-        check_rows(recording, stimuli)
     cuts, signal = what_is_read(of, asked)
     concepts = [item.concept for item in stimuli]
     held_out, notes = held_out_concepts(concepts, asked.val_fraction, asked.seed, donor)
     is_val = torch.tensor([concept in held_out for concept in concepts])
+    seen = seen_by_all(recordings)
+    if not seen.all():
+        notes.append(f"{int((~seen).sum())} pictures are left out: somebody has no trial of them")
     names, numbers = numbered(concepts)
     return TrainingData(
         recordings,
@@ -416,9 +442,9 @@ def open_training(
         signal,
         torch.tensor([item.id for item in stimuli]),
         numbers,
-        targets,
-        (~is_val).nonzero().squeeze(1),
-        is_val.nonzero().squeeze(1),
+        bank.rows_for(stimuli),
+        (seen & ~is_val).nonzero().squeeze(1),
+        (seen & is_val).nonzero().squeeze(1),
         asked.trials,
         asked.seed,
         bank.clip,

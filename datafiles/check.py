@@ -178,7 +178,7 @@ def check_recordings(
         own = {}
         for partition in PARTITIONS:
             path = layout.file(name, partition)
-            read = findings.attempt(parsed_recording, path)
+            read = findings.attempt(parsed_recording, path, stimuli.get(partition))
             if read is not None:
                 own[partition] = read
         if own:
@@ -203,7 +203,7 @@ def _check_subject(
 
 def _describe(name: str, own: dict[str, Recording], simulated: bool, findings: Findings) -> None:
     parts = [
-        f"{partition} {len(item.eeg):,} pictures x {item.eeg.shape[1]} trials"
+        f"{partition} {len(item.eeg):,} pictures x {_repetitions(item)} trials"
         for partition, item in own.items()
     ]
     one = next(iter(own.values()))
@@ -221,6 +221,12 @@ def _describe(name: str, own: dict[str, Recording], simulated: bool, findings: F
         findings.notes.append(
             f"{name}: fewer trials of a test picture than of a training picture: exchanged files?"
         )
+
+
+def _repetitions(item: Recording) -> str:
+    """``4``, or ``2 to 4`` where some trials were dropped."""
+    least, most = int(item.trial_counts.min()), int(item.trial_counts.max())
+    return f"{most}" if least == most else f"{least} to {most}"
 
 
 def rate_hz(times: Sequence[float]) -> float:
@@ -264,7 +270,9 @@ def _check_values(recording: Recording, full: bool, findings: Findings) -> None:
     rows = range(len(eeg)) if full else spaced(len(eeg), max(4, SAMPLED_TRIALS // eeg.shape[1]))
     bad, deviations = [], []
     for row in rows:
-        trials = np.asarray(eeg[row], np.float64)
+        trials = np.asarray(recording.trials(row), np.float64)
+        if not len(trials):
+            continue
         if np.isfinite(trials).all():
             deviations.append(trials.std(axis=2).mean(axis=0))
         else:

@@ -8,11 +8,13 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from datafiles.datasets import registry
+from datafiles.datasets.form import DealtTrials, Parsed, joined
 from datafiles.electrodes import LEAST_V, is_meg
 from datafiles.pickles import DAMAGED
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, keys_hashes
@@ -22,7 +24,7 @@ from util import DataError, UserError
 
 RAW_FOLDER = "Raw_data"
 SIMULATED_NOTE = "simulated.json"  # lies in a subject's folder if its EEG is simulated
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,36 @@ class Recording:
     """One subject, one partition.
 
     ``eeg``: memory-mapped float32 [N, R, C, T]; ``times``: s after onset; ``pictures``: keys of
-    the stimuli in row order, where the file names them.
+    the stimuli in row order, where the file names them; ``counts``: of rows that have fewer than R
+    trials, which come first; None: all have R.
     """
 
-    eeg: np.ndarray
+    eeg: Any
     channels: list[str]
     times: list[float]
     hash: str
     path: Path
     pictures: Sequence[str] | None = None
+    counts: Sequence[int] | None = None
+
+    def trials(self, row: int) -> np.ndarray:
+        """The trials of a row [its own number of them, C, T]."""
+        return self.eeg[row] if self.counts is None else self.eeg[row][: self.counts[row]]
+
+    @property
+    def trial_counts(self) -> np.ndarray:
+        """int [N]: trials of each row."""
+        rows, repetitions = self.eeg.shape[:2]
+        return np.full(rows, repetitions) if self.counts is None else np.asarray(self.counts)
 
 
-def open_recording(path: Path, cache_dir: Path) -> Recording:
+def open_recording(
+    path: Path, cache_dir: Path, stimuli: Sequence[Stimulus] | None = None
+) -> Recording:
     """Open a published file through its float32 copy, made on first use; later opens parse nothing.
 
-    Raises DataError / UserError.
+    Rows are in the order of the ``stimuli``, where the file says of which picture each is. Raises
+    DataError / UserError.
     """
     source = Path(path)
     if not source.is_file():
@@ -54,16 +71,17 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
             "a published EEG file",
             "check --data_path and the subject's name",
         )
-    copy = copy_of(source, cache_dir)
+    sortable = stimuli if stimuli and registry.form_of(source).names_pictures else None
+    copy = copy_of(source, cache_dir, sortable)
     about = copy.with_suffix(".json")
     if not about.exists():  # written last: a copy without it is unfinished
-        _convert(source, copy, about)
+        _convert(source, copy, about, sortable)
     record = read_json(about)
     try:
         eeg = np.lib.format.open_memmap(copy, mode="r")
         if [*eeg.shape] != record["shape"] or eeg.dtype != np.float32:
             raise ValueError(f"{eeg.dtype} {eeg.shape}")
-        names = {name: record[name] for name in ("channels", "times", "hash", "pictures")}
+        names = {name: record[name] for name in ("channels", "times", "hash", "pictures", "counts")}
         return Recording(eeg, path=source, **names)
     except (OSError, *DAMAGED) as error:
         raise DataError(
@@ -71,22 +89,35 @@ def open_recording(path: Path, cache_dir: Path) -> Recording:
         ) from None
 
 
-def parsed_recording(path: Path) -> Recording:
+def parsed_recording(path: Path, stimuli: Sequence[Stimulus] | None = None) -> Recording:
     """A file as it is, its type its own, without a copy and without its hash. Raises DataError."""
-    eeg, channels, times, pictures = registry.parse(path)
-    return Recording(eeg, channels, times, "", path, pictures)
+    eeg, channels, times, pictures = _in_order(path, stimuli)
+    return Recording(eeg, channels, times, "", path, pictures, _counts(eeg))
 
 
-def copy_of(source: Path, cache_dir: Path) -> Path:
-    """Where the float32 copy of a recording lies, as long as the recording is the same."""
+def _in_order(path: Path, stimuli: Sequence[Stimulus] | None) -> Parsed:
+    given = registry.parse(path)
+    return joined(path, given, stimuli) if stimuli else given
+
+
+def _counts(eeg: np.ndarray | DealtTrials) -> list[int] | None:
+    return eeg.counts if isinstance(eeg, DealtTrials) else None
+
+
+def copy_of(source: Path, cache_dir: Path, stimuli: Sequence[Stimulus] | None = None) -> Path:
+    """Where the float32 copy of a recording lies, as long as the recording is the same.
+
+    ``stimuli``: whose order the copy has, where that is not the file's own.
+    """
     stat = source.stat()
     known = [_CACHE_VERSION, file_hash(source), stat.st_size, stat.st_mtime_ns]
+    known += [item.key for item in stimuli or ()]
     return Path(cache_dir) / f"{source.parent.name}_{source.stem}_{json_hash(known)[:16]}.npy"
 
 
-def _convert(source: Path, copy: Path, about: Path) -> None:
+def _convert(source: Path, copy: Path, about: Path, stimuli: Sequence[Stimulus] | None) -> None:
     """Write the float32 copy, and last what there is to know about it."""
-    eeg, channels, times, pictures = registry.parse(source)
+    eeg, channels, times, pictures = _in_order(source, stimuli)
     # jobs on several nodes may convert the same file, with the same process number
     temporary = copy.with_name(f".{copy.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
@@ -113,11 +144,14 @@ def _convert(source: Path, copy: Path, about: Path) -> None:
             "shape": list(eeg.shape),
             "hash": file_hash(source),
             "pictures": pictures,
+            "counts": _counts(eeg),
         },
     )
 
 
-def _write_float32(path: Path, eeg: np.ndarray, channels: Sequence[str], source: Path) -> None:
+def _write_float32(
+    path: Path, eeg: np.ndarray | DealtTrials, channels: Sequence[str], source: Path
+) -> None:
     """An .npy of finite values, row by row. Raises DataError, and OSError for a full disk.
 
     Written, not mapped: a page that no longer fits on the disk would kill the process.
@@ -341,10 +375,16 @@ def _check_names(noted: Path, stimuli: Sequence[Stimulus]) -> None:
             )
 
 
+def mean_trial(recording: Recording, signal: Signal, row: int) -> np.ndarray:
+    """Mean over a row's trials: float32 [C, T]; zeros of a row without any."""
+    trials = recording.trials(row)
+    return signal.cut(trials if len(trials) else recording.eeg[row]).mean(axis=0, dtype=np.float32)
+
+
 def average_trials(recording: Recording, signal: Signal) -> torch.Tensor:
     """Mean over all repetitions: float32 [N, C, T], read row by row."""
-    rows = [signal.cut(recording.eeg[row]).mean(axis=0) for row in range(len(recording.eeg))]
-    return torch.from_numpy(np.stack(rows).astype(np.float32, copy=False))
+    rows = [mean_trial(recording, signal, row) for row in range(len(recording.eeg))]
+    return torch.from_numpy(np.stack(rows))
 
 
 def stored_unit(path: Path) -> str:

@@ -12,7 +12,7 @@ from datafiles.datasets.form import Form, Parsed
 from datafiles.datasets.things_eeg2 import THINGS_EEG2
 from datafiles.eeg_files import SIMULATED_NOTE, check_rows, list_subjects, parsed_recording
 from datafiles.stimuli import PARTITIONS, list_stimuli
-from util import UserError
+from util import DataError, UserError
 
 NPY = "npy"  # what people call THINGS-EEG2's own form
 
@@ -68,8 +68,14 @@ def _parts(asked: Export) -> list[_Part]:
                 raise UserError(
                     "--output_path", f"{target} is there already", "a new folder", "name another"
                 )
-            item = parsed_recording(source)
+            item = parsed_recording(source, items)
             check_rows(item, items)
+            if item.counts is not None:
+                raise DataError(
+                    source, f"{min(item.counts)} to {max(item.counts)} trials of a picture",
+                    "as many of each: the forms that are written are whole arrays",
+                    "export another recording; the stages read this one as it is",
+                )  # fmt: skip
             given = Parsed(item.eeg, item.channels, item.times)
             found.append(_Part(source, target, given, [one.key for one in items]))
     return found

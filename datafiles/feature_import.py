@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from datafiles.feature_bank import RETRIEVAL_NAMES, write_partition
 from datafiles.pickles import damage_told
-from datafiles.stimuli import PARTITIONS, Stimulus, check_disjoint, list_stimuli
+from datafiles.stimuli import PARTITIONS, Stimulus, check_disjoint, list_stimuli, rows_by_name
 from modalities import NAMES
 from rundirs.files import atomic_write, file_hash
 from rundirs.tensors import load_tensors, load_torch
@@ -202,7 +202,7 @@ def _order(
     """The row of each stimulus. Raises DataError where some have none."""
     folders = list(dict.fromkeys(item.folder for item in stimuli))
     if names is not None and len(names) == count:
-        place = _places(path, names)
+        place = rows_by_name(names)
         rows = [next((place[key] for key in _keys(item, CALLED[called] == "text") if key in place),
                      None) for item in stimuli]  # fmt: skip
         if None in rows:
@@ -225,19 +225,7 @@ def _order(
     )
 
 
-def _places(path: Path, names: Sequence[str]) -> dict[str, int]:
-    """{each name, and what it ends with: row}; an ending of several rows is none of them."""
-    place: dict[str, int | None] = {}
-    for row, name in enumerate(names):
-        parts = PurePosixPath(name.strip().replace("\\", "/")).parts
-        for length in range(1, min(len(parts), 3) + 1):
-            ending = "/".join(parts[-length:])
-            place[ending] = row if place.get(ending, row) == row else None
-    return {name: row for name, row in place.items() if row is not None}
-
-
 def _keys(item: Stimulus, of_concept: bool) -> list[str]:
     """What a row of this stimulus may be called, the surest first."""
-    folder, file = item.key.split("/")[1:]
-    pictures = [str(item.id), item.key, f"{folder}/{file}", file]
-    return [*pictures, folder, item.concept] if of_concept else pictures
+    pictures = [str(item.id), *item.names]
+    return [*pictures, item.folder, item.concept] if of_concept else pictures

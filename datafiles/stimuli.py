@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import util
 from rundirs.files import json_hash
@@ -41,6 +41,23 @@ class Stimulus:
     @cached_property
     def id(self) -> int:
         return stimulus_id(self.key)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What others may call it, the surest first."""
+        _, folder, file = self.key.split("/")
+        return self.key, f"{folder}/{file}", file
+
+
+def rows_by_name(names: Sequence[str]) -> dict[str, int]:
+    """{each path, and what it ends with: row}; an ending that several rows have is none of them."""
+    place: dict[str, int | None] = {}
+    for row, name in enumerate(names):
+        parts = PurePosixPath(name.strip().replace("\\", "/")).parts
+        for length in range(1, min(len(parts), 3) + 1):
+            ending = "/".join(parts[-length:])
+            place[ending] = row if place.get(ending, row) == row else None
+    return {name: row for name, row in place.items() if row is not None}
 
 
 def concept_of_folder(folder: str) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import util
+from datafiles.eeg_files import mean_trial
 from datafiles.pictures import read_pixels
 from datafiles.stimuli import Stimulus
 from dataset import TestEEG, TrainingData
@@ -138,7 +139,7 @@ def training_features(decoder: Decoder, data: TrainingData, number: int) -> torc
     found = []
     for start in range(0, len(recording.eeg), _BATCH):
         rows = range(start, min(start + _BATCH, len(recording.eeg)))
-        eeg = np.stack([cut.cut(recording.eeg[row]).mean(axis=0, dtype=np.float32) for row in rows])
+        eeg = np.stack([mean_trial(recording, cut, row) for row in rows])
         found.append(head_inputs(decoder, torch.from_numpy(eeg), subject))
     return torch.cat(found)
 

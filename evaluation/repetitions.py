@@ -42,10 +42,8 @@ def check_average(test: TestEEG, counts: Sequence[int]) -> None:
 def dealt(test: TestEEG, count: int, seed: int) -> Iterator[TestEEG]:
     """The recording averaged over ``count`` repetitions, once for each group of them."""
     assert test.trials is not None  # check_average has refused
-    rows, most = len(test.eeg), test.trials.repetitions
-    draw = util.numpy_generator_for(seed, "repetitions", test.subject)
-    order = draw.permuted(np.tile(np.arange(most), (rows, 1)), axis=1)
-    for group in range(min(most // count, MOST_GROUPS)):
+    order = test.trials.dealt(util.numpy_generator_for(seed, "repetitions", test.subject))
+    for group in range(min(test.trials.repetitions // count, MOST_GROUPS)):
         chosen = order[:, group * count : (group + 1) * count]
         yield replace(test, eeg=test.trials.mean(chosen))
 

@@ -155,12 +155,12 @@ def injection_maps(drawings: Sequence[Drawing]) -> list[dict[str, Any]]:
 def open_responses(path: Path, world: World) -> tuple[np.ndarray, list[str], np.ndarray, int, str]:
     """One test recording: mean over trials [N, C, T], channels, times [T] in s, trials, unit."""
     cache = cache_folder(world.path, world.cache_dir)
-    recording = open_recording(path, cache)
+    recording = open_recording(path, cache, world.stimuli)
     if world.stimuli:
         check_rows(recording, world.stimuli)
     signal = select_signal(recording, None)
     eeg = average_trials(recording, signal).numpy()
-    times, trials = np.asarray(recording.times), recording.eeg.shape[1]
+    times, trials = np.asarray(recording.times), int(np.median(recording.trial_counts))
     return eeg, list(recording.channels), times, trials, unit_of(recording)
 
 

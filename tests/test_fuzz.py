@@ -21,6 +21,8 @@ import builders
 import helpers_raw
 import mne
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -133,6 +135,17 @@ def _neurobridge(folder: Path) -> list[bytes]:
     (folder / "info.json").write_text(json.dumps(info))
     saved = io.BytesIO()
     np.save(saved, builders.eeg_values(0, 4, 2, builders.CHANNELS, 4).reshape(2, 2, 2, 5, 4))
+    return [saved.getvalue()]
+
+
+def _table(folder: Path) -> list[bytes]:
+    """The table of Alljoined, beside a recording of three trials."""
+    eeg = {"preprocessed_eeg_data": np.ones((3, 2, 4)), "ch_names": ["Oz", "Cz"],
+           "times": np.arange(4) / 100}  # fmt: skip
+    (folder / "preprocessed_eeg_test_flat.npy").write_bytes(pickled(eeg, 4))
+    rows = [{"partition": "stim_test", "dropped": False, "image_path": f"{n}.jpg"} for n in "aab"]
+    saved = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), saved)
     return [saved.getvalue()]
 
 
@@ -372,6 +385,11 @@ READERS = {
     "published": Reader("a.npy", _published, things_eeg2.parse_published, programs()),
     "torch": Reader("t.pt", _torch, registry.parse, programs().map(_torch_zipped)),
     "neurobridge": Reader("n.npy", _neurobridge, registry.parse),
+    "parquet": Reader(
+        "experiment_metadata.parquet",
+        _table,
+        lambda p: registry.parse(p.with_name("preprocessed_eeg_test_flat.npy")),
+    ),
     "vectors": Reader("v.pt", _vectors, _read_vectors, programs().map(_torch_zipped)),
     "vectors.npy": Reader("v.npy", _array, _read_vectors),
     "raw": Reader("r.npy", _raw, lambda p: recordings.PublishedTake(p, "test").open(), programs()),

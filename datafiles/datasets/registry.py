@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from datafiles.datasets.alljoined import ALLJOINED
 from datafiles.datasets.form import Form, Parsed
 from datafiles.datasets.neurobridge import NEUROBRIDGE
-from datafiles.datasets.things_eeg2 import THINGS_EEG2
+from datafiles.datasets.things_eeg2 import EEG_KEYS, THINGS_EEG2
 from datafiles.datasets.things_meg import MEG_KEYS, THINGS_MEG
 from datafiles.datasets.ubp import UBP
 from datafiles.pickles import damage_told, mapped_file, npy_dtype, read_pickled_dict
 from modalities import AUTO
 from util import UserError
 
-FORMS = {form.name: form for form in (THINGS_EEG2, UBP, NEUROBRIDGE, THINGS_MEG)}
+FORMS = {form.name: form for form in (THINGS_EEG2, UBP, NEUROBRIDGE, THINGS_MEG, ALLJOINED)}
 
 
 @dataclass(frozen=True)
@@ -93,5 +96,8 @@ def form_of(path: Path) -> Form:
         dtype = npy_dtype(mapped)
     if dtype is not None and not dtype.hasobject:
         return NEUROBRIDGE
-    meg = MEG_KEYS[0] in read_pickled_dict(path)
-    return THINGS_MEG if meg else THINGS_EEG2
+    content = read_pickled_dict(path)
+    if MEG_KEYS[0] in content:
+        return THINGS_MEG
+    # trials one by one; a folded array has an axis more
+    return ALLJOINED if np.ndim(content.get(EEG_KEYS[0], 0)) == 3 else THINGS_EEG2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,19 +22,27 @@ EEG_KEYS = ("preprocessed_eeg_data", "ch_names", "times")
 
 def parse_published(path: Path) -> Parsed:
     """Raises DataError. The EEG is of the type and byte order that it has in the file."""
-    return parse_pickled(path, EEG_KEYS, "take a preprocessed THINGS-EEG2 file, or")
+    return parse_pickled(path, EEG_KEYS, "take a preprocessed THINGS-EEG2")
 
 
 def parse_pickled(path: Path, keys: tuple[str, str, str], cure: str) -> Parsed:
     """A pickled dict of data, channel names and times, under these keys. Raises DataError."""
+    content, channels, times = published_content(path, keys, cure)
+    return checked(path, array_in(content, keys[0]), channels, times)
+
+
+def published_content(
+    path: Path, keys: tuple[str, str, str], cure: str
+) -> tuple[dict[str, Any], list[str], list[float]]:
+    """A pickled dict whose data are an array, its channels and its times. Raises DataError."""
     content = read_pickled_dict(path)
     data, names, seconds = keys
     refuse_missing_keys(
         path, content, keys, f"{data}, {names} and {seconds}",
-        f"{cure} preprocess the recording (preprocess.py)",
+        f"{cure} file, or preprocess the recording (preprocess.py)",
     )  # fmt: skip
     try:
-        eeg = array_in(content, data)
+        array_in(content, data)
         channels = [str(name) for name in list_in(content, names)]
         times = [float(second) for second in list_in(content, seconds)]
     except (ValueError, TypeError, OverflowError) as error:
@@ -43,7 +52,7 @@ def parse_pickled(path: Path, keys: tuple[str, str, str], cure: str) -> Parsed:
             f"arrays {data} and {seconds}, a list {names}",
             "preprocess the recording again",
         ) from None
-    return checked(path, eeg, channels, times)
+    return content, channels, times
 
 
 def write_published(path: Path, given: Parsed, keys: Sequence[str]) -> None:

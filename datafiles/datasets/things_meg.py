@@ -12,7 +12,7 @@ MEG_KEYS = ("meg_data", "ch_names", "times")
 
 def parse_meg(path: Path) -> Parsed:
     """MEG in tesla. Raises DataError."""
-    return parse_pickled(path, MEG_KEYS, "take a preprocessed THINGS-MEG file, or")
+    return parse_pickled(path, MEG_KEYS, "take a preprocessed THINGS-MEG")
 
 
 THINGS_MEG = Form(

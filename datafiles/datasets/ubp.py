@@ -109,7 +109,7 @@ UBP = Form(
     licence="as the recordings: CC BY 4.0 (EEG), CC0 (MEG)",
     layout="Preprocessed_data_250Hz_whiten/sub-XX/train.pt and test.pt: torch.save of a dict of "
     "eeg float16 (pictures, repetitions, channels, samples), img, ch_names, times",
-    order="as img names the pictures; it has to be that of DATA",
+    order="any: img names the picture of each row",
     splits="as THINGS-EEG2, or THINGS-MEG",
     traps=(
         "whitened by training trials only: other units than THINGS-EEG2's own files",
@@ -120,4 +120,5 @@ UBP = Form(
     files={"training": "train.pt", "test": "test.pt"},
     parse=parse_ubp,
     write=write_ubp,
+    names_pictures=True,
 )

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from datafiles.datasets.registry import FORMS
@@ -46,11 +48,40 @@ def _neurobridge(file: Path, content: Content, partition: str, keys: list[str]) 
     (file.parent.parent / "info.json").write_text(json.dumps(info))
 
 
+def _alljoined(file: Path, content: Content, partition: str, keys: list[str]) -> None:
+    """Trials of all pictures mixed, with rows of dropped ones and of the other partition."""
+    eeg = content["preprocessed_eeg_data"]
+    order = np.random.default_rng(5).permutation(eeg.shape[0] * eeg.shape[1])
+    order = order[np.argsort(order % eeg.shape[1], kind="stable")]  # repetitions in their order
+    shown = [keys[place // eeg.shape[1]] for place in order]
+    write_flat(file, content, partition, shown, eeg.reshape(-1, *eeg.shape[2:])[order])
+
+
+def write_flat(
+    file: Path, content: Content, partition: str, shown: list[str], eeg: np.ndarray
+) -> None:
+    """Trials [M, C, T] of the pictures ``shown``; the table is that of both partitions."""
+    table = file.parent / "experiment_metadata.parquet"
+    before = pq.read_table(table).to_pylist() if table.exists() else []
+    mine = {"training": "stim_train", "test": "stim_test"}[partition]
+    rows = [
+        {"partition": mine, "dropped": False, "image_path": name.split("/", 1)[1],
+         "subject": 1 + int(file.parent.name != "sub-01")}
+        for name in shown
+    ]  # fmt: skip
+    rows.insert(1, rows[0] | {"dropped": True, "image_path": rows[-1]["image_path"]})
+    rows.append(rows[0] | {"subject": 9})
+    pq.write_table(pa.Table.from_pylist([*rows, *before]), table)
+    flat = dict(content) | {"preprocessed_eeg_data": eeg}
+    file.write_bytes(pickle.dumps(flat))
+
+
 WRITERS = {
     "things-eeg2": _pickled({}),
     "ubp": _ubp,
     "neurobridge": _neurobridge,
     "things-meg": _pickled({"preprocessed_eeg_data": "meg_data"}),
+    "alljoined": _alljoined,
 }
 
 

@@ -48,6 +48,7 @@ def test_every_form_is_a_choice():
 def test_every_form_is_documented():
     text = (Path(registry.__file__).parents[2] / "docs" / "datasets.md").read_text("utf-8")
     rows = {line.split("|")[1].strip(" `"): line for line in text.splitlines() if "| `" in line}
+    rows = {name: line for name, line in rows.items() if "." not in name}  # other tables: of files
     assert tuple(rows) == ("--dataset", *DATASETS)
     for name, form in registry.FORMS.items():
         assert all(file in rows[name] for file in form.files.values()), name
@@ -63,11 +64,12 @@ def test_a_form_holds_what_was_written(data, form, tmp_path):
     for file, partition in zip(files, PARTITIONS, strict=True):
         assert eeg_files.eeg_file(data, "sub-01", partition) == file
         assert registry.form_of(file).name == form
-        read = eeg_files.open_recording(file, tmp_path / "cache")
+        stimuli = list_stimuli(data, partition)
+        read = eeg_files.open_recording(file, tmp_path / "cache", stimuli)
         np.testing.assert_array_equal(read.eeg, given[partition]["preprocessed_eeg_data"])
         assert read.channels == list(builders.CHANNELS)
         np.testing.assert_allclose(read.times, np.arange(20) / builders.RATE_HZ, atol=1e-12)
-        eeg_files.check_rows(read, list_stimuli(data, partition))
+        eeg_files.check_rows(read, stimuli)
 
 
 def rewritten(chain, root, form) -> None:
@@ -141,12 +143,30 @@ def test_float16_loses_less_than_a_thousandth(data, tmp_path):
 
 def test_rows_of_other_pictures_are_refused(data, tmp_path):
     file = write_as("ubp", data, "sub-01", contents(data))[0]
-    read = eeg_files.open_recording(file, tmp_path / "cache")
     (data / "training_images/00001_train1/train1_1.png").rename(
         data / "training_images/00001_train1/train1_3.png"
     )
-    with pytest.raises(DataError, match=r"row 0 is of training_images/.*train1_1"):
-        eeg_files.check_rows(read, list_stimuli(data, "training"))
+    with pytest.raises(DataError, match=r"no row of 1 of 12 pictures.*train1_3\.png"):
+        eeg_files.open_recording(file, tmp_path / "cache", list_stimuli(data, "training"))
+    (data / "training_images/00001_train1/train1_3.png").unlink()
+    with pytest.raises(DataError, match=r"rows of 12 pictures, 11 are there; not .*train1_1\.png"):
+        eeg_files.parsed_recording(file, list_stimuli(data, "training"))
+
+
+def test_rows_in_another_order_are_those_of_their_pictures(data, tmp_path):
+    """Mixed with what they are called: read right, not refused; a copy in each order of its own."""
+    file = write_as("ubp", data, "sub-01", contents(data))[0]
+    stimuli = list_stimuli(data, "training")
+    wanted = eeg_files.open_recording(file, tmp_path / "cache", stimuli).eeg
+    content = torch.load(file, weights_only=False)
+    order = np.random.default_rng(2).permutation(12)
+    torch.save(content | {"eeg": content["eeg"][order], "img": content["img"][order]}, file)
+    read = eeg_files.open_recording(file, tmp_path / "cache", stimuli)
+    np.testing.assert_array_equal(read.eeg, wanted)
+    assert read.pictures == [item.key for item in stimuli]
+    backwards = eeg_files.open_recording(file, tmp_path / "cache", stimuli[::-1])
+    np.testing.assert_array_equal(backwards.eeg, wanted[::-1])
+    np.testing.assert_array_equal(eeg_files.parsed_recording(file, stimuli).eeg, wanted)
 
 
 def _saved(data, **changed):
