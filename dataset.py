@@ -358,9 +358,12 @@ class TrainingData:
         yield from self.notes
 
 
-def seen_by_all(recordings: Sequence[Recording]) -> torch.Tensor:
-    """bool [N]: pictures of which everybody has a trial."""
-    return torch.from_numpy(np.stack([item.trial_counts for item in recordings]).all(axis=0))
+def seen_by_all(recordings: Sequence[Recording], notes: list[str]) -> torch.Tensor:
+    """bool [N]: pictures of which everybody has a trial; the others are counted in ``notes``."""
+    seen = torch.from_numpy(np.stack([item.trial_counts for item in recordings]).all(axis=0))
+    if not seen.all():
+        notes.append(f"{int((~seen).sum())} pictures are left out: somebody has no trial of them")
+    return seen
 
 
 def training_stimuli(data_path: Path) -> list[Stimulus]:
@@ -426,15 +429,14 @@ def open_training(
     """
     stimuli = training_stimuli(asked.data_path)
     bank = open_bank(asked.clip_feature_path, "training", [layer], needed)
+    targets = bank.rows_for(stimuli)
     of = asked.recordings(stimuli)
     recordings = list(of.values())
     cuts, signal = what_is_read(of, asked)
     concepts = [item.concept for item in stimuli]
     held_out, notes = held_out_concepts(concepts, asked.val_fraction, asked.seed, donor)
     is_val = torch.tensor([concept in held_out for concept in concepts])
-    seen = seen_by_all(recordings)
-    if not seen.all():
-        notes.append(f"{int((~seen).sum())} pictures are left out: somebody has no trial of them")
+    seen = seen_by_all(recordings, notes)
     names, numbers = numbered(concepts)
     return TrainingData(
         recordings,
@@ -442,7 +444,7 @@ def open_training(
         signal,
         torch.tensor([item.id for item in stimuli]),
         numbers,
-        bank.rows_for(stimuli),
+        targets,
         (seen & ~is_val).nonzero().squeeze(1),
         (seen & is_val).nonzero().squeeze(1),
         asked.trials,

@@ -71,7 +71,7 @@ def open_recording(
             "a published EEG file",
             "check --data_path and the subject's name",
         )
-    sortable = stimuli if stimuli and registry.form_of(source).names_pictures else None
+    sortable = stimuli if stimuli and registry.names_pictures(source) else None
     copy = copy_of(source, cache_dir, sortable)
     about = copy.with_suffix(".json")
     if not about.exists():  # written last: a copy without it is unfinished

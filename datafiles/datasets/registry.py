@@ -82,6 +82,14 @@ def _has_files(form: Form, folder: Path) -> bool:
     return any(os.path.lexists(folder / file) for file in form.files.values())
 
 
+def names_pictures(path: Path) -> bool:
+    """Whether it is, by its name, of a form that says which picture each row is of.
+
+    The rows of such a file under another name are compared, not sorted.
+    """
+    return any(path.name in form.files.values() for form in FORMS.values() if form.names_pictures)
+
+
 def parse(path: Path) -> Parsed:
     """Read a file of whichever form it is. Raises DataError."""
     return form_of(path).parse(path)
