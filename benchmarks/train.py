@@ -332,7 +332,7 @@ def write_subjects(
             eeg[:] = np.random.default_rng(subject).standard_normal(shape, dtype=np.float32)
         about = {
             "shape": shape, "channels": names, "times": times, "hash": f"subject {subject}",
-            "pictures": None,
+            "pictures": None, "counts": None,
         }  # fmt: skip
         write_json(copy.with_suffix(".json"), about)
     stimuli = list_stimuli(root, "training")
