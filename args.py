@@ -251,13 +251,36 @@ def preprocess_parser() -> Parser:
     return parser
 
 
+def _instead_of_a_check(parser: Parser) -> None:
+    group = parser.flags("export, instead of a check")
+    group.choose("--export", choices=EXPORTS,
+        help="write the recordings in this form for other people's code; npy: THINGS-EEG2's own")
+    group.add("--output_path", type=Path, metavar="DIR",
+        help="where to, also of --import_features; put training_images/ and test_images/ beside "
+        "recordings")
+    group = parser.flags("import of embeddings, instead of a check")
+    group.several("--import_features", type=Path, metavar=("TRAINING", "TEST"),
+        help="embeddings that others computed of these pictures (.pt, .npy, .safetensors), which "
+        "become a bank for --clip_feature_path in --output_path")
+    group = parser.flags("block designs, instead of a check")
+    group.several("--blocks", type=Path, metavar="FILE",
+        help="EEGCVPR40 or EEG-ImageNet (.pth), whose classes were shown in blocks; becomes a DATA "
+        "in --output_path, with pictures from --data_path/CLASS/NAME.JPEG")
+    group.choose("--split", choices=("leave-block", "random"), default="leave-block",
+        help="test has classes, and so blocks, of its own, or a fifth of each class' pictures")
+    group.switch("--allow_block_leak",
+        help="make a random split of a block design, which measures EEG's drift, and mark all that "
+        "comes of it")
+    group.add("--seed", type=count, default=0, help="of the split")
+
+
 def check_parser() -> Parser:
     parser = Parser(
         "check",
         "Before the first stage: what is there, missing or inconsistent in a data folder. Reads\n"
         "headers and samples, writes nothing; exit code 0 if all is well, 1 for problems.\n"
         "With --export: the recordings in another published form. With --import_features: a bank\n"
-        "of embeddings that others computed.",
+        "of embeddings that others computed. With --blocks: a DATA of a block design.",
         "python dataset.py --check --data_path DATA",
     )
     group = parser.flags("check")
@@ -272,16 +295,7 @@ def check_parser() -> Parser:
         help="also whether these captions belong to the pictures")
     group.add("--clip_feature_path", type=Path, metavar="DIR",
         help="also whether this output of clip_feature_extractor.py belongs to the pictures")
-    group = parser.flags("export, instead of a check")
-    group.choose("--export", choices=EXPORTS,
-        help="write the recordings in this form for other people's code; npy: THINGS-EEG2's own")
-    group.add("--output_path", type=Path, metavar="DIR",
-        help="where to, also of --import_features; put training_images/ and test_images/ beside "
-        "recordings")
-    group = parser.flags("import of embeddings, instead of a check")
-    group.several("--import_features", type=Path, metavar=("TRAINING", "TEST"),
-        help="embeddings that others computed of these pictures (.pt, .npy, .safetensors), which "
-        "become a bank for --clip_feature_path in --output_path")
+    _instead_of_a_check(parser)
     common_flags(parser, device=False, writes=False)
     return parser
 

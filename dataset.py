@@ -20,6 +20,7 @@ import torch
 
 import util
 from datafiles import check
+from datafiles.datasets.block_design import Blocks, convert_blocks
 from datafiles.datasets.registry import layout_in
 from datafiles.eeg_files import (
     Recording,
@@ -466,6 +467,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = options.values
     if values.import_features:
         print(*import_features(options.settings(FeatureImport)), sep="\n")
+        return 0
+    if values.blocks:
+        print(*convert_blocks(options.settings(Blocks)), sep="\n")
         return 0
     if values.export:
         print(*write_as_form(options.settings(Export)), sep="\n")

@@ -17,6 +17,7 @@ import yaml
 import util
 from cli.config import Options
 from datafiles.eeg_files import is_simulated
+from datafiles.stimuli import leaks_blocks
 from decoder.controls import Prediction
 from evaluation import comparison, networks, occlusion, picture_scores, repetitions, tables
 from evaluation.opening import (
@@ -125,6 +126,7 @@ def score(
         "control": how.control,
         "mark": CONTROLS.get(how.control or "", ""),
         "simulated": is_simulated(how.data_path) or any(group.simulated for group in opened.groups),
+        "block_leak": leaks_blocks(how.data_path) or any(g.block_leak for g in opened.groups),
         "inputs": dict(inputs),
         "weights": {name: networks.weight_file_hash(path) for name, path in opened.weights.items()},
         **environment(),

@@ -115,17 +115,20 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
 
 
 def _validate_export(parser: Parser, values: argparse.Namespace) -> None:
-    writes = [flag for flag in ("export", "import_features") if getattr(values, flag)]
+    writes = [flag for flag in ("export", "import_features", "blocks") if getattr(values, flag)]
     if len(writes) > 1:
-        parser.error("--export and --import_features are two commands")
+        parser.error(f"--{writes[0]} and --{writes[1]} are two commands")
     if bool(writes) != bool(values.output_path):
-        parser.error("--output_path DIR goes with --export FORM or --import_features")
+        parser.error("--output_path DIR goes with --export, --import_features or --blocks")
     for flag in _given(parser, values, OF_THE_CHECK) if writes else ():
         parser.error(f"--{flag} is of the check, which --{writes[0]} takes the place of")
-    if values.import_features:
-        _refuse_idle(
-            parser, values, ("subjects", "dataset"), "with --import_features: no EEG is read"
-        )
+    if values.import_features or values.blocks:
+        _refuse_idle(parser, values, ("subjects", "dataset"), f"with --{writes[0]}")
+    of_blocks = ("split", "allow_block_leak", "seed")
+    if not values.blocks:
+        _refuse_idle(parser, values, of_blocks, "without --blocks")
+    elif values.split != "random":
+        _refuse_idle(parser, values, ("allow_block_leak",), f"with --split {values.split}")
 
 
 def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:

@@ -16,6 +16,11 @@ from util import DataError
 PARTITIONS = ("training", "test")
 IMAGE_FOLDER = {partition: f"{partition}_images" for partition in PARTITIONS}
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe")
+BLOCK_LEAK = "block_leak.json"  # lies in a DATA whose test pictures are of the blocks of training
+LEAKS = (
+    "BLOCK LEAKAGE: test pictures were shown in the blocks of training pictures, so that EEG's "
+    "drift alone tells their classes: no score of this DATA is of decoding"
+)
 STIMULUS_COLUMNS = ("stimulus", "stim_file", "image", "picture")  # of users' tables
 
 
@@ -186,8 +191,16 @@ def keys_hashes(stimuli: Mapping[str, Sequence[Stimulus]]) -> dict[str, str]:
     }
 
 
+def leaks_blocks(data_path: Path | None) -> bool:
+    """Whether DATA says that its split leaks: dataset.py --allow_block_leak."""
+    return data_path is not None and (Path(data_path) / BLOCK_LEAK).is_file()
+
+
 def check_disjoint(training: Sequence[Stimulus], test: Sequence[Stimulus]) -> None:
-    """Raise DataError if a test concept is also a training concept."""
+    """Raise DataError if a test concept is one of training, too; told where DATA says so."""
+    if training and leaks_blocks(training[0].path.parents[2]):
+        util.LOG.warning("%s", LEAKS)
+        return
     shared = sorted({item.concept for item in training} & {item.concept for item in test})
     if shared:
         raise DataError(

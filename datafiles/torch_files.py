@@ -110,17 +110,17 @@ class _TorchUnpickler(RestrictedUnpickler):
         return _Storage(self._storages[number[2]], number[1].dtype)
 
 
-def read_torch_dict(path: Path, expected: str) -> dict[str, Any]:
+def read_torch_dict(path: Path, expected: str, most: int = MOST_TORCH_STEPS) -> dict[str, Any]:
     """Read a dict of arrays and tensors, as arrays, from a file of ``torch.save``.
 
     Nothing in it is run, and long arrays stay in the file until they are looked at. Raises
     DataError for a missing, cut or other file, and for one that asks for more than arrays.
     """
     with damage_told(path, expected, "check --data_path and the subject's name"):
-        return dict_of(path, _content(path), expected)
+        return dict_of(path, _content(path, most), expected)
 
 
-def _content(path: Path) -> Any:
+def _content(path: Path, most: int) -> Any:
     """What the file holds. Raises what :func:`damage_told` knows."""
     entries = _entries(path)
     mapped = mapped_file(path)
@@ -134,7 +134,7 @@ def _content(path: Path) -> Any:
     }
     _check_byte_order(mapped, inside.get(f"{Path(home).parent}/byteorder"))
     refused = [name for name in REFUSED if name != "BINPERSID"]
-    steps = condense(mapped, *inside[home], most=MOST_TORCH_STEPS, refused=refused)
+    steps = condense(mapped, *inside[home], most=most, refused=refused)
     return _TorchUnpickler(*steps, storages).arrays()
 
 

@@ -32,6 +32,7 @@ class Group:
     pictures: tuple[Path, ...]
     owner: tuple[int, ...]
     simulated: bool = False
+    block_leak: bool = False
     unfinished: str = ""  # what lacks of the run, in words
     beside: bool = False  # given as --control_images, not as --images
 
@@ -139,6 +140,7 @@ def _group(
         tuple(item.path for item in drawn),
         tuple(place[row] for row in rows),
         about.get("simulated", False),
+        about.get("block_leak", False),
         lacking,
     )
 

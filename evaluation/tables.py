@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from datafiles.stimuli import LEAKS
 from rundirs.markdown import number, table, with_interval
 
 Row = Mapping[str, Any]
@@ -197,6 +198,8 @@ def as_table(results: Row) -> str:
         lines += [f"**{results['mark']}** (retrieval)", ""]
     if results["simulated"]:
         lines += ["**The EEG is simulated.**", ""]
+    if results.get("block_leak"):
+        lines += [f"**{LEAKS}.**", ""]
     if results["retrieval"]:
         lines += ["## Retrieval", "", *retrieval_lines(results["retrieval"]), ""]
     if results["across_subjects"]:

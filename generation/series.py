@@ -13,6 +13,7 @@ import torch
 
 from datafiles.eeg_files import SIMULATED_NOTE
 from datafiles.pictures import read_picture
+from datafiles.stimuli import leaks_blocks
 from dataset import TestEEG
 from generation import variants
 from generation.renderer import Renderer, Task, drawn_batches, fitting_batch
@@ -118,6 +119,7 @@ class Series:
             "seed": self.seed,
             "injection": self.injection,
             "simulated": (test.source.parent / SIMULATED_NOTE).exists(),
+            "block_leak": bool(test.stimuli) and leaks_blocks(test.stimuli[0].path.parents[2]),
         }
 
     @property

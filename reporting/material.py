@@ -11,7 +11,7 @@ from typing import Any
 import args
 from datafiles.datasets import registry
 from datafiles.eeg_files import is_simulated, locate_test_eeg
-from datafiles.stimuli import IMAGE_FOLDER, Stimulus, list_stimuli
+from datafiles.stimuli import IMAGE_FOLDER, Stimulus, leaks_blocks, list_stimuli
 from modalities import AUTO
 from reporting.words import MOST_SUBJECTS, spoken_marks
 from rundirs.files import read_csv, read_json
@@ -270,6 +270,12 @@ class Material:
     drawings: list[Drawing]
     scores: list[Scores]
     world: World
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the split leaks, as DATA says, or any of the scores."""
+        said = any(item.results.get("block_leak") for item in self.scores)
+        return said or leaks_blocks(self.world.path)
 
     @property
     def window(self) -> tuple[float, float] | None:

@@ -23,6 +23,7 @@ from datafiles.eeg_files import (
     select_signal,
     unit_of,
 )
+from datafiles.stimuli import LEAKS, leaks_blocks
 from modalities import NAMES, SITES
 from reporting.figures.eeg import erp_figure, occlusion_figures, scalp_figures
 from reporting.figures.injection_map import map_figure, site_scales
@@ -93,6 +94,7 @@ def page_hash(
             "stimuli": [item.key for item in world.stimuli],
             "eeg": {name: file_hash(path) for name, path in shown_eeg(world).items()},
             "simulated": world.simulated,
+            "block_leak": leaks_blocks(world.path),
         }
     )
 
@@ -306,7 +308,14 @@ def page_context(material: Material, thumbs: Thumbnails) -> dict[str, Any]:
         "title": "EEG → image: report",
         "simulated": world.simulated,
         "facts": facts(material),
-        "marks": list(dict.fromkeys(mark for item in mains for mark in item.marks)),
+        "marks": list(
+            dict.fromkeys(
+                [
+                    *(mark for item in mains for mark in item.marks),
+                    *([LEAKS + "."] if material.leaks else []),
+                ]
+            )
+        ),
         "headlines": headlines(material.scores),
         "gallery": bool(drawings),
         "data": embedded_json(gallery_data(drawings, material.scores, world, thumbs)),

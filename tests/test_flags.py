@@ -109,6 +109,7 @@ def test_no_flag_is_idle(name: str, chain: Chain, tmp_path: Path) -> None:
     ("flag", "value"),
     [("check", "full"), ("subjects", "sub-09"), ("dataset", "ubp"), ("captions", NOWHERE),
      ("export", "ubp"), ("output_path", NOWHERE), ("import_features", NOWHERE),
+     ("blocks", NOWHERE), ("split", "random"), ("seed", "3"),
      ("clip_feature_path", NOWHERE), ("data_path", NOWHERE)],
 )  # fmt: skip
 def test_no_flag_of_the_check_is_idle(chain: Chain, capsys, flag, value) -> None:
@@ -126,5 +127,5 @@ def test_every_stage_is_walked() -> None:
     given = set(args.STAGES["check"]().actions()) - HOW
     assert given == {
         "check", "subjects", "dataset", "captions", "clip_feature_path", "data_path", "export",
-        "output_path", "import_features",
+        "output_path", "import_features", "blocks", "split", "allow_block_leak", "seed",
     }  # fmt: skip

@@ -46,6 +46,7 @@ import args
 from datafiles import eeg_files, feature_bank, pictures, stimuli
 from datafiles.captions import read_captions
 from datafiles.datasets import registry, things_eeg2
+from datafiles.datasets.block_design import read_blocks
 from datafiles.feature_import import read_features
 from preprocessing import events, reading, recordings, timeline
 from preprocessing.hints import explained
@@ -155,6 +156,16 @@ def _vectors(_: Path) -> list[bytes]:
     named = {"image": {"a.png": torch.ones(4)}, "text": {"test1": torch.ones(1, 4)}}
     hostile = [rows | {"info": item} for item in _hostile()]
     return [_torch_saved(item, 2) for item in (rows, named, *hostile)]
+
+
+def _blocks(_: Path) -> list[bytes]:
+    """A block design of two trials, as a zip and as older torch wrote it, and hostile ones."""
+    listed = [{"eeg": torch.ones(2, 9), "image": n, "label": 0, "subject": n + 1} for n in range(2)]
+    content = {"dataset": listed, "images": ["a_1", "a_2"], "labels": ["a"]}
+    legacy = io.BytesIO()
+    torch.save(content, legacy, _use_new_zipfile_serialization=False)
+    hostile = [content | {"info": item} for item in _hostile()]
+    return [_torch_saved(content, 2), legacy.getvalue(), *(_torch_saved(one, 2) for one in hostile)]
 
 
 def _array(folder: Path) -> list[bytes]:
@@ -390,6 +401,7 @@ READERS = {
         _table,
         lambda p: registry.parse(p.with_name("preprocessed_eeg_test_flat.npy")),
     ),
+    "blocks": Reader("b.pth", _blocks, read_blocks, programs().map(_torch_zipped)),
     "vectors": Reader("v.pt", _vectors, _read_vectors, programs().map(_torch_zipped)),
     "vectors.npy": Reader("v.npy", _array, _read_vectors),
     "raw": Reader("r.npy", _raw, lambda p: recordings.PublishedTake(p, "test").open(), programs()),

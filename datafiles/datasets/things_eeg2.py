@@ -58,8 +58,13 @@ def published_content(
 def write_published(path: Path, given: Parsed, keys: Sequence[str]) -> None:
     """float32; rows have to be in the order of ``keys`` already."""
     values = (np.asarray(given.eeg, np.float32), list(given.channels), np.asarray(given.times))
+    pickled_whole(path, dict(zip(EEG_KEYS, values, strict=True)))
+
+
+def pickled_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write a pickle, whole or not at all."""
     with atomic_write(path, "wb") as file:
-        pickle.dump(dict(zip(EEG_KEYS, values, strict=True)), file, protocol=4)
+        pickle.dump(content, file, protocol=4)
 
 
 THINGS_EEG2 = Form(
