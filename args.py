@@ -96,6 +96,8 @@ def _training(group: FlagGroup) -> None:
     group.add("--ema_decay", type=share, default=0.0,
         help="EMA of the weights, used for validation and saving; 0 = off")
     group.add("--seed", type=count, default=0, help="of initialisation, order, noise and masks")
+    group.several("--seeds", type=count, metavar="N", per_call=True,
+        help="a training with each of these seeds instead of --seed, in RUN/seed_N")
     group.add("--accumulate", type=positive_int, default=1, metavar="N",
         help="compute a batch in N parts, for GPUs that are too small for it; negatives of the "
         "contrastive loss are those of the same part")
@@ -622,12 +624,18 @@ def evaluate_parser() -> Parser:
     _control(group)
     _prior_sampling(parser)
     _scored_pictures(parser)
-    group = parser.flags("two runs of this stage")
-    group.several("--compare", type=Path, per_call=True, metavar=("RUN_A", "RUN_B"),
-        help="instead: differences of every score they share, paired by stimulus, with tests")
+    _finished_scores(parser.flags("finished runs of this stage"))
     _scoring(parser)
     common_flags(parser)
     return parser
+
+
+def _finished_scores(group: FlagGroup) -> None:
+    group.several("--compare", type=Path, per_call=True, metavar=("RUN_A", "RUN_B"),
+        help="instead: differences of every score they share, paired by stimulus, with tests")
+    group.several("--over_seeds", type=Path, per_call=True, metavar="RUN",
+        help="instead: mean and standard deviation over trainings with other seeds, each scored by "
+        "itself, with --checkpoint best, latest, or both")
 
 
 def report_parser() -> Parser:

@@ -19,7 +19,7 @@ from cli.config import Options
 from datafiles.eeg_files import is_simulated
 from datafiles.stimuli import leaks_blocks
 from decoder.controls import Prediction
-from evaluation import comparison, networks, occlusion, picture_scores, repetitions, tables
+from evaluation import comparison, networks, occlusion, picture_scores, repetitions, seeds, tables
 from evaluation.opening import (
     Opened,
     PictureChoice,
@@ -121,6 +121,7 @@ def score(
         "labels": {name: item.label for name, item in picture_scores.SCORES.items()},
         "literature": yaml.safe_load(LITERATURE.read_text(encoding="utf-8")),
         "protocol": protocol_of(opened, how.protocol),
+        "trained": opened.trained,
         "seed": how.seed,
         "permutations": how.permutations,
         "control": how.control,
@@ -158,19 +159,22 @@ def run_scores(options: Options) -> Path:
 
 
 def run_comparison(options: Options) -> Path:
-    """Compare two finished runs of this stage; returns the run's folder."""
+    """Compare finished runs of this stage, two or those of several seeds; the run's folder."""
     values = options.values
-    found = comparison.comparison(*values.compare, values.seed)
-    inputs = {
-        side: file_hash(folder / "results.json")
-        for side, folder in zip("AB", values.compare, strict=True)
-    }
+    if values.compare:
+        found = comparison.comparison(*values.compare, values.seed)
+        page, runs = tables.as_comparison(found), dict(zip("AB", values.compare, strict=True))
+    else:
+        found = seeds.over_seeds(values.over_seeds, values.seed)
+        page, runs = tables.as_seeds(found), dict(enumerate(values.over_seeds))
+    inputs = {str(side): file_hash(folder / "results.json") for side, folder in runs.items()}
     plan = [f"compare {len(found['rows'])} scores"]
     run = open_run(options, values.output_dir, inputs, plan)
     if not run.finished:
-        write_json(run.path / "comparison.json", found)
+        name = "comparison.json" if values.compare else "seeds.json"
+        write_json(run.path / name, found)
         with atomic_write(run.path / "table.md") as file:
-            file.write(tables.as_comparison(found))
+            file.write(page)
         run.finish({})
     return run.path
 
@@ -179,7 +183,9 @@ def run_comparison(options: Options) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Score or compare what was given, write the results and their tables, print the table."""
     options = args.resolve("evaluate", argv)
-    run = run_comparison(options) if options.values.compare else run_scores(options)
+    values = options.values
+    compares = values.compare or values.over_seeds
+    run = run_comparison(options) if compares else run_scores(options)
     print((run / "table.md").read_text(encoding="utf-8"))
     return 0
 

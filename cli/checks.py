@@ -52,6 +52,8 @@ def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
         _validate_evaluate(parser, values)
     if getattr(values, "contrast_layer", None) and values.target_mse:
         parser.error("--target_mse needs the image embeddings as they are: not --contrast_layer")
+    if getattr(values, "seeds", None) and len(set(values.seeds)) < len(values.seeds):
+        parser.error(f"--seeds {' '.join(map(str, values.seeds))}: one of them twice")
     if parser.stage in ("train", "retrieval") and not values.mask_time + values.mask_patch:
         _refuse_idle(parser, values, ("mask_span",), "without --mask_time or --mask_patch")
     if parser.stage == "train":
@@ -155,14 +157,18 @@ def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:
 
 
 def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
-    if values.compare:
-        if values.model_path or values.images:
-            parser.error("--compare reads two finished runs: leave out --model_path and --images")
+    finished = [flag for flag in ("compare", "over_seeds") if getattr(values, flag)]
+    if finished:
+        if values.model_path or values.images or len(finished) > 1:
+            parser.error(
+                f"--{finished[0]} reads finished runs: leave out --model_path, --images and any "
+                "other comparison"
+            )
         return
     if not (values.model_path or values.images):
         parser.error(
             "nothing to score: give --model_path (retrieval), --images (pictures), both, "
-            "or --compare"
+            "--compare or --over_seeds"
         )
     if values.model_path and not values.clip_feature_path:
         parser.error("--model_path needs --clip_feature_path, the gallery to retrieve from")

@@ -15,7 +15,7 @@ from decoder.decoder import Decoder, model_file
 from evaluation import picture_scores, tables
 from evaluation.pairing import Group, pair, stimuli_below
 from modalities import NAMES
-from rundirs.files import file_hash, json_hash
+from rundirs.files import file_hash, json_hash, read_json
 from rundirs.folds import runs_of
 from util import UserError
 
@@ -52,6 +52,7 @@ class Opened:
     bank: Bank | None = None
     models: dict[str, Decoder] = field(default_factory=dict)  # of each subject, or one for all
     hashes: dict[str, str] = field(default_factory=dict)  # of the models' files
+    trained: list[dict[str, Any]] = field(default_factory=list)  # seed and checkpoint of each
     tests: list[TestEEG] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     weights: dict[str, Path] = field(default_factory=dict)
@@ -87,6 +88,7 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
         check_clip(opened.bank.clip, opened.bank.path, decoder.clip, run)
         wanted = [left_out] if left_out else asked.subjects or decoder.signal["subjects"]
         key = f"model_{left_out}" if left_out else "model"
+        opened.trained.append(_training_of(run, asked.checkpoint))
         opened.hashes[key] = file_hash(model_file(run, asked.checkpoint))
         for name in list_subjects(asked.data_path, wanted, asked.dataset):
             opened.models[name] = decoder
@@ -101,6 +103,15 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
                     decoder.signal.get("scale", 1.0),
                 )
             )
+
+
+def _training_of(run: Path, checkpoint: str) -> dict[str, Any]:
+    """Which training a model is of."""
+    noted = run / "options.json"
+    record = read_json(noted) if noted.is_file() else None
+    options = record.get("options") if isinstance(record, dict) else None
+    seed = options.get("seed") if isinstance(options, dict) else None
+    return {"run": run.name, "seed": seed, "checkpoint": checkpoint}
 
 
 def check_folder(flag: str, folder: Path, expected: str) -> None:

@@ -243,3 +243,26 @@ def as_comparison(comparison: Row) -> str:
         *(f"- {key}: {text}" for key, text in comparison["protocol"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def as_seeds(found: Row) -> str:
+    """``table.md`` of several seeds."""
+    lines = [
+        [
+            row["what"], row["label"], f"{row['n']}", with_spread(row["selected"]),
+            f"{number(row['interval'][0])}, {number(row['interval'][1])}",
+            with_spread(row["last"]), with_spread(row["best_on_test"]), number(row["chance"]),
+        ]
+        for row in found["rows"]
+    ]  # fmt: skip
+    head = ["what", "score", "N", "selected by validation", "[95 %]", "last"]
+    head += ["best on test (not a result)", "chance"]
+    told = [f"{name}: {', '.join(map(str, of)) or 'none'}" for name, of in found["seeds"].items()]
+    page = ["# Over seeds", "", f"Seeds: {'; '.join(told)}", "", *table(head, lines), ""]
+    page += [f"- {key}: {text}" for key, text in found["protocol"].items()]
+    return "\n".join(page) + "\n"
+
+
+def with_spread(of: Row | None) -> str:
+    """``0.271 ± 0.012 (3)``."""
+    return "-" if of is None else f"{number(of['mean'])} ± {number(of['sd'])} ({of['seeds']})"

@@ -63,12 +63,14 @@ class Procedure:
 
 @dataclass(frozen=True)
 class Fold:
-    """Whom one of a call's runs leaves out, and where it is; names as the flags of ``args.py``."""
+    """One of a call's runs: its seed, whom it leaves out, where it is; names as ``args.py``'s."""
 
     data_path: Path
     subjects: list[str] | None
     dataset: str
     leave_out: str | None
+    seed: int
+    seeds: list[int] | None
     output_dir: Path
 
 
@@ -99,10 +101,15 @@ class Trainable(Protocol):
 
 
 def folds(asked: Fold) -> Iterator[Fold]:
-    """The runs of a call: one, or one without each subject in turn (``--leave_out each``).
+    """The runs of a call: one, or one with each of ``--seeds``, without each subject in turn.
 
     Raises UserError for a subject that is not there, or the only one.
     """
+    for seed in asked.seeds or ():
+        folder = asked.output_dir / f"seed_{seed}"
+        yield from folds(replace(asked, seed=seed, seeds=None, output_dir=folder))
+    if asked.seeds:
+        return
     if asked.leave_out is None:
         yield asked
         return
