@@ -575,6 +575,9 @@ def _scored_pictures(parser: Parser) -> None:
     group.add("--weights_dir", type=Path, per_call=True, metavar="DIR",
         help="official weight files by their official names (or in DIR/checkpoints); scores whose "
         "file is missing are left out and named with where the file comes from")
+    group.switch("--authenticity",
+        help="also the nearest training picture of each, in pixels and in features, beside its own "
+        "stimulus: pictures that are copies are named; reads DATA/training_images")
     group.add("--batch_size", type=positive_int, default=16, per_call=True,
         help="pictures in a network at once")
     group.add("--score_cache", type=Path, per_call=True, metavar="DIR",

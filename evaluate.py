@@ -17,9 +17,18 @@ import yaml
 import util
 from cli.config import Options
 from datafiles.eeg_files import is_simulated
-from datafiles.stimuli import leaks_blocks
+from datafiles.stimuli import leaks_blocks, list_stimuli
 from decoder.controls import Prediction
-from evaluation import comparison, networks, occlusion, picture_scores, repetitions, seeds, tables
+from evaluation import (
+    authenticity,
+    comparison,
+    networks,
+    occlusion,
+    picture_scores,
+    repetitions,
+    seeds,
+    tables,
+)
 from evaluation.opening import (
     Opened,
     PictureChoice,
@@ -44,6 +53,7 @@ class Scoring:
     permutations: int
     occlusion: list[str] | None
     average: list[int] | None
+    authenticity: bool
     control: str | None
     data_path: Path | None
     output_dir: Path
@@ -96,6 +106,21 @@ def score_pictures(opened: Opened, how: Scoring) -> tuple[list[dict[str, Any]], 
     )
 
 
+def score_authenticity(opened: Opened, how: Scoring) -> tuple[list[dict[str, Any]], ...]:
+    """(rows for results.json, lines of authenticity.csv) of every group of pictures."""
+    name = next((name for name in authenticity.READ_BY if name in opened.weights), None)
+    eye = networks.Eye.load(
+        name, opened.weights[name], how.protocol, util.pick_device(how.device), how.batch_size
+    ) if name else None  # fmt: skip
+    compared = authenticity.spaces(eye, how.cache)
+    return authenticity.authenticity_rows(opened.groups, opened.training, compared)
+
+
+def with_words(how: str, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Rows with what they mean; None where there are none."""
+    return {"how": how, "rows": rows} if rows else None
+
+
 def score(
     run: Path, opened: Opened, how: Scoring, prediction: Prediction, inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -103,20 +128,23 @@ def score(
 
     Returns the content of ``results.json``.
     """
-    retrieval, occluded, averaged, pictures = [], [], [], []
+    (retrieval, occluded, averaged, pictures, authentic), lines = [[]] * 5, {}
     if opened.models:
-        retrieval, lines, occluded, averaged = score_retrieval(opened, how, prediction)
-        write_csv(run / "ranks.csv", lines)
+        retrieval, lines["ranks"], occluded, averaged = score_retrieval(opened, how, prediction)
     if opened.groups:
-        pictures, lines = score_pictures(opened, how)
-        write_csv(run / "pictures.csv", lines)
+        pictures, lines["pictures"] = score_pictures(opened, how)
+    if how.authenticity:
+        authentic, lines["authenticity"] = score_authenticity(opened, how)
+    for name, of in lines.items():
+        write_csv(run / f"{name}.csv", of)
     return {
         "retrieval": retrieval,
         "across_subjects": across_subjects(retrieval),
         "pictures": pictures,
         "metrics": picture_scores.described(pictures, how.protocol),
-        "occlusion": {"how": occlusion.HOW, "rows": occluded} if occluded else None,
-        "repetitions": {"how": repetitions.HOW_AVERAGED, "rows": averaged} if averaged else None,
+        "occlusion": with_words(occlusion.HOW, occluded),
+        "repetitions": with_words(repetitions.HOW_AVERAGED, averaged),
+        "authenticity": with_words(authenticity.HOW_AUTHENTIC, authentic),
         "skipped": opened.skipped,
         "labels": {name: item.label for name, item in picture_scores.SCORES.items()},
         "literature": yaml.safe_load(LITERATURE.read_text(encoding="utf-8")),
@@ -140,6 +168,7 @@ def run_scores(options: Options) -> Path:
     util.pick_device(values.device)
     if values.images:
         open_pictures(options.settings(PictureChoice), opened)
+        opened.training = list_stimuli(values.data_path, "training") if values.authenticity else []
     if values.model_path:
         open_retrieval(options.settings(RetrievalChoice), opened)
         for test in opened.tests if values.average else ():

@@ -401,3 +401,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(order) - place) * p_values[index]))
         corrected[index] = largest
     return corrected.tolist()
+
+
+def effective_rank(rows: torch.Tensor) -> float:
+    """In how many directions rows [N, D] vary: exp of the entropy of their singular values.
+
+    Of the centred rows, shares of the sum. 1 = all on a line, at most min(N - 1, D). Source: Roy &
+    Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    values = torch.linalg.svdvals(rows.double() - rows.double().mean(dim=0))
+    share = values / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return float(torch.special.entr(share).sum().exp())

@@ -18,7 +18,7 @@ OF_THE_CHECK = ("check", "captions", "clip_feature_path")
 OF_THE_PRIOR = ("prior_predicts", "prior_loss", "noise_draws", "condition_dropout")
 # flags of evaluate.py that say nothing of pictures
 OF_RETRIEVAL = ("control", "subjects", "dataset", "permutations", "average")
-OF_PICTURES = ("truth", "weights_dir", "protocol", "score_cache")
+OF_PICTURES = ("truth", "weights_dir", "protocol", "score_cache", "authenticity")
 
 
 def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
@@ -176,6 +176,8 @@ def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
         parser.error("--model_path needs --data_path, where the test EEG is")
     if values.images and not (values.data_path or values.truth):
         parser.error("--images needs the pictures that were seen: --data_path DATA or --truth DIR")
+    if values.authenticity and values.images and not values.data_path:
+        parser.error("--authenticity needs --data_path, where the training pictures are")
     if values.control_images and not values.images:
         parser.error("--control_images are scored beside --images: name those, too")
     for flag in _given(parser, values, OF_RETRIEVAL) if not values.model_path else ():

@@ -9,7 +9,7 @@ from typing import Any
 from datafiles.datasets.registry import layout_in
 from datafiles.eeg_files import list_subjects
 from datafiles.feature_bank import RETRIEVAL_NAMES, Bank, check_clip, open_bank
-from datafiles.stimuli import list_stimuli
+from datafiles.stimuli import Stimulus, list_stimuli
 from dataset import TestEEG, open_test
 from decoder.decoder import Decoder, model_file
 from evaluation import picture_scores, tables
@@ -55,6 +55,7 @@ class Opened:
     trained: list[dict[str, Any]] = field(default_factory=list)  # seed and checkpoint of each
     tests: list[TestEEG] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
+    training: list[Stimulus] = field(default_factory=list)  # where copies are looked for
     weights: dict[str, Path] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
 
@@ -155,4 +156,7 @@ def identities(opened: Opened) -> dict[str, Any]:
             + [file_hash(path) for path in drawn]
         )
         inputs["networks"] = sorted(opened.weights)
+    if opened.training:
+        sizes = [[item.key, item.path.stat().st_size] for item in opened.training]
+        inputs["training_pictures"] = json_hash(sizes)
     return inputs

@@ -32,6 +32,7 @@ class Query:
     subject: str
     similarity: torch.Tensor
     plain: torch.Tensor | None = None
+    effective_rank: tuple[float, float] | None = None  # of the predictions, of the gallery
 
     @property
     def truth(self) -> torch.Tensor:
@@ -46,6 +47,8 @@ def retrieval_row(query: Query, seed: int, permutations: int) -> dict[str, Any]:
         "subject": query.subject,
         **metrics.retrieval_scores(similarity, truth),
     }
+    if query.effective_rank is not None:
+        row["effective_rank"], row["effective_rank_true"] = query.effective_rank
     ways = {"": metrics.ranks(similarity, truth), "back_": metrics.ranks(similarity.T, truth)}
     for k in (1, 5):
         for prefix, ranked in ways.items():
@@ -120,8 +123,10 @@ def subject_queries(
         read = controls.controlled_eeg(test, how.control, how.seed)
         encoded = decoder.condition(read, everything)
         check_finite("the encoder's output", encoded, test)
-        similarity = metrics.cosine_similarity(encoded, decoder.gallery(true))
-        found.append(Query("encoder -> image", test.subject, similarity))
+        gallery = decoder.gallery(true)
+        similarity = metrics.cosine_similarity(encoded, gallery)
+        ranks = metrics.effective_rank(encoded), metrics.effective_rank(gallery)
+        found.append(Query("encoder -> image", test.subject, similarity, effective_rank=ranks))
     if decoder.bank is not None:
         samples = controls.predict_embeddings(decoder, test, everything, how)
         for name in NAMES:
@@ -144,7 +149,17 @@ def prior_queries(
         fused = sum(item.gain * of[item.name] for item in MODALITIES)
         by_space.append({f"prior {name}": of[name] for name in NAMES} | {"fused priors": fused})
     standardised, plain = by_space
-    return [Query(name, subject, standardised[name], plain[name]) for name in standardised]
+    ranks = {
+        f"prior {name}": (
+            metrics.effective_rank(predicted[name]),
+            metrics.effective_rank(true[name]),
+        )
+        for name in NAMES
+    }
+    return [
+        Query(name, subject, standardised[name], plain[name], ranks.get(name))
+        for name in standardised
+    ]
 
 
 def rank_lines(query: Query, stimuli: Sequence[Stimulus]) -> list[dict[str, Any]]:

@@ -40,8 +40,10 @@ def retrieval_lines(rows: Sequence[Row]) -> list[str]:
         cells += [number(row[way]) for way in ways] + [number(row["mrr"])]
         for k in (1, 5):
             cells.append(with_interval(row[f"back_top{k}"], row[f"back_top{k}_interval"]))
-        lines.append(cells)
-    head += [*ways, "MRR", "back: top-1 [95 %]", "back: top-5 [95 %]"]
+        varied = row.get("effective_rank")
+        true = number(row.get("effective_rank_true"), 1)
+        lines.append([*cells, "-" if varied is None else f"{number(varied, 1)} of {true}"])
+    head += [*ways, "MRR", "back: top-1 [95 %]", "back: top-5 [95 %]", "effective rank"]
     return table(head, lines)
 
 
@@ -170,6 +172,28 @@ def repetition_lines(rows: Sequence[Row]) -> list[str]:
     return table([*head, "top-5 [95 %]", "chance", "median rank"], lines)
 
 
+def authenticity_lines(rows: Sequence[Row], most: int = 10) -> list[str]:
+    """A line per recipe and space, then the pictures that are taken for copies."""
+    lines = [
+        [
+            row["images"], row["recipe"], row["space"], f"{row['samples']}", f"{row['training']}",
+            number(row["nearest"]), number(row["to_stimulus"]), number(row["stimuli_nearest"]),
+            number(row["nearer_than_stimulus"]), number(row["below"]), f"{len(row['copies'])}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["images", "recipe", "space", "pictures", "training", "to nearest training picture"]
+    head += ["to own stimulus", "stimuli: to nearest training", "share nearer to training"]
+    found = [
+        f"- **COPY** {row['images']}, {row['recipe']}, {one['drawn']} ({one['picture']}): "
+        f"{one['nearest']}, {row['space']} {number(one['distance'])}"
+        for row in rows
+        for one in row["copies"][:most]
+    ]
+    return [*table([*head, "nearest of a stimulus", "copies"], lines), *([""] if found else []),
+            *found]  # fmt: skip
+
+
 def comparison_lines(rows: Sequence[Row]) -> list[str]:
     head = ["what", "score", "N", "A", "B", "A - B [95 %]", "p", "p, Holm"]
     lines = [
@@ -196,10 +220,8 @@ def as_table(results: Row) -> str:
     lines = ["# Scores", ""]
     if results["control"]:
         lines += [f"**{results['mark']}** (retrieval)", ""]
-    if results["simulated"]:
-        lines += ["**The EEG is simulated.**", ""]
-    if results.get("block_leak"):
-        lines += [f"**{LEAKS}.**", ""]
+    told = {"simulated": "The EEG is simulated", "block_leak": LEAKS}
+    lines += [f"**{text}.**\n" for key, text in told.items() if results.get(key)]
     if results["retrieval"]:
         lines += ["## Retrieval", "", *retrieval_lines(results["retrieval"]), ""]
     if results["across_subjects"]:
@@ -217,6 +239,9 @@ def as_table(results: Row) -> str:
     if results["occlusion"]:
         rows = results["occlusion"]["rows"]
         lines += ["## Occlusion", "", results["occlusion"]["how"], "", *occlusion_lines(rows), ""]
+    if results.get("authenticity"):
+        found = results["authenticity"]
+        lines += ["## Authenticity", "", found["how"], "", *authenticity_lines(found["rows"]), ""]
     if results["skipped"]:
         lines += ["## Left out, for want of weights", "", *skipped_lines(results["skipped"]), ""]
     if results["pictures"]:

@@ -48,6 +48,7 @@ from reporting.material import (
     subjects_of,
 )
 from reporting.tables import (
+    authenticity_table,
     comparison_table,
     concept_in_key,
     confusion_pictures,
@@ -187,6 +188,7 @@ MISSING = {  # what fills a section that has nothing to show
     "training": "No training among these runs: python train.py … writes its curves.",
     "injection": "No pictures among these runs: generate.py … --injection PRESET uses a map.",
     "eeg": "No test EEG at hand: give --data_path the DATA with Preprocessed_data_250Hz/.",
+    "authenticity": "Not looked for: python evaluate.py … --images OUT/images --authenticity does.",
     "occlusion": "Nothing was occluded: python evaluate.py … --model_path OUT/model --occlusion "
     "channels time tells which channels and times matter.",
 }
@@ -276,6 +278,7 @@ def score_parts(item: Scores, world: World, thumbs: Thumbnails) -> dict[str, Any
         },
         "occlusion": occlusion_figures(item.results),
         "occlusion_table": occlusion_table(item),
+        "authenticity": authenticity_table(item),
     }
 
 

@@ -274,6 +274,21 @@ def concept_in_key(key: str) -> str:
     return concept_of_folder(key.split("/")[1]).replace("_", " ") if "/" in key else key
 
 
+def authenticity_table(scores: Scores) -> list[dict[str, Any]]:
+    """Rows of what was drawn, in words; those of controls, too."""
+    rows = (scores.results.get("authenticity") or {"rows": []})["rows"]
+    distances = ("nearest", "to_stimulus", "stimuli_nearest", "nearer_than_stimulus")
+    return [
+        {
+            "of": f"{row['images']}, {row['recipe']}", "space": row["space"],
+            "n": row["samples"], "training": row["training"],
+            "values": [shown_number(row[key]) for key in distances],
+            "copies": [(one["drawn"], one["picture"], one["nearest"]) for one in row["copies"]],
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
 def occlusion_table(scores: Scores) -> list[dict[str, Any]]:
     rows = (scores.results.get("occlusion") or {"rows": []})["rows"]
     return [
