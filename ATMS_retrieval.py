@@ -69,7 +69,8 @@ def pretrain(options: Options, processes: Processes) -> None:
     """One encoder."""
     values = options.values
     layer = layer_name(values.contrast_layer)
-    data = open_training(options.settings(DataChoice), layer, needed=RETRIEVAL_NAMES)
+    needed = RETRIEVAL_NAMES if values.text_contrast else RETRIEVAL_NAMES[:1]
+    data = open_training(options.settings(DataChoice), layer, needed=needed)
     encoder = new_encoder(data, values.seed, values.encoder)
     projector = new_projector(layer, data.targets, data.train_rows, values.seed)
     decoder = Decoder(encoder, None, data.signal, data.clip, projector)

@@ -58,6 +58,8 @@ from unet import DiffusionPriorUNet, PriorBank
 
 DIM, CHANNELS, SAMPLES, RATE_HZ = 1024, 63, 250, 250
 CONCEPTS, IMAGES, REPETITIONS = 1654, 10, 4
+# (pictures of a concept, trials, channels, samples) of one person's training in other forms
+OTHER_FORMS = {"things-meg": (12, 1, 271, 201), "alljoined": (10, 4, 32, 250)}
 LARGE = 1024  # batch
 SOME_ROWS = 414  # of a subject, for what reads everything: 1/40
 GROWTH = (1, 2, 4)
@@ -284,7 +286,7 @@ class OurStep:
 def train_step_row(batch: int, rounds: int, seed: int, speed: Mapping[str, float]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_subjects(root, 1, SOME_ROWS // IMAGES, REPETITIONS, dense=True)
+        write_subjects(root, 1, SOME_ROWS // IMAGES, dense=True)
         data = open_subjects(root, "average")
         models = [new_model(data, seed) for _ in range(2)]
         for model in models:
@@ -308,19 +310,25 @@ def new_model(data: dataset.TrainingData, seed: int) -> Decoder:
 
 
 def write_subjects(
-    root: Path, subjects: int, concepts: int, repetitions: int, dense: bool = False
+    root: Path,
+    subjects: int,
+    concepts: int,
+    size: tuple[int, int, int, int] = (IMAGES, REPETITIONS, CHANNELS, SAMPLES),
+    dense: bool = False,
 ) -> None:
     """DATA as a training finds it at its second start: pictures' names, copies, features.
 
-    The copies are as large as real ones, but empty (sparse), unless ``dense``.
+    ``size``: as of OTHER_FORMS. The copies are as large as real ones, but empty (sparse), unless
+    ``dense``.
     """
+    images, repetitions, channels, samples = size
     for concept in range(1, concepts + 1):
         pictures = root / "training_images" / f"{concept:05d}_concept{concept}"
         pictures.mkdir(parents=True)
-        for image in range(IMAGES):
+        for image in range(images):
             (pictures / f"{image}.jpg").touch()
-    shape = (concepts * IMAGES, repetitions, CHANNELS, SAMPLES)
-    names, times = [f"C{i}" for i in range(CHANNELS)], [i / RATE_HZ for i in range(SAMPLES)]
+    shape = (concepts * images, repetitions, channels, samples)
+    names, times = [f"C{i}" for i in range(channels)], [i / RATE_HZ for i in range(samples)]
     for subject in range(1, subjects + 1):
         source = eeg_file(root, f"sub-{subject:02d}", "training")
         source.parent.mkdir(parents=True)
@@ -383,18 +391,18 @@ def everything_into_memory(root: Path, subjects: int) -> float:
 
 def open_rows(subjects: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows of seconds and MiB, with how they grow."""
-    growth = {}
+    own = (IMAGES, REPETITIONS, CHANNELS, SAMPLES)
+    sizes = {name: (subjects, size) for name, size in OTHER_FORMS.items()}
     for factor in GROWTH:
-        for what, people, repetitions in (
-            ("subjects", factor * subjects, REPETITIONS),
-            ("trials", subjects, factor * REPETITIONS),
-        ):
-            with tempfile.TemporaryDirectory() as folder:
-                write_subjects(Path(folder), people, CONCEPTS, repetitions)
-                runs = [open_in_child(Path(folder)) for _ in range(3)]
-            growth[f"{factor}x {what}"] = {
-                key: statistics.median(run[key] for run in runs) for key in runs[0]
-            }
+        more = (IMAGES, factor * REPETITIONS, CHANNELS, SAMPLES)
+        sizes |= {f"{factor}x subjects": (factor * subjects, own)}
+        sizes |= {f"{factor}x trials": (subjects, more)}
+    growth = {}
+    for name, (people, size) in sizes.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write_subjects(Path(folder), people, CONCEPTS, size)
+            runs = [open_in_child(Path(folder)) for _ in range(3)]
+        growth[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     with tempfile.TemporaryDirectory() as folder:
         scale = CONCEPTS * IMAGES / SOME_ROWS
         loaded = everything_into_memory(Path(folder), subjects) * scale

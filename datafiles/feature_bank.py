@@ -111,8 +111,8 @@ def _check_modalities(
             path,
             f"imported features of {', '.join(sorted(found))}",
             f"also {', '.join(lost)}",
-            "train with ATMS_retrieval.py, which needs image and text; for pictures from five "
-            "embeddings run clip_feature_extractor.py",
+            "train with ATMS_retrieval.py, which needs image and text, or with --text_contrast 0 "
+            "image alone; for pictures from five embeddings run clip_feature_extractor.py",
         )
 
 

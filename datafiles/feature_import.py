@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datafiles.feature_bank import RETRIEVAL_NAMES, write_partition
+from datafiles.feature_bank import write_partition
 from datafiles.pickles import damage_told
 from datafiles.stimuli import PARTITIONS, Stimulus, check_disjoint, list_stimuli, rows_by_name
 from modalities import NAMES
@@ -116,12 +116,10 @@ def read_features(path: Path, stimuli: Sequence[Stimulus]) -> _Found:
         if called in CALLED:
             name = CALLED[called]
             features[name], joined[name] = _rows(path, called, values, names, stimuli)
-    lost = [name for name in RETRIEVAL_NAMES if name not in features]
-    if lost:
+    if "image" not in features:
         raise DataError(
-            path, f"{', '.join(map(str, content)) or 'nothing'}; no {' and no '.join(lost)}",
-            EMBEDDINGS, "add the texts: one embedding per concept is enough",
-        )  # fmt: skip
+            path, f"{', '.join(map(str, content)) or 'nothing'}; no image", EMBEDDINGS, BOTH_FILES
+        )
     return _Found(path, features, joined)
 
 

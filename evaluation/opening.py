@@ -82,7 +82,7 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
     decoders = {name: Decoder.load(run, asked.checkpoint) for name, run in runs.items()}
     layers = {decoder.layer for decoder in decoders.values()}
     alone = all(decoder.bank is None for decoder in decoders.values())
-    needed = RETRIEVAL_NAMES if alone else NAMES
+    needed = RETRIEVAL_NAMES[:1] if alone else NAMES
     opened.bank = open_bank(asked.clip_feature_path, "test", layers, needed)
     for left_out, run in runs.items():
         decoder = decoders[left_out]

@@ -47,6 +47,8 @@ def retrieval_row(query: Query, seed: int, permutations: int) -> dict[str, Any]:
         "subject": query.subject,
         **metrics.retrieval_scores(similarity, truth),
     }
+    better, tied = metrics.ranks(similarity, truth)
+    row["median_rank"] = float((1 + better + tied / 2).median())
     if query.effective_rank is not None:
         row["effective_rank"], row["effective_rank_true"] = query.effective_rank
     ways = {"": metrics.ranks(similarity, truth), "back_": metrics.ranks(similarity.T, truth)}

@@ -38,12 +38,20 @@ def retrieval_lines(rows: Sequence[Row]) -> list[str]:
             interval = row.get(f"top{k}_plain_interval")
             cells.append("-" if value is None else with_interval(value, interval))
         cells += [number(row[way]) for way in ways] + [number(row["mrr"])]
+        cells.append(f"{row['median_rank']:g}" if "median_rank" in row else "-")
         for k in (1, 5):
             cells.append(with_interval(row[f"back_top{k}"], row[f"back_top{k}_interval"]))
         varied = row.get("effective_rank")
         true = number(row.get("effective_rank_true"), 1)
         lines.append([*cells, "-" if varied is None else f"{number(varied, 1)} of {true}"])
-    head += [*ways, "MRR", "back: top-1 [95 %]", "back: top-5 [95 %]", "effective rank"]
+    head += [
+        *ways,
+        "MRR",
+        "median rank",
+        "back: top-1 [95 %]",
+        "back: top-5 [95 %]",
+        "effective rank",
+    ]
     return table(head, lines)
 
 

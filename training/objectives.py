@@ -49,10 +49,9 @@ def global_losses(
     everybody = gathered if part.count > 1 else _as_they_are
     with torch.autocast(embedding.device.type, enabled=False):
         wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-        everyone = {
-            "image": decoder.image_side(everybody(targets[decoder.picture_features])),
-            "text": everybody(targets["text"]),
-        }
+        everyone = {"image": decoder.image_side(everybody(targets[decoder.picture_features]))}
+        if how.text_contrast:  # else a bank needs no texts
+            everyone["text"] = everybody(targets["text"])
         together = None if groups is None else everybody(groups)
         scale = decoder.encoder.similarity_scale
         return embedding_losses(everybody(wide), everyone, scale, how, together, contrast_weight)

@@ -104,7 +104,7 @@ def _saved(tmp_path, content):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [({"img_features": torch.ones(12, 4)}, "no text"),
+    [({"text_features": torch.ones(6, 4)}, "no image"),
      ({"img_features": torch.ones(11, 4), "text_features": torch.ones(6, 4)}, "11 rows of img_f"),
      ({"img_features": torch.ones(12, 4), "text_features": torch.ones(7, 4)}, "of texts 6"),
      ({"img_features": torch.ones(12), "text_features": torch.ones(6, 4)}, "rows of numbers"),
@@ -169,3 +169,24 @@ def test_training_and_scores_are_those_of_the_bank_it_was_made_of(chain, tmp_pat
     assert found[0] == found[1]
     code = train.main(chain.train_flags(tmp_path / "run", "--clip_feature_path", tmp_path / "bank"))
     assert code == 1 and "run clip_feature_extractor.py" in capsys.readouterr().err
+
+
+def test_a_bank_of_any_frozen_network_is_trained_on_without_texts(chain, tmp_path, capsys):
+    """DINOv2's, say: another width and no texts; the control of wrong rows is at chance."""
+    out = tmp_path / "dino"
+    out.mkdir()
+    files = []
+    for partition in PARTITIONS:
+        rows = load_tensors(chain.features / f"{partition}.safetensors")[0]
+        files.append(out / f"{partition}.npy")
+        np.save(files[-1], torch.cat([rows["image"], rows["superpixel_few"]], dim=1).numpy())
+    assert command(chain.data, files, tmp_path / "bank") == 0
+    assert "image: 6 x" in capsys.readouterr().out
+    given = {"data_path": chain.data, "clip_feature_path": tmp_path / "bank", "epochs": 1,
+             "val_fraction": 0.2, "device": "cpu", "output_dir": tmp_path / "encoder"}  # fmt: skip
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    assert ATMS_retrieval.main(flags) == 1
+    assert "--text_contrast 0" in capsys.readouterr().err
+    assert ATMS_retrieval.main([*flags, "--text_contrast", "0"]) == 0
+    for row in scores(chain, tmp_path / "bank", tmp_path):
+        assert 1 <= row["median_rank"] <= 6 and row["gallery"] == 6
