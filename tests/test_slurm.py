@@ -510,7 +510,9 @@ def common(text: str, **settings: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "-c", f"source slurm/common.sh\n{text}"],
         cwd=ROOT,
-        env=os.environ | {name: str(value) for name, value in settings.items()},
+        env=os.environ
+        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        | {name: str(value) for name, value in settings.items()},
         capture_output=True,
         text=True,
         check=False,
