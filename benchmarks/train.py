@@ -313,15 +313,15 @@ def write_subjects(
     root: Path,
     subjects: int,
     concepts: int,
-    size: tuple[int, int, int, int] = (IMAGES, REPETITIONS, CHANNELS, SAMPLES),
+    size: tuple[int, int, int, int] | None = None,
     dense: bool = False,
 ) -> None:
     """DATA as a training finds it at its second start: pictures' names, copies, features.
 
-    ``size``: as of OTHER_FORMS. The copies are as large as real ones, but empty (sparse), unless
+    ``size``: as of OTHER_FORMS, default THINGS-EEG2's. The copies are as large as real ones, but empty (sparse), unless
     ``dense``.
     """
-    images, repetitions, channels, samples = size
+    images, repetitions, channels, samples = size or (IMAGES, REPETITIONS, CHANNELS, SAMPLES)
     for concept in range(1, concepts + 1):
         pictures = root / "training_images" / f"{concept:05d}_concept{concept}"
         pictures.mkdir(parents=True)
