@@ -318,8 +318,8 @@ def write_subjects(
 ) -> None:
     """DATA as a training finds it at its second start: pictures' names, copies, features.
 
-    ``size``: as of OTHER_FORMS, default THINGS-EEG2's. The copies are as large as real ones, but empty (sparse), unless
-    ``dense``.
+    ``size``: as of OTHER_FORMS, default THINGS-EEG2's. The copies are as large as real ones, but
+    empty (sparse), unless ``dense``.
     """
     images, repetitions, channels, samples = size or (IMAGES, REPETITIONS, CHANNELS, SAMPLES)
     for concept in range(1, concepts + 1):
