@@ -25,7 +25,7 @@ KEPT_TOGETHER = 512  # pictures whose features are computed, and cached, at once
 COPY_SHARE = 0.5
 READ_BY = {"clip": ("embedding", "CLIP ViT-L/14"), "lite0": ("avgpool", "EffNet-Lite0")}
 HOW_AUTHENTIC = (
-    f"distance of each drawn picture to the nearest training picture and to its own stimulus; "
+    f"Distance of each drawn picture to the nearest training picture and to its own stimulus; "
     f"pixels: RMSE at {SEEN_PX} px, 0 to 1; features: 1 - cosine. COPY: nearer to a training "
     f"picture than {COPY_SHARE:g} of the nearest that any test stimulus is to one. Stimuli: the "
     "same of what was seen, which is no copy"

@@ -280,7 +280,7 @@ def authenticity_table(scores: Scores) -> list[dict[str, Any]]:
     distances = ("nearest", "to_stimulus", "stimuli_nearest", "nearer_than_stimulus")
     return [
         {
-            "of": f"{row['images']}, {row['recipe']}", "space": row["space"],
+            "of": f"{row['images']}, {row['recipe'].replace('_', ' ')}", "space": row["space"],
             "n": row["samples"], "training": row["training"],
             "values": [shown_number(row[key]) for key in distances],
             "copies": [(one["drawn"], one["picture"], one["nearest"]) for one in row["copies"]],
