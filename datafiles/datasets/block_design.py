@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 
 import util
 from datafiles.datasets.alljoined import ALLJOINED, METADATA, PARTITION_OF
@@ -148,7 +149,7 @@ def _is_zip(path: Path) -> bool:
 def _trial(one: Mapping[str, Any], content: Mapping[str, Any]) -> _Trial:
     """Raises what a damaged one brings about."""
     found = {key: one[name] for key, names in TRIAL_KEYS.items() for name in names if name in one}
-    eeg = np.asarray(found["eeg"])
+    eeg = _as_array(found["eeg"])
     if eeg.ndim != 2 or eeg.dtype.kind != "f":
         raise ValueError(f"EEG of shape {eeg.shape}, {eeg.dtype}")
     picture = _named(found["image"], content, "images")
@@ -167,7 +168,14 @@ def _named(value: Any, content: Mapping[str, Any], among: str) -> str:
     if number < 0:
         raise ValueError(f"number {number} among {among}")
     name = content[among][number]
-    return name if isinstance(name, str) else str(np.asarray(name).item())
+    return name if isinstance(name, str) else str(_as_array(name).item())
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """An array or a tensor. TypeError for others: of nested lists NumPy would build all."""
+    if not isinstance(value, np.ndarray | torch.Tensor):
+        raise TypeError(f"a {type(value).__name__}, not an array")
+    return np.asarray(value)
 
 
 def _pictures_of(folder: Path, names: Sequence[str]) -> dict[str, Path]:

@@ -107,5 +107,6 @@ def form_of(path: Path) -> Form:
     content = read_pickled_dict(path)
     if MEG_KEYS[0] in content:
         return THINGS_MEG
+    eeg = content.get(EEG_KEYS[0])  # of nested lists NumPy would build what they claim
     # trials one by one; a folded array has an axis more
-    return ALLJOINED if np.ndim(content.get(EEG_KEYS[0], 0)) == 3 else THINGS_EEG2
+    return ALLJOINED if isinstance(eeg, np.ndarray) and eeg.ndim == 3 else THINGS_EEG2

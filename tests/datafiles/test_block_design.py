@@ -12,6 +12,7 @@ import torch
 
 import evaluate
 import report
+from datafiles.datasets import registry
 from datafiles.datasets.block_design import read_blocks, split_blocks
 from datafiles.eeg_files import average_trials, list_subjects, open_recording, select_signal
 from datafiles.stimuli import BLOCK_LEAK, check_disjoint, list_stimuli
@@ -179,6 +180,22 @@ def test_what_a_block_file_lacks_is_told(tmp_path, content, told, capsys):
     assert convert(tmp_path / "imagenet", tmp_path / "eeg.pth", tmp_path / "data") == 1
     assert told in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+def test_lists_that_hold_each_other_are_not_built(tmp_path):
+    """30 lists of two that are one take no room; as an array they would be a billion numbers."""
+    nested: list = [1.0]
+    for _ in range(30):
+        nested = [nested, nested]
+    one = {"eeg": nested, "image": "a", "label": "b", "subject": 1}
+    torch.save({"dataset": [one]}, tmp_path / "eeg.pth")
+    with pytest.raises(DataError, match="a list, not an array"):
+        read_blocks(tmp_path / "eeg.pth")
+    content = builders.published() | {"preprocessed_eeg_data": nested}
+    file = builders.write_published(tmp_path / "eeg.npy", content)
+    assert registry.form_of(file).name == "things-eeg2"
+    with pytest.raises(DataError, match="is a list, not an array"):
+        registry.parse(file)
 
 
 def test_a_folder_with_something_in_it_is_kept(imagenet, tmp_path, capsys):
