@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -73,22 +73,23 @@ def convert_blocks(asked: Blocks) -> list[str]:
     if out.exists() and any(out.iterdir()):
         raise UserError("--output_path", f"{out} is not empty", "a new folder", "name another")
     trials = [trial for path in asked.blocks for trial in read_blocks(Path(path))]
+    window = _window_of(trials)
     pictures = _pictures_of(Path(asked.data_path), sorted({one.picture for one in trials}))
+    block = {one.picture: one.block for one in trials}
     parts = split_blocks(trials, asked.split, asked.seed)
+    _check_everybody_has_some(trials, parts)
+    files = {Path(path).name: file_hash(Path(path)) for path in asked.blocks}
+    if asked.split == "random":  # first: what a kill leaves behind is marked, too
+        write_json(out / BLOCK_LEAK, {"split": "random", "files": files})
     for partition, names in parts.items():
-        block = {one.picture: one.block for one in trials}
         for name in sorted(names):
             source = pictures[name]
             _place(source, out / IMAGE_FOLDER[partition] / block[name] / source.name)
-    _write_subjects(out / ALLJOINED.folders[0], trials, parts, pictures)
-    files = {Path(path).name: file_hash(Path(path)) for path in asked.blocks}
+    _write_subjects(out / ALLJOINED.folders[0], trials, window, parts, pictures)
     write_json(out / "blocks.json", {"split": asked.split, "seed": asked.seed, "files": files})
-    if asked.split == "random":
-        write_json(out / BLOCK_LEAK, {"split": "random", "files": files})
-    people = sorted({one.subject for one in trials})
+    people = {one.subject for one in trials}
     return [
-        f"{partition}: {len(names):,} pictures of "
-        f"{len({one.block for one in trials if one.picture in names})} classes"
+        f"{partition}: {len(names):,} pictures of {len({block[name] for name in names})} classes"
         for partition, names in parts.items()
     ] + [f"{len(people)} people, {len(trials):,} trials, split: {asked.split}; {out}"]
 
@@ -104,17 +105,30 @@ def split_blocks(trials: Sequence[_Trial], split: str, seed: int) -> dict[str, s
     draw = util.numpy_generator_for(seed, "blocks")
     blocks = sorted(of_block)
     if split == "leave-block":
-        number = max(1, len(blocks) // TEST_SHARE)
-        chosen = set(draw.permutation(blocks)[:number].tolist())
-        tested = {name for block in chosen for name in of_block[block]}
+        chosen = [of_block[block] for block in _drawn(blocks, draw)]
     else:
-        tested = set()
-        for block in blocks:
-            names = sorted(of_block[block])
-            number = max(1, len(names) // TEST_SHARE)
-            tested |= set(draw.permutation(names)[:number].tolist())
-    every = {name for names in of_block.values() for name in names}
-    return {"training": every - tested, "test": {one for one in tested if seen[one] == people}}
+        chosen = [_drawn(sorted(of_block[block]), draw) for block in blocks]
+    tested = set().union(*chosen)
+    return {"training": seen.keys() - tested,
+            "test": {one for one in tested if seen[one] == people}}  # fmt: skip
+
+
+def _drawn(names: Sequence[str], draw: np.random.Generator) -> set[str]:
+    """One in TEST_SHARE of them, at least one."""
+    return set(draw.permutation(names)[: max(1, len(names) // TEST_SHARE)].tolist())
+
+
+def _check_everybody_has_some(
+    trials: Sequence[_Trial], parts: Mapping[str, Collection[str]]
+) -> None:
+    """Raise DataError unless each person has a trial of each partition."""
+    people = {one.subject for one in trials}
+    for partition, names in parts.items():
+        if lost := people - {one.subject for one in trials if one.picture in names}:
+            raise DataError(
+                "--blocks", f"no {partition} trial of {len(lost)} of {len(people)} people",
+                "pictures that all of them saw", "convert one of the files by itself",
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------- reading
@@ -207,7 +221,8 @@ def _place(source: Path, target: Path) -> None:
 def _write_subjects(
     folder: Path,
     trials: Sequence[_Trial],
-    parts: Mapping[str, set[str]],
+    window: tuple[int, int],
+    parts: Mapping[str, Collection[str]],
     pictures: Mapping[str, Path],
 ) -> None:
     """Trials one by one, as ``alljoined`` has them: not everybody has one of each picture."""
@@ -216,7 +231,7 @@ def _write_subjects(
     from tqdm import tqdm
 
     channels = [f"EEG{number:03d}" for number in range(1, len(trials[0].eeg) + 1)]
-    first, last = _window_of(trials)
+    first, last = window
     times = [sample / RATE_OF_BLOCKS_HZ for sample in range(first, last)]
     rows = []
     for subject in tqdm(sorted({one.subject for one in trials}), desc="people", leave=False):
@@ -237,10 +252,11 @@ def _window_of(trials: Sequence[_Trial]) -> tuple[int, int]:
     """The samples that every trial has, of those that are published of. Raises DataError."""
     widths = {len(one.eeg) for one in trials}
     shortest = min(one.eeg.shape[1] for one in trials)
-    if len(widths) > 1:
-        raise DataError("--blocks", f"trials of {sorted(widths)} channels", "one number", "")
-    first, last = USED.get(widths.pop(), (0, shortest))
+    first, last = USED.get(min(widths), (0, shortest))
     last = min(last, shortest)
-    if first >= last:
-        raise DataError("--blocks", f"a trial of {shortest} samples", f"more than {first}", "")
+    if len(widths) > 1 or first >= last:
+        raise DataError(
+            "--blocks", f"trials of {sorted(widths)} channels, the shortest of {shortest} samples",
+            f"one number of channels, more than {first} samples", "leave one of the files out",
+        )  # fmt: skip
     return first, last

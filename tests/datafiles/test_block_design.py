@@ -172,13 +172,27 @@ def test_shared_concepts_are_told_where_data_says_that_it_leaks(tmp_path, caplog
      ({"dataset": [{"eeg": torch.ones(2, 9), "image": "a", "label": "../b", "subject": 1}]},
       "class '../b'"),
      ({"dataset": [{"eeg": torch.ones(2, 9), "image": "a", "label": "b", "subject": 1}]},
-      "1 of 1 pictures are not there")],
+      "1 of 1 pictures are not there"),
+     ({"dataset": [{"eeg": torch.ones(128, 10), "image": "a", "label": "b", "subject": 1}]},
+      "the shortest of 10 samples"),
+     ({"dataset": [{"eeg": torch.ones(n, 9), "image": "a", "label": "b", "subject": 1}
+                   for n in (2, 3)]}, "trials of [2, 3] channels")],
 )  # fmt: skip
 def test_what_a_block_file_lacks_is_told(tmp_path, content, told, capsys):
     torch.save(content, tmp_path / "eeg.pth")
     (tmp_path / "imagenet").mkdir()
     assert convert(tmp_path / "imagenet", tmp_path / "eeg.pth", tmp_path / "data") == 1
     assert told in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_people_without_a_picture_in_common_are_refused(imagenet, tmp_path, capsys):
+    images = [f"n{block:08d}_{image}" for block in range(CLASSES) for image in range(IMAGES)]
+    listed = [{"eeg": torch.ones(2, 9), "image": name, "label": name[:9], "subject": number % 2}
+              for number, name in enumerate(images)]  # fmt: skip
+    torch.save({"dataset": listed}, tmp_path / "eeg.pth")
+    assert convert(imagenet, tmp_path / "eeg.pth", tmp_path / "data") == 1
+    assert "no test trial of 2 of 2 people" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 
 
