@@ -17,7 +17,7 @@ import torch
 
 import util
 from cli.config import Options
-from datafiles.feature_bank import RETRIEVAL_NAMES, layer_name
+from datafiles.feature_bank import FINAL_LAYER, RETRIEVAL_NAMES, layer_name
 from dataset import Batch, DataChoice, TrainingData, open_training
 from decoder.atms import ATMS as ATMS  # where users of the public code look for it
 from decoder.decoder import Decoder, check_encoder, new_encoder
@@ -69,7 +69,7 @@ def pretrain(options: Options, processes: Processes) -> None:
     """One encoder."""
     values = options.values
     layer = layer_name(values.contrast_layer)
-    needed = RETRIEVAL_NAMES if values.text_contrast else RETRIEVAL_NAMES[:1]
+    needed = RETRIEVAL_NAMES if values.text_contrast else (FINAL_LAYER,)
     data = open_training(options.settings(DataChoice), layer, needed=needed)
     encoder = new_encoder(data, values.seed, values.encoder)
     projector = new_projector(layer, data.targets, data.train_rows, values.seed)

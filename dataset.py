@@ -220,8 +220,7 @@ class TrainingData:
 
     @cached_property
     def counts(self) -> torch.Tensor:
-        """int64 [subjects, N]: trials of each picture."""
-        return torch.from_numpy(np.stack([item.trial_counts for item in self.recordings]))
+        return trial_counts(self.recordings)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches only, so that every step sees the same number of negatives."""
@@ -356,15 +355,14 @@ class TrainingData:
             f"train on {len(self.train_rows)} pictures, validate on {len(self.val_rows)} pictures "
             "of held-out concepts"
         )
+        if lost := int((self.counts == 0).any(dim=0).sum()):
+            yield f"{lost} pictures are left out: somebody has no trial of them"
         yield from self.notes
 
 
-def seen_by_all(recordings: Sequence[Recording], notes: list[str]) -> torch.Tensor:
-    """bool [N]: pictures of which everybody has a trial; the others are counted in ``notes``."""
-    seen = torch.from_numpy(np.stack([item.trial_counts for item in recordings]).all(axis=0))
-    if not seen.all():
-        notes.append(f"{int((~seen).sum())} pictures are left out: somebody has no trial of them")
-    return seen
+def trial_counts(recordings: Sequence[Recording]) -> torch.Tensor:
+    """int64 [subjects, N]: trials of each picture."""
+    return torch.from_numpy(np.stack([item.trial_counts for item in recordings]))
 
 
 def training_stimuli(data_path: Path) -> list[Stimulus]:
@@ -437,7 +435,7 @@ def open_training(
     concepts = [item.concept for item in stimuli]
     held_out, notes = held_out_concepts(concepts, asked.val_fraction, asked.seed, donor)
     is_val = torch.tensor([concept in held_out for concept in concepts])
-    seen = seen_by_all(recordings, notes)
+    seen = trial_counts(recordings).all(dim=0)  # by everybody
     names, numbers = numbered(concepts)
     return TrainingData(
         recordings,

@@ -128,7 +128,7 @@ def score(
 
     Returns the content of ``results.json``.
     """
-    (retrieval, occluded, averaged, pictures, authentic), lines = [[]] * 5, {}
+    retrieval, occluded, averaged, pictures, authentic, lines = [], [], [], [], [], {}
     if opened.models:
         retrieval, lines["ranks"], occluded, averaged = score_retrieval(opened, how, prediction)
     if opened.groups:

@@ -391,11 +391,12 @@ def everything_into_memory(root: Path, subjects: int) -> float:
 
 def open_rows(subjects: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows of seconds and MiB, with how they grow."""
-    own = (IMAGES, REPETITIONS, CHANNELS, SAMPLES)
-    sizes = {name: (subjects, size) for name, size in OTHER_FORMS.items()}
+    sizes: dict[str, tuple[int, tuple[int, int, int, int] | None]] = {
+        name: (subjects, size) for name, size in OTHER_FORMS.items()
+    }
     for factor in GROWTH:
         more = (IMAGES, factor * REPETITIONS, CHANNELS, SAMPLES)
-        sizes |= {f"{factor}x subjects": (factor * subjects, own)}
+        sizes |= {f"{factor}x subjects": (factor * subjects, None)}
         sizes |= {f"{factor}x trials": (subjects, more)}
     growth = {}
     for name, (people, size) in sizes.items():

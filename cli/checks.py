@@ -27,7 +27,7 @@ def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
     if window and window[0] >= window[1]:
         parser.error(f"--time_window {window[0]} {window[1]}: the start must come before the end")
     if parser.stage == "check":
-        _validate_export(parser, values)
+        _validate_writing(parser, values)
     if parser.stage == "features" and not _names_concept(values.text_template):
         parser.error(
             f"--text_template {values.text_template!r}: expected {{concept}}, without which all "
@@ -116,7 +116,7 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
         _refuse_idle(parser, values, ("aligner_skip",), why)
 
 
-def _validate_export(parser: Parser, values: argparse.Namespace) -> None:
+def _validate_writing(parser: Parser, values: argparse.Namespace) -> None:
     writes = [flag for flag in ("export", "import_features", "blocks") if getattr(values, flag)]
     if len(writes) > 1:
         parser.error(f"--{writes[0]} and --{writes[1]} are two commands")

@@ -19,7 +19,15 @@ from datafiles.electrodes import LEAST_V, is_meg
 from datafiles.pickles import DAMAGED
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, keys_hashes
 from modalities import AUTO
-from rundirs.files import file_hash, in_work, json_hash, read_json, remove_leftovers, write_json
+from rundirs.files import (
+    file_hash,
+    in_work,
+    json_hash,
+    read_json,
+    recorded_options,
+    remove_leftovers,
+    write_json,
+)
 from util import DataError, UserError
 
 RAW_FOLDER = "Raw_data"
@@ -393,11 +401,8 @@ def stored_unit(path: Path) -> str:
     Simulated EEG is made in units of whitened recordings.
     """
     folder = path if path.is_dir() else path.parent
-    noted = folder / "options.json"
-    record = read_json(noted) if noted.is_file() else None  # none: downloaded, or simulated
-    options = record.get("options") if isinstance(record, dict) else None
-    whiten = options.get("whiten") if isinstance(options, dict) else None
-    if whiten is None:
+    whiten = recorded_options(folder).get("whiten")
+    if whiten is None:  # downloaded, or simulated
         return "whitened" if (folder / SIMULATED_NOTE).is_file() else ""
     return "whitened" if whiten else "V"
 

@@ -16,7 +16,7 @@ import torch
 
 from datafiles.feature_bank import write_partition
 from datafiles.pickles import damage_told
-from datafiles.stimuli import PARTITIONS, Stimulus, check_disjoint, list_stimuli, rows_by_name
+from datafiles.stimuli import PARTITIONS, Stimulus, check_disjoint, list_stimuli, rows_called
 from modalities import NAMES
 from rundirs.files import atomic_write, file_hash
 from rundirs.tensors import load_tensors, load_torch
@@ -77,13 +77,13 @@ def import_features(asked: FeatureImport) -> list[str]:
         write_partition(folder / partition, items, texts, one.features, header)
     with atomic_write(folder / "DONE") as file:
         file.write("{}")
-    return [line for partition, one in found.items() for line in _told(partition, one)]
+    return [line for partition, one in found.items() for line in _told(partition, one, of)]
 
 
-def _told(partition: str, found: _Found) -> Iterator[str]:
-    unit = found.provenance()["unit_length"]
+def _told(partition: str, found: _Found, of: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """``of``: the provenance of each partition."""
     for name, rows in found.features.items():
-        length = ", of unit length" if unit[name] else ""
+        length = ", of unit length" if of[partition]["unit_length"][name] else ""
         yield (
             f"{partition} {name}: {len(rows):,} x {rows.shape[1]}{length}, joined "
             f"{found.joined[name]} ({found.path.name})"
@@ -200,16 +200,13 @@ def _order(
     """The row of each stimulus. Raises DataError where some have none."""
     folders = list(dict.fromkeys(item.folder for item in stimuli))
     if names is not None and len(names) == count:
-        place = rows_by_name(names)
-        rows = [next((place[key] for key in _keys(item, CALLED[called] == "text") if key in place),
-                     None) for item in stimuli]  # fmt: skip
-        if None in rows:
-            lost = [item.key for item, row in zip(stimuli, rows, strict=True) if row is None]
+        rows = rows_called(names, [_keys(item, CALLED[called] == "text") for item in stimuli])
+        if lost := [item.key for item, row in zip(stimuli, rows, strict=True) if row < 0]:
             raise DataError(
                 path, f"{called}: no row of {len(lost)} of {len(stimuli)} pictures, e.g. {lost[0]}",
                 "a row named after each picture (or concept, of texts)", BOTH_FILES,
             )  # fmt: skip
-        return [row for row in rows if row is not None], "by name"
+        return rows, "by name"
     if count == len(stimuli):
         return list(range(count)), "by order"
     if CALLED[called] == "text" and count == len(folders):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -48,21 +48,29 @@ class Stimulus:
         return stimulus_id(self.key)
 
     @property
+    def data_path(self) -> Path:
+        return self.path.parents[2]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What others may call it, the surest first."""
         _, folder, file = self.key.split("/")
         return self.key, f"{folder}/{file}", file
 
 
-def rows_by_name(names: Sequence[str]) -> dict[str, int]:
-    """{each path, and what it ends with: row}; an ending that several rows have is none of them."""
+def rows_called(names: Sequence[str], wanted: Iterable[Sequence[str]]) -> list[int]:
+    """The row of each that is wanted by any of its names, the surest first; -1 where there is none.
+
+    ``names`` of the rows are paths, or what these end with; an ending of several rows is none's.
+    """
     place: dict[str, int | None] = {}
     for row, name in enumerate(names):
         parts = PurePosixPath(name.strip().replace("\\", "/")).parts
         for length in range(1, min(len(parts), 3) + 1):
             ending = "/".join(parts[-length:])
             place[ending] = row if place.get(ending, row) == row else None
-    return {name: row for name, row in place.items() if row is not None}
+    known = {name: row for name, row in place.items() if row is not None}
+    return [next((known[name] for name in called if name in known), -1) for called in wanted]
 
 
 def concept_of_folder(folder: str) -> str:
@@ -198,7 +206,7 @@ def leaks_blocks(data_path: Path | None) -> bool:
 
 def check_disjoint(training: Sequence[Stimulus], test: Sequence[Stimulus]) -> None:
     """Raise DataError if a test concept is one of training, too; told where DATA says so."""
-    if training and leaks_blocks(training[0].path.parents[2]):
+    if training and leaks_blocks(training[0].data_path):
         util.LOG.warning("%s", LEAKS)
         return
     shared = sorted({item.concept for item in training} & {item.concept for item in test})

@@ -34,10 +34,14 @@ HOW_AUTHENTIC = (
 
 @dataclass(frozen=True)
 class Space:
-    """Where pictures are compared: ``vectors`` of files [N, D], ``distance`` [N, M] of two sets."""
+    """Where pictures are compared: ``vectors`` of files [N, D], ``distance`` [N, M] of two sets.
+
+    ``kept``: the same of files that are there for good, from a cache.
+    """
 
     name: str
     vectors: Callable[[Sequence[Path]], np.ndarray]
+    kept: Callable[[Sequence[Path]], np.ndarray]
     distance: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -67,11 +71,14 @@ def cosine_distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def spaces(eye: networks.Eye | None, cache: Path) -> list[Space]:
     """Pixels, and the features of a network where there is one."""
-    found = [Space("pixels", small_pixels, root_mean_square)]
+    found = [Space("pixels", small_pixels, small_pixels, root_mean_square)]
     if eye is not None:
         layer, label = READ_BY[eye.name]
 
         def features(paths: Sequence[Path]) -> np.ndarray:
+            return eye.features(paths)[layer].numpy()
+
+        def cached(paths: Sequence[Path]) -> np.ndarray:
             from tqdm import tqdm
 
             starts = tqdm(
@@ -81,7 +88,7 @@ def spaces(eye: networks.Eye | None, cache: Path) -> list[Space]:
                      for at in starts]  # fmt: skip
             return torch.cat(parts).numpy()
 
-        found.append(Space(label, features, cosine_distance))
+        found.append(Space(label, features, cached, cosine_distance))
     return found
 
 
@@ -91,11 +98,15 @@ def authenticity_rows(
     """(a row per group and space for results.json, a line per picture and space)."""
     rows, lines = [], []
     for space in compared:
-        known = space.vectors([item.path for item in training])
+        known = space.kept([item.path for item in training])
+        of_stimuli: dict[tuple[Stimulus, ...], tuple[np.ndarray, np.ndarray]] = {}
         for group in groups:
-            seen = space.vectors([item.path for item in group.stimuli])
+            shown = tuple(group.stimuli)
+            if shown not in of_stimuli:
+                vectors = space.kept([item.path for item in shown])
+                of_stimuli[shown] = vectors, space.distance(vectors, known).min(axis=1)
+            seen, of_seen = of_stimuli[shown]
             drawn = space.vectors(group.pictures)
-            of_seen = space.distance(seen, known).min(axis=1)
             to_known = space.distance(drawn, known)
             nearest, place = to_known.min(axis=1), to_known.argmin(axis=1)
             true = space.distance(drawn, seen)[np.arange(len(drawn)), list(group.owner)]

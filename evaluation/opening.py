@@ -8,14 +8,14 @@ from typing import Any
 
 from datafiles.datasets.registry import layout_in
 from datafiles.eeg_files import list_subjects
-from datafiles.feature_bank import RETRIEVAL_NAMES, Bank, check_clip, open_bank
+from datafiles.feature_bank import FINAL_LAYER, Bank, check_clip, open_bank
 from datafiles.stimuli import Stimulus, list_stimuli
 from dataset import TestEEG, open_test
 from decoder.decoder import Decoder, model_file
 from evaluation import picture_scores, tables
 from evaluation.pairing import Group, pair, stimuli_below
 from modalities import NAMES
-from rundirs.files import file_hash, json_hash, read_json
+from rundirs.files import file_hash, json_hash, recorded_options
 from rundirs.folds import runs_of
 from util import UserError
 
@@ -82,7 +82,7 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
     decoders = {name: Decoder.load(run, asked.checkpoint) for name, run in runs.items()}
     layers = {decoder.layer for decoder in decoders.values()}
     alone = all(decoder.bank is None for decoder in decoders.values())
-    needed = RETRIEVAL_NAMES[:1] if alone else NAMES
+    needed = (FINAL_LAYER,) if alone else NAMES
     opened.bank = open_bank(asked.clip_feature_path, "test", layers, needed)
     for left_out, run in runs.items():
         decoder = decoders[left_out]
@@ -108,10 +108,7 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
 
 def _training_of(run: Path, checkpoint: str) -> dict[str, Any]:
     """Which training a model is of."""
-    noted = run / "options.json"
-    record = read_json(noted) if noted.is_file() else None
-    options = record.get("options") if isinstance(record, dict) else None
-    seed = options.get("seed") if isinstance(options, dict) else None
+    seed = recorded_options(run).get("seed")
     return {"run": run.name, "seed": seed, "checkpoint": checkpoint}
 
 
@@ -157,6 +154,6 @@ def identities(opened: Opened) -> dict[str, Any]:
         )
         inputs["networks"] = sorted(opened.weights)
     if opened.training:
-        sizes = [[item.key, item.path.stat().st_size] for item in opened.training]
-        inputs["training_pictures"] = json_hash(sizes)
+        known = [[item.key, file_hash(item.path)] for item in opened.training]
+        inputs["training_pictures"] = json_hash(known)
     return inputs

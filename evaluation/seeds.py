@@ -15,11 +15,11 @@ import numpy as np
 
 import metrics
 from evaluation.comparison import HITS, StimulusScores, read_stimulus_scores
+from rundirs.checkpoints import BEST, LATEST
 from rundirs.environment import environment
 from rundirs.files import read_json
 from util import DataError, UserError
 
-SELECTED, LAST = "best", "latest"  # of --checkpoint
 SEEDS_PROTOCOL = {
     "selected": "the checkpoint that held-out training concepts chose; mean ± standard deviation "
     "over seeds (n - 1), and the 95 % percentile bootstrap over stimuli of their mean, 2000 draws",
@@ -34,7 +34,7 @@ def over_seeds(runs: Sequence[Path], seed: int) -> dict[str, Any]:
 
     Raises DataError / UserError for runs that are not of one thing but for seed and checkpoint.
     """
-    by_checkpoint: dict[str, dict[int, dict]] = {SELECTED: {}, LAST: {}}
+    by_checkpoint: dict[str, dict[int, dict]] = {BEST: {}, LATEST: {}}
     first, chance = None, {}
     for run in runs:
         scores, results = read_stimulus_scores(run), read_json(run / "results.json")
@@ -51,11 +51,11 @@ def over_seeds(runs: Sequence[Path], seed: int) -> dict[str, Any]:
         known[trained["seed"]] = scores
         chance |= {(f"{row['subject']} {row['query']}", name): row.get(f"{name}_chance")
                    for row in results["retrieval"] for name in HITS}  # fmt: skip
-    number = len(by_checkpoint[SELECTED])
+    number = len(by_checkpoint[BEST])
     if number < 2:
-        raise _refused(f"{number} seeds with --checkpoint {SELECTED}", "two and more")
+        raise _refused(f"{number} seeds with --checkpoint {BEST}", "two and more")
     rows = [_seed_row(what, by_checkpoint, seed) | {"chance": chance.get(what)}
-            for what in next(iter(by_checkpoint[SELECTED].values()))]  # fmt: skip
+            for what in next(iter(by_checkpoint[BEST].values()))]  # fmt: skip
     return {
         "runs": [str(run) for run in runs],
         "seeds": {name: sorted(of) for name, of in by_checkpoint.items()},
@@ -98,18 +98,18 @@ def _seed_row(
     for name, of_seed in by_checkpoint.items():
         for number, scores in of_seed.items():
             values[name][number] = float(np.mean(list(scores[what].values.values())))
-    both = sorted(values[SELECTED].keys() & values[LAST].keys())
-    best = [max(values[SELECTED][number], values[LAST][number]) for number in both]
-    series: list[StimulusScores] = [of[what] for of in by_checkpoint[SELECTED].values()]
+    both = sorted(values[BEST].keys() & values[LATEST].keys())
+    best = [max(values[BEST][number], values[LATEST][number]) for number in both]
+    series: list[StimulusScores] = [of[what] for of in by_checkpoint[BEST].values()]
     of_stimulus = np.mean([list(one.values.values()) for one in series], axis=0)
     return {
         "what": what[0],
         "score": what[1],
         "label": series[0].label,
         "n": len(of_stimulus),
-        "selected": spread(list(values[SELECTED].values())),
+        "selected": spread(list(values[BEST].values())),
         "interval": metrics.bootstrap_interval(of_stimulus, seed),
-        "last": spread(list(values[LAST].values())),
+        "last": spread(list(values[LATEST].values())),
         "best_on_test": spread(best),
     }
 

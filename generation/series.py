@@ -119,7 +119,7 @@ class Series:
             "seed": self.seed,
             "injection": self.injection,
             "simulated": (test.source.parent / SIMULATED_NOTE).exists(),
-            "block_leak": bool(test.stimuli) and leaks_blocks(test.stimuli[0].path.parents[2]),
+            "block_leak": bool(test.stimuli) and leaks_blocks(test.stimuli[0].data_path),
         }
 
     @property

@@ -306,19 +306,13 @@ def page_context(material: Material, thumbs: Thumbnails) -> dict[str, Any]:
     world, drawings = material.world, material.drawings
     util.LOG.info("drawing figures")
     mains, _ = main_and_controls(drawings)
+    marks = [mark for item in mains for mark in item.marks] + [f"{LEAKS}."] * material.leaks
     return {
         "generator": GENERATOR,
         "title": "EEG → image: report",
         "simulated": world.simulated,
         "facts": facts(material),
-        "marks": list(
-            dict.fromkeys(
-                [
-                    *(mark for item in mains for mark in item.marks),
-                    *([LEAKS + "."] if material.leaks else []),
-                ]
-            )
-        ),
+        "marks": list(dict.fromkeys(marks)),
         "headlines": headlines(material.scores),
         "gallery": bool(drawings),
         "data": embedded_json(gallery_data(drawings, material.scores, world, thumbs)),

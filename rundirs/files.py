@@ -115,6 +115,14 @@ def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] = dict) 
         ) from None
 
 
+def recorded_options(folder: Path) -> dict[str, Any]:
+    """Options of the run in a folder; none where no run noted any. Raises DataError."""
+    path = folder / "options.json"
+    record = read_json(path) if path.is_file() else None
+    options = record.get("options") if isinstance(record, dict) else None
+    return options if isinstance(options, dict) else {}
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a table with one column per key of the first row, atomically."""
     import csv

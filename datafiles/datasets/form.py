@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datafiles.stimuli import Stimulus, rows_by_name
+from datafiles.stimuli import Stimulus, rows_called
 from util import DataError, repeated
 
 OSF_SHAPE = (17, 100)  # channels x samples of the authors' own files, at 100 Hz
@@ -31,7 +31,7 @@ class DealtTrials:
 
     @property
     def counts(self) -> list[int] | None:
-        """DealtTrials of each row; None where all have R."""
+        """Trials of each row; None where all have R."""
         counts = (self.index >= 0).sum(axis=1)
         return None if (counts == self.shape[1]).all() else counts.tolist()
 
@@ -93,8 +93,8 @@ def joined(path: Path, given: Parsed, stimuli: Sequence[Stimulus]) -> Parsed:
     """
     if given.pictures is None:
         return given
-    place = rows_by_name(given.pictures)
-    rows = [next((place[name] for name in item.names if name in place), -1) for item in stimuli]
+    rows = rows_called(given.pictures, [item.names for item in stimuli])
+    found = set(rows) - {-1}
     lost = [item.key for item, row in zip(stimuli, rows, strict=True) if row < 0]
     droppable = isinstance(given.eeg, DealtTrials) and stimuli[0].partition == "training"
     if lost and not (droppable and len(lost) <= MOST_DROPPED * len(rows)):
@@ -104,8 +104,8 @@ def joined(path: Path, given: Parsed, stimuli: Sequence[Stimulus]) -> Parsed:
             f"a row of each picture, as it names them: {given.pictures[0]}, ...",
             "take the pictures that belong to it, under their own names",
         )
-    if len(set(rows) - {-1}) < len(given.pictures):
-        other = next(name for row, name in enumerate(given.pictures) if row not in set(rows))
+    if len(found) < len(given.pictures):
+        other = next(name for row, name in enumerate(given.pictures) if row not in found)
         raise DataError(
             path,
             f"rows of {len(given.pictures)} pictures, {len(rows)} are there; not {other}",
