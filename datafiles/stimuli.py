@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ LEAKS = (
     "BLOCK LEAKAGE: test pictures were shown in the blocks of training pictures, so that EEG's "
     "drift alone tells their classes: no score of this DATA is of decoding"
 )
+DIGITS = "0123456789"
 STIMULUS_COLUMNS = ("stimulus", "stim_file", "image", "picture")  # of users' tables
 
 
@@ -56,6 +58,19 @@ class Stimulus:
         """What others may call it, the surest first."""
         _, folder, file = self.key.split("/")
         return self.key, f"{folder}/{file}", file
+
+
+def places_within(stimuli: Sequence[Stimulus]) -> list[tuple[str, ...]]:
+    """What each may be called by number, all from 0: ``8/bat1/3``, ``bat1/3``; ``8/bat/3``."""
+    within: Counter[str] = Counter()
+    found: list[tuple[str, ...]] = []
+    for item in stimuli:
+        number, concept = item.folder.split("_")[0], item.concept
+        names = [f"{spelt}/{within[item.folder]}" for spelt in (concept, concept.rstrip(DIGITS))]
+        numbered = [f"{int(number) - 1}/{name}" for name in names] if number.isdecimal() else []
+        found.append((*numbered, names[0]))
+        within[item.folder] += 1
+    return found
 
 
 def rows_called(names: Sequence[str], wanted: Iterable[Sequence[str]]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,11 @@ from datafiles.datasets.things_eeg2 import EEG_KEYS, published_content
 from datafiles.pickles import array_in
 from util import DataError
 
-METADATA = "experiment_metadata.parquet"
+# a table beside each person's recording, as released, or one for all
+METADATA = ("experiment_metadata_categories.parquet", "experiment_metadata.parquet")
 PARTITION_OF = {"training": "stim_train", "test": "stim_test"}  # what the table calls them
 COLUMNS = ("partition", "dropped", "image_path")
+OF_CATEGORY = ("category_num", "category_name", "category_img_num")  # from 0, ., from 0
 MOST_ROWS = 10_000_000  # of a table; all twenty people have 1.6 million
 
 
@@ -61,10 +63,20 @@ def _shown(path: Path, trials: int) -> list[str]:
             "a trial for each row of the table that is not dropped",
             "take the table that belongs to the recording",
         )
-    shown = [name for name, here in zip(table["image_path"], kept, strict=True) if here]
+    shown = [name for name, here in zip(_named(table), kept, strict=True) if here]
     if not all(isinstance(name, str) and name for name in shown):
         raise DataError(about, "rows without image_path", "the picture of each", AGAIN)
     return shown
+
+
+def _named(table: Mapping[str, Sequence[Any]]) -> Sequence[Any]:
+    """The picture of each row: ``image_path``, or where that is a number its place in DATA."""
+    paths = table["image_path"]
+    numbers = all(isinstance(path, str) and PurePath(path).stem.isdigit() for path in paths)
+    if not numbers or not all(name in table for name in OF_CATEGORY):
+        return paths
+    return ["/".join(str(part).replace(" ", "_") for part in row)
+            for row in zip(*(table[name] for name in OF_CATEGORY), strict=True)]  # fmt: skip
 
 
 def _is(named: object, folder: str) -> bool:
@@ -75,12 +87,12 @@ def _is(named: object, folder: str) -> bool:
 
 def _table(path: Path) -> tuple[Path, Mapping[str, Sequence[Any]]]:
     """The table beside the recording or above it, by column. Raises DataError."""
-    places = [folder / METADATA for folder in list(path.parents)[:3]]
+    places = [folder / name for folder in list(path.parents)[:3] for name in METADATA]
     about = next((place for place in places if place.is_file()), None)
     if about is None:
         raise DataError(
-            path, f"trials one by one, and no {METADATA}",
-            f"{METADATA} beside the file, or in the two folders above",
+            path, f"trials one by one, and no {METADATA[0]}",
+            f"{METADATA[0]} beside the file, or in the two folders above",
             "copy it there: without it nothing says which picture a trial is of",
         )  # fmt: skip
     import pyarrow.parquet
@@ -90,7 +102,7 @@ def _table(path: Path) -> tuple[Path, Mapping[str, Sequence[Any]]]:
         there = file.schema_arrow.names
         rows = file.metadata.num_rows
         lost = [name for name in COLUMNS if name not in there]
-        wanted = [name for name in (*COLUMNS, "subject") if name in there]
+        wanted = [name for name in (*COLUMNS, *OF_CATEGORY, "subject") if name in there]
         table = {} if lost or rows > MOST_ROWS else file.read(wanted).to_pydict()
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError(
@@ -109,8 +121,8 @@ ALLJOINED = Form(
     licence="as its page says",
     layout="preprocessed_eeg/sub-XX/preprocessed_eeg_training_flat.npy and ..._test_flat.npy: a "
     "pickled dict of preprocessed_eeg_data (trials, channels, samples), ch_names, times; "
-    f"{METADATA} beside them or above",
-    order="any: the table names the picture of each trial",
+    f"{METADATA[0]} beside them or above",
+    order="any: the table names the picture of each trial, or its place among its concept's",
     splits="as THINGS-EEG2: 1,654 concepts x 10 pictures x up to 4 trials; 200 x 1 x up to 80",
     traps=(
         "trials were dropped: pictures have different numbers of them, some training pictures none",

@@ -245,7 +245,7 @@ def _write_subjects(
                 {"subject": subject, "partition": PARTITION_OF[partition], "dropped": False,
                  "image_path": f"{one.block}/{pictures[one.picture].name}"} for one in own
             ]  # fmt: skip
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / METADATA)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / METADATA[0])
 
 
 def _window_of(trials: Sequence[_Trial]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datafiles.stimuli import Stimulus, rows_called
+from datafiles.stimuli import Stimulus, places_within, rows_called
 from util import DataError, repeated
 
 OSF_SHAPE = (17, 100)  # channels x samples of the authors' own files, at 100 Hz
@@ -93,7 +93,8 @@ def joined(path: Path, given: Parsed, stimuli: Sequence[Stimulus]) -> Parsed:
     """
     if given.pictures is None:
         return given
-    rows = rows_called(given.pictures, [item.names for item in stimuli])
+    called = [item.names + more for item, more in zip(stimuli, places_within(stimuli), strict=True)]
+    rows = rows_called(given.pictures, called)
     found = set(rows) - {-1}
     lost = [item.key for item, row in zip(stimuli, rows, strict=True) if row < 0]
     droppable = isinstance(given.eeg, DealtTrials) and stimuli[0].partition == "training"

@@ -164,13 +164,44 @@ def test_a_table_that_does_not_fit_is_refused(data, tmp_path, change, told):
         eeg_files.open_recording(file, tmp_path / "c", list_stimuli(data, "training"))
 
 
+def _released(row, keys, concept):
+    """A row as the released tables have it: pictures are numbers, concepts and places from 0."""
+    place = [key.split("/", 1)[1] for key in keys].index(row["image_path"])
+    number, name = keys[place].split("/")[1].split("_", 1)
+    within = sum(key.split("/")[1] == keys[place].split("/")[1] for key in keys[:place])
+    return row | {"image_path": f"{place:05d}.jpg", "category_num": int(number) - 1,
+                  "category_name": concept(name), "category_img_num": within}  # fmt: skip
+
+
+@pytest.mark.parametrize("concept", [str, lambda name: name.rstrip("0123456789")])
+def test_the_released_table_numbers_the_pictures(data, tmp_path, concept):
+    """As with names; numbers tell apart concepts that are spelled alike."""
+    folder = data / "preprocessed_eeg" / "sub-01"
+    files = {part: eeg_files.eeg_file(data, "sub-01", part) for part in PARTITIONS}
+    named = {part: eeg_files.open_recording(file, tmp_path / "a", list_stimuli(data, part)).eeg
+             for part, file in files.items()}  # fmt: skip
+    keys = {f"stim_{part.removesuffix('ing')}": [item.key for item in list_stimuli(data, part)]
+            for part in PARTITIONS}  # fmt: skip
+    _changed(folder, lambda rows: [_released(row, keys[row["partition"]], concept) for row in rows])
+    table = folder / "experiment_metadata.parquet"
+    table.rename(folder / "experiment_metadata_categories.parquet")
+    for part, file in files.items():
+        read = eeg_files.open_recording(file, tmp_path / "b", list_stimuli(data, part))
+        assert np.array_equal(read.eeg, named[part])
+    table = folder / "experiment_metadata_categories.parquet"
+    rows = [row | {"category_name": "zebra"} for row in pq.read_table(table).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    with pytest.raises(DataError, match="no row of 3 of 3 pictures"):
+        eeg_files.open_recording(files["test"], tmp_path / "c", list_stimuli(data, "test"))
+
+
 def test_without_its_table_nothing_is_read(data, tmp_path):
     table = data / "preprocessed_eeg" / "sub-01" / "experiment_metadata.parquet"
     table.rename(data / "experiment_metadata.parquet")
     file = eeg_files.eeg_file(data, "sub-01", "test")
     assert eeg_files.open_recording(file, tmp_path).counts == list(TEST_COUNTS), "also from above"
     (data / "experiment_metadata.parquet").unlink()
-    with pytest.raises(DataError, match=r"no experiment_metadata\.parquet"):
+    with pytest.raises(DataError, match=r"no experiment_metadata_categories\.parquet"):
         eeg_files.open_recording(file, tmp_path / "c")
 
 
