@@ -40,6 +40,7 @@ from modalities import (
     EACH,
     ENCODERS,
     EXPORTS,
+    FETCHABLE,
     FINAL,
     QUANTITIES,
     TEXT_TEMPLATE,
@@ -276,13 +277,23 @@ def _instead_of_a_check(parser: Parser) -> None:
     group.add("--seed", type=count, default=0, help="of the split")
 
 
+def _fetching(parser: Parser) -> None:
+    group = parser.flags("fetching, instead of a check")
+    group.choose("--fetch", choices=FETCHABLE, nargs="+",
+        help="fetch data sets with their pictures, or weights, into --data_path; goes on after a "
+        "cut, checks SHA-256; EEG2IMAGE_MIRROR or HF_ENDPOINT name another server")
+    group.switch("--dry_run", per_call=True,
+        help="say what would be fetched, from where and how large")
+
+
 def check_parser() -> Parser:
     parser = Parser(
         "check",
         "Before the first stage: what is there, missing or inconsistent in a data folder. Reads\n"
         "headers and samples, writes nothing; exit code 0 if all is well, 1 for problems.\n"
         "With --export: the recordings in another published form. With --import_features: a bank\n"
-        "of embeddings that others computed. With --blocks: a DATA of a block design.",
+        "of embeddings that others computed. With --blocks: a DATA of a block design.\n"
+        "With --fetch: what is published, from the internet.",
         "python dataset.py --check --data_path DATA",
     )
     group = parser.flags("check")
@@ -297,6 +308,7 @@ def check_parser() -> Parser:
         help="also whether these captions belong to the pictures")
     group.add("--clip_feature_path", type=Path, metavar="DIR",
         help="also whether this output of clip_feature_extractor.py belongs to the pictures")
+    _fetching(parser)
     _instead_of_a_check(parser)
     common_flags(parser, device=False, writes=False)
     return parser

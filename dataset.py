@@ -40,6 +40,7 @@ from datafiles.eeg_files import (
 from datafiles.export import Export, write_as_form
 from datafiles.feature_bank import open_bank
 from datafiles.feature_import import FeatureImport, import_features
+from datafiles.fetch import Fetch, fetch
 from datafiles.splits import held_out_concepts, numbered
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, check_disjoint, list_stimuli, stimulus_id
 from modalities import AUTO, NAMES
@@ -463,6 +464,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Inspect or export a data folder, or import a bank. Exit code 1 if something is wrong."""
     options = args.resolve("check", argv)
     values = options.values
+    if values.fetch:
+        for line in fetch(options.settings(Fetch)):
+            print(line, flush=True)
+        return 0
     if values.import_features:
         print(*import_features(options.settings(FeatureImport)), sep="\n")
         return 0

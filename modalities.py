@@ -121,6 +121,17 @@ CONTROLS = {  # of --control, with the mark that everything drawn or scored unde
 MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **CONTROLS}
 WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
 DATASETS = ("things-eeg2", "ubp", "neurobridge", "things-meg", "alljoined")  # forms of recordings
+FETCHABLE = (
+    "things-eeg2",
+    "ubp",
+    "alljoined",
+    "things-pictures",
+    "atm-features",
+    "sdxl",
+    "ip-adapter",
+    "vit-h",
+    "sdxl-vae",
+)  # of dataset.py --fetch: datafiles/sources.yaml
 EXPORTS = ("npy", "ubp", "neurobridge")  # of these, what is written
 ENCODERS = ("ATMS", "EEGProject", "NICE")  # this project's own; other names are braindecode's
 AUTO = "auto"

@@ -15,6 +15,7 @@ OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to alre
 
 
 OF_THE_CHECK = ("check", "captions", "clip_feature_path")
+INSTEAD_OF_THE_CHECK = ("export", "import_features", "blocks", "fetch")
 OF_THE_PRIOR = ("prior_predicts", "prior_loss", "noise_draws", "condition_dropout")
 # flags of evaluate.py that say nothing of pictures
 OF_RETRIEVAL = ("control", "subjects", "dataset", "permutations", "average")
@@ -117,15 +118,19 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
 
 
 def _validate_writing(parser: Parser, values: argparse.Namespace) -> None:
-    writes = [flag for flag in ("export", "import_features", "blocks") if getattr(values, flag)]
+    writes = [flag for flag in INSTEAD_OF_THE_CHECK if getattr(values, flag)]
     if len(writes) > 1:
         parser.error(f"--{writes[0]} and --{writes[1]} are two commands")
-    if bool(writes) != bool(values.output_path):
+    if bool(writes) != bool(values.output_path or values.fetch):
         parser.error("--output_path DIR goes with --export, --import_features or --blocks")
     for flag in _given(parser, values, OF_THE_CHECK) if writes else ():
         parser.error(f"--{flag} is of the check, which --{writes[0]} takes the place of")
     if values.import_features or values.blocks:
         _refuse_idle(parser, values, ("subjects", "dataset"), f"with --{writes[0]}")
+    if values.fetch:
+        _refuse_idle(parser, values, ("output_path", "dataset"), "with --fetch: into --data_path")
+    else:
+        _refuse_idle(parser, values, ("dry_run",), "without --fetch: nothing else takes long")
     of_blocks = ("split", "allow_block_leak", "seed")
     if not values.blocks:
         _refuse_idle(parser, values, of_blocks, "without --blocks")

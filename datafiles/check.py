@@ -26,6 +26,7 @@ from datafiles.eeg_files import (
 )
 from datafiles.electrodes import LEAST_V, MOST_V, OTHER_SCALE, grade
 from datafiles.feature_bank import open_bank
+from datafiles.fetch import check_official
 from datafiles.findings import NAMED, Findings, some, spaced
 from datafiles.pictures import PictureError, picture_size, read_picture
 from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, Stimulus, check_disjoint, list_stimuli
@@ -477,6 +478,7 @@ def examine(
     findings = Findings()
     stimuli = check_pictures(data_path, full, findings)
     recordings = check_recordings(data_path, subjects, stimuli, full, findings, dataset)
+    check_official(data_path, full, findings)
     compare_recordings(recordings, findings)
     compare_scales(recordings, findings)
     if captions is not None:

@@ -111,10 +111,11 @@ def test_no_flag_is_idle(name: str, chain: Chain, tmp_path: Path) -> None:
     ("flag", "value"),
     [("check", "full"), ("subjects", "sub-09"), ("dataset", "ubp"), ("captions", NOWHERE),
      ("export", "ubp"), ("output_path", NOWHERE), ("import_features", NOWHERE),
-     ("blocks", NOWHERE), ("split", "random"), ("seed", "3"),
+     ("blocks", NOWHERE), ("split", "random"), ("seed", "3"), ("fetch", "sdxl"),
      ("clip_feature_path", NOWHERE), ("data_path", NOWHERE)],
 )  # fmt: skip
-def test_no_flag_of_the_check_is_idle(chain: Chain, capsys, flag, value) -> None:
+def test_no_flag_of_the_check_is_idle(chain: Chain, capsys, monkeypatch, flag, value) -> None:
+    monkeypatch.setenv("EEG2IMAGE_MIRROR", "nowhere://")  # of --fetch
     told = []
     for more in ([], [f"--{flag}", value]):
         dataset.main(["--data_path", str(chain.data), *more])
@@ -129,5 +130,5 @@ def test_every_stage_is_walked() -> None:
     given = set(args.STAGES["check"]().actions()) - HOW
     assert given == {
         "check", "subjects", "dataset", "captions", "clip_feature_path", "data_path", "export",
-        "output_path", "import_features", "blocks", "split", "allow_block_leak", "seed",
+        "output_path", "import_features", "blocks", "split", "allow_block_leak", "seed", "fetch",
     }  # fmt: skip
