@@ -282,8 +282,7 @@ def _fetching(parser: Parser) -> None:
     group.choose("--fetch", choices=FETCHABLE, nargs="+",
         help="fetch data sets with their pictures, or weights, into --data_path; goes on after a "
         "cut, checks SHA-256; EEG2IMAGE_MIRROR or HF_ENDPOINT name another server")
-    group.switch("--dry_run", per_call=True,
-        help="say what would be fetched, from where and how large")
+    group.switch("--dry_run", per_call=True, help="say what would be fetched, and how large")
 
 
 def check_parser() -> Parser:
@@ -582,8 +581,10 @@ def _scored_pictures(parser: Parser) -> None:
         help="score these beside them: runs of generate.py --control ..., or other systems'")
     group.add("--truth", type=Path, per_call=True, metavar="DIR",
         help="the pictures that were seen; default: DATA/test_images")
-    group.choose("--protocol", choices=("mindeye", "braindiffuser"), default="mindeye",
-        help="sizes, resizing and weights of the published scores; the two give other numbers")
+    group.choose("--protocol", choices=("mindeye", "braindiffuser", "neuralbench"),
+        default="mindeye",
+        help="sizes, resizing and weights of the published scores of pictures, which differ; "
+        "neuralbench: retrieval of --model_path, from single trials as there")
     group.add("--weights_dir", type=Path, per_call=True, metavar="DIR",
         help="official weight files by their official names (or in DIR/checkpoints); scores whose "
         "file is missing are left out and named with where the file comes from")

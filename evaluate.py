@@ -23,6 +23,7 @@ from evaluation import (
     authenticity,
     comparison,
     networks,
+    neuralbench,
     occlusion,
     picture_scores,
     repetitions,
@@ -70,8 +71,8 @@ class Scoring:
 
 def score_retrieval(
     opened: Opened, how: Scoring, prediction: Prediction
-) -> tuple[list[dict[str, Any]], ...]:
-    """(rows for results.json, lines of ranks.csv, rows of occlusion and of repetitions)."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(what results.json says of retrieval, lines of ranks.csv)."""
     bank, device = opened.bank, util.pick_device(how.device)
     rows, lines, occluded, averaged = [], [], [], []
     for test in opened.tests:
@@ -90,7 +91,16 @@ def score_retrieval(
             )
             for count in sorted(set(how.average or ()))
         ]
-    return rows, lines, occluded, averaged
+    benched = neuralbench.score_neuralbench(
+        opened.models, opened.tests, bank, how.seed, how.permutations
+    ) if how.protocol == neuralbench.NEURALBENCH else []  # fmt: skip
+    return {
+        "retrieval": rows,
+        "across_subjects": across_subjects(rows),
+        "occlusion": with_words(occlusion.HOW, occluded),
+        "repetitions": with_words(repetitions.HOW_AVERAGED, averaged),
+        "neuralbench": with_words(neuralbench.HOW_BENCHED, benched),
+    }, lines
 
 
 def score_pictures(opened: Opened, how: Scoring) -> tuple[list[dict[str, Any]], ...]:
@@ -128,9 +138,10 @@ def score(
 
     Returns the content of ``results.json``.
     """
-    retrieval, occluded, averaged, pictures, authentic, lines = [], [], [], [], [], {}
+    pictures, authentic, lines = [], [], {}
+    retrieval, ranks = score_retrieval(opened, how, prediction)
     if opened.models:
-        retrieval, lines["ranks"], occluded, averaged = score_retrieval(opened, how, prediction)
+        lines["ranks"] = ranks
     if opened.groups:
         pictures, lines["pictures"] = score_pictures(opened, how)
     if how.authenticity:
@@ -138,12 +149,9 @@ def score(
     for name, of in lines.items():
         write_csv(run / f"{name}.csv", of)
     return {
-        "retrieval": retrieval,
-        "across_subjects": across_subjects(retrieval),
+        **retrieval,
         "pictures": pictures,
         "metrics": picture_scores.described(pictures, how.protocol),
-        "occlusion": with_words(occlusion.HOW, occluded),
-        "repetitions": with_words(repetitions.HOW_AVERAGED, averaged),
         "authenticity": with_words(authenticity.HOW_AUTHENTIC, authentic),
         "skipped": opened.skipped,
         "labels": {name: item.label for name, item in picture_scores.SCORES.items()},

@@ -19,7 +19,7 @@ INSTEAD_OF_THE_CHECK = ("export", "import_features", "blocks", "fetch")
 OF_THE_PRIOR = ("prior_predicts", "prior_loss", "noise_draws", "condition_dropout")
 # flags of evaluate.py that say nothing of pictures
 OF_RETRIEVAL = ("control", "subjects", "dataset", "permutations", "average")
-OF_PICTURES = ("truth", "weights_dir", "protocol", "score_cache", "authenticity")
+OF_PICTURES = ("truth", "weights_dir", "score_cache", "authenticity")
 
 
 def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
@@ -185,9 +185,22 @@ def _validate_evaluate(parser: Parser, values: argparse.Namespace) -> None:
         parser.error("--authenticity needs --data_path, where the training pictures are")
     if values.control_images and not values.images:
         parser.error("--control_images are scored beside --images: name those, too")
+    _validate_what_is_scored(parser, values)
+
+
+def _validate_what_is_scored(parser: Parser, values: argparse.Namespace) -> None:
+    """Flags of retrieval and of pictures, each where it is scored."""
     for flag in _given(parser, values, OF_RETRIEVAL) if not values.model_path else ():
         parser.error(f"--{flag} is of retrieval, which is not scored: give --model_path")
-    for flag in _given(parser, values, OF_PICTURES) if not values.images else ():
+    if values.protocol == "neuralbench":
+        if values.images or not values.model_path:
+            parser.error(
+                "--protocol neuralbench scores retrieval: give --model_path, and score --images in "
+                "a run of their own"
+            )
+        _refuse_idle(parser, values, ("control",), "at --protocol neuralbench: it has its own")
+    of_pictures = OF_PICTURES + ("protocol",) * (values.protocol != "neuralbench")
+    for flag in _given(parser, values, of_pictures) if not values.images else ():
         parser.error(f"--{flag} is of pictures, and none are scored: give --images")
     if values.average and values.control in WITHOUT_EEG:
         parser.error(

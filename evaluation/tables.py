@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datafiles.stimuli import LEAKS
@@ -180,6 +180,23 @@ def repetition_lines(rows: Sequence[Row]) -> list[str]:
     return table([*head, "top-5 [95 %]", "chance", "median rank"], lines)
 
 
+def neuralbench_lines(rows: Sequence[Row]) -> list[str]:
+    """A line per person and way of averaging, everybody's last."""
+    lines = [
+        [
+            row["level"], row["subject"], f"{row['queries']:,}", f"{row['n']}",
+            with_interval(row["inverse_rank"], row["inverse_rank_interval"]),
+            number(row["inverse_rank_shuffled"]), with_interval(row["top5"], row["top5_interval"]),
+            number(row["top5_shuffled"]), number(row["top5_chance"]),
+            number(row["inverse_rank_median"]), f"{row['median_rank']:g}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["queries", "subject", "number", "N", "inverse rank [95 %]", "shuffled EEG"]
+    more = ["top-5 [95 %]", "shuffled EEG", "chance", "median inverse rank", "median rank"]
+    return table([*head, *more], lines)
+
+
 def authenticity_lines(rows: Sequence[Row], most: int = 10) -> list[str]:
     """A line per recipe and space, then the pictures that are taken for copies."""
     lines = [
@@ -223,6 +240,13 @@ def comparison_lines(rows: Sequence[Row]) -> list[str]:
 # ---------------------------------------------------------------- the whole page
 
 
+def _explained(
+    title: str, found: Row | None, lines_of: Callable[[Sequence[Row]], list[str]]
+) -> list[str]:
+    """A section of rows with what they mean; nothing where there are none."""
+    return [f"## {title}", "", found["how"], "", *lines_of(found["rows"]), ""] if found else []
+
+
 def as_table(results: Row) -> str:
     """``table.md`` of a scoring run."""
     lines = ["# Scores", ""]
@@ -235,21 +259,15 @@ def as_table(results: Row) -> str:
     if results["across_subjects"]:
         means = across_subjects_table(results["across_subjects"])
         lines += ["## Retrieval over subjects, mean ± SE", "", *means, ""]
-    if results["repetitions"]:
-        found = results["repetitions"]
-        lines += ["## Repetitions averaged", "", found["how"], ""]
-        lines += [*repetition_lines(found["rows"]), ""]
+    lines += _explained("Repetitions averaged", results["repetitions"], repetition_lines)
+    lines += _explained("NeuralBench", results.get("neuralbench"), neuralbench_lines)
     lacking = {row["images"]: row.get("unfinished") for row in results["pictures"]}
     lines += [f"**{images}: {lacks}.**\n" for images, lacks in lacking.items() if lacks]
     for title, paired in (("Pictures", True), ("Distributions of pictures", False)):
         found = picture_lines(results["pictures"], results["metrics"], paired=paired)
         lines += [f"## {title}", "", *found, ""] if found else []
-    if results["occlusion"]:
-        rows = results["occlusion"]["rows"]
-        lines += ["## Occlusion", "", results["occlusion"]["how"], "", *occlusion_lines(rows), ""]
-    if results.get("authenticity"):
-        found = results["authenticity"]
-        lines += ["## Authenticity", "", found["how"], "", *authenticity_lines(found["rows"]), ""]
+    lines += _explained("Occlusion", results["occlusion"], occlusion_lines)
+    lines += _explained("Authenticity", results.get("authenticity"), authenticity_lines)
     if results["skipped"]:
         lines += ["## Left out, for want of weights", "", *skipped_lines(results["skipped"]), ""]
     if results["pictures"]:

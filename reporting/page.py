@@ -55,6 +55,7 @@ from reporting.tables import (
     confusions,
     headlines,
     literature_tables,
+    neuralbench_table,
     occlusion_table,
     picture_table,
     retrieval_table,
@@ -271,6 +272,7 @@ def score_parts(item: Scores, world: World, thumbs: Thumbnails) -> dict[str, Any
         ],
         "ranks": rank_figures(item.results, item.ranks),
         "repetitions": repetition_figures(item.results),
+        "neuralbench": neuralbench_table(item),
         "confusions": found
         | {
             "pairs": [(shown(a), shown(b), count) for a, b, count in found["pairs"]],

@@ -289,6 +289,23 @@ def authenticity_table(scores: Scores) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def neuralbench_table(scores: Scores) -> list[dict[str, Any]]:
+    """A row per person and way of averaging, in words."""
+    rows = (scores.results.get("neuralbench") or {"rows": []})["rows"]
+    return [
+        {
+            "level": row["level"], "subject": row["subject"], "queries": row["queries"],
+            "n": row["n"], "median": f"{row['median_rank']:g}",
+            "scores": [
+                (shown_number(row[name]), bracket(row[f"{name}_interval"]),
+                 shown_number(row[f"{name}_shuffled"]), shown_number(chance))
+                for name, chance in (("inverse_rank", 0.5), ("top5", row["top5_chance"]))
+            ],
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
 def occlusion_table(scores: Scores) -> list[dict[str, Any]]:
     rows = (scores.results.get("occlusion") or {"rows": []})["rows"]
     return [
