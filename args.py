@@ -16,6 +16,7 @@ from typing import Any
 import modalities
 from cli.checks import check_combinations
 from cli.config import Options, as_yaml, config_tokens
+from cli.data_check import check_parser, dataset_flag
 from cli.miniature import demo_parser, pretrain_parser, world_parser
 from cli.parser import (
     FlagGroup,
@@ -33,18 +34,7 @@ from cli.parser import (
     shard,
     share,
 )
-from modalities import (
-    AUTO,
-    CONTROLS,
-    DATASETS,
-    EACH,
-    ENCODERS,
-    EXPORTS,
-    FETCHABLE,
-    FINAL,
-    QUANTITIES,
-    TEXT_TEMPLATE,
-)
+from modalities import AUTO, CONTROLS, EACH, ENCODERS, FINAL, QUANTITIES, TEXT_TEMPLATE
 
 MODEL_PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
     "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
@@ -54,7 +44,6 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags d
     "lightning": {"steps": 4, "guidance": 0.0, "size": 768, "timestep_spacing": "trailing",
                   "scheduler": "EulerDiscreteScheduler"},
 }  # fmt: skip
-CHECKS = ("quick", "full")  # of dataset.py: how closely
 
 
 # ---------------------------------------------------------------- flags shared by stages
@@ -66,11 +55,6 @@ def _eeg_selection(group: FlagGroup) -> None:
     group.several("--time_window", type=seconds, metavar=("START_S", "END_S"),
         help="seconds after stimulus onset, end exclusive; default: all in the file")
     _cache_dir(group)
-
-
-def _dataset(group: FlagGroup) -> None:
-    group.choose("--dataset", choices=(AUTO, *DATASETS), default=AUTO, per_call=True,
-        help="form of DATA's recordings (docs/datasets.md); auto: the one that is there")
 
 
 def _cache_dir(group: FlagGroup, default: str = "DATA/eeg_cache") -> None:
@@ -123,7 +107,7 @@ def _training_data(group: FlagGroup) -> None:
     group.add(
         "--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
         help="run directory")
-    _dataset(group)
+    dataset_flag(group)
     group.several("--subjects", metavar="SUB",
         help="e.g. sub-01 sub-08; default: all that are there")
     group.add("--leave_out", metavar=f"SUB|{EACH}",
@@ -254,65 +238,6 @@ def preprocess_parser() -> Parser:
     return parser
 
 
-def _instead_of_a_check(parser: Parser) -> None:
-    group = parser.flags("export, instead of a check")
-    group.choose("--export", choices=EXPORTS,
-        help="write the recordings in this form for other people's code; npy: THINGS-EEG2's own")
-    group.add("--output_path", type=Path, metavar="DIR",
-        help="where to, also of --import_features; put training_images/ and test_images/ beside "
-        "recordings")
-    group = parser.flags("import of embeddings, instead of a check")
-    group.several("--import_features", type=Path, metavar=("TRAINING", "TEST"),
-        help="embeddings that others computed of these pictures (.pt, .npy, .safetensors), which "
-        "become a bank for --clip_feature_path in --output_path")
-    group = parser.flags("block designs, instead of a check")
-    group.several("--blocks", type=Path, metavar="FILE",
-        help="EEGCVPR40 or EEG-ImageNet (.pth), whose classes were shown in blocks; becomes a DATA "
-        "in --output_path, with pictures from --data_path/CLASS/NAME.JPEG")
-    group.choose("--split", choices=("leave-block", "random"), default="leave-block",
-        help="test has classes, and so blocks, of its own, or a fifth of each class' pictures")
-    group.switch("--allow_block_leak",
-        help="make a random split of a block design, which measures EEG's drift, and mark all that "
-        "comes of it")
-    group.add("--seed", type=count, default=0, help="of the split")
-
-
-def _fetching(parser: Parser) -> None:
-    group = parser.flags("fetching, instead of a check")
-    group.choose("--fetch", choices=FETCHABLE, nargs="+",
-        help="fetch data sets with their pictures, or weights, into --data_path; goes on after a "
-        "cut, checks SHA-256; EEG2IMAGE_MIRROR or HF_ENDPOINT name another server")
-    group.switch("--dry_run", per_call=True, help="say what would be fetched, and how large")
-
-
-def check_parser() -> Parser:
-    parser = Parser(
-        "check",
-        "Before the first stage: what is there, missing or inconsistent in a data folder. Reads\n"
-        "headers and samples, writes nothing; exit code 0 if all is well, 1 for problems.\n"
-        "With --export: the recordings in another published form. With --import_features: a bank\n"
-        "of embeddings that others computed. With --blocks: a DATA of a block design.\n"
-        "With --fetch: what is published, from the internet.",
-        "python dataset.py --check --data_path DATA",
-    )
-    group = parser.flags("check")
-    group.add("--data_path", type=Path, required=True, per_call=True, metavar="DATA",
-        help="folder with Preprocessed_data_250Hz/, training_images/, test_images/")
-    group.choose("--check", nargs="?", choices=CHECKS, default=CHECKS[0],
-        help="how closely: headers and samples, in seconds, or every value of every file")
-    _dataset(group)
-    group.several("--subjects", metavar="SUB",
-        help="e.g. sub-01 sub-08; default: all that are there")
-    group.add("--captions", type=Path, metavar="FILE",
-        help="also whether these captions belong to the pictures")
-    group.add("--clip_feature_path", type=Path, metavar="DIR",
-        help="also whether this output of clip_feature_extractor.py belongs to the pictures")
-    _fetching(parser)
-    _instead_of_a_check(parser)
-    common_flags(parser, device=False, writes=False)
-    return parser
-
-
 def _encoding_work(parser: Parser) -> None:
     group = parser.flags("work")
     group.add("--shard", type=shard, default="1/1", metavar="i/n", per_call=True,
@@ -412,6 +337,11 @@ def train_parser() -> Parser:
         help="go on from this model as it is, with --subjects that it does not know")
     group.choose("--trainable", choices=("subject_layers", "encoder", "all"), default="all",
         help="what changes with --adapt_from: the new subjects' layer and token, the encoder, all")
+    group.several("--minutes", type=positive, metavar="MINUTES",
+        help="with --adapt_from: train on so much of the new subjects' EEG, nested, each in "
+        "RUN/minutes_N, and draw RUN/calibration.png, the score against the minutes")
+    group.add("--trial_seconds", type=positive, default=0.2, metavar="SECONDS",
+        help="recorded time of a trial, which --minutes counts; THINGS-EEG2: 0.2")
     group.switch("--low_level", per_call=True,
         help="at the end also fit the linear head that predicts a coarse picture, for "
         "generate.py --init superpixel; on a finished run fit only that")
@@ -625,7 +555,7 @@ def evaluate_parser() -> Parser:
     _checkpoint(group)
     group.add("--clip_feature_path", type=Path, per_call=True, metavar="DIR",
         help="output of clip_feature_extractor.py")
-    _dataset(group)
+    dataset_flag(group)
     group.several("--subjects", metavar="SUB",
         help="default: the subjects the model was trained on")
     _cache_dir(group)
@@ -667,7 +597,7 @@ def report_parser() -> Parser:
         help="the page; default: report.html beside the first run")
     group.add("--data_path", type=Path, per_call=True, metavar="DATA",
         help="folder with test_images/ and the test EEG; default: as the runs recorded it")
-    _dataset(group)
+    dataset_flag(group)
     _cache_dir(group, "as the runs recorded it")
     common_flags(parser, device=False)
     return parser

@@ -482,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.subjects,
         values.captions,
         values.clip_feature_path,
-        values.check == args.CHECKS[-1],
+        values.check == "full",
         values.dataset,
     )
     print(f"{values.data_path}:", *findings.lines(), sep="\n")

@@ -13,6 +13,7 @@ import torch
 
 import util
 from cli.config import Options
+from datafiles.eeg_files import is_simulated
 from datafiles.feature_bank import layer_name
 from datafiles.stimuli import list_stimuli
 from dataset import Batch, DataChoice, TrainingData, open_training
@@ -22,10 +23,11 @@ from decoder.decoder import Decoder, check_encoder, model_file
 from loss import Contrast, prior_total
 from modalities import NAMES
 from training import loop
+from training.calibration_curve import Calibration, calibrations, within_minutes, write_curve
 from training.objectives import global_losses, validation_retrieval
 from training.processes import Processes
 from training.settings import Fold, folds
-from training.starting import adapted, all_concepts, donor_of, new_decoder, with_donor
+from training.starting import adapted, all_concepts, donor_of, new_decoder, scaled_as, with_donor
 from util import WHOLE, Part
 
 VALIDATION_DRAWS = 8  # timesteps and noises per held-out stimulus, the same at every validation
@@ -147,8 +149,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = args.resolve("train", argv)
     processes = Processes.join(options.values.device)
     for fold in folds(options.settings(Fold)):
-        train_one(options.changed(fold), processes)
+        asked = options.changed(fold)
+        parts = calibrations(asked.settings(Calibration))
+        for part in parts:
+            train_one(asked.changed(part), processes)
+        if len(parts) > 1 and processes.first:
+            print(*curve_of(asked), sep="\n")
     return 0
+
+
+def curve_of(options: Options) -> list[str]:
+    """The scores of finished calibrations against their minutes, written; returns the table."""
+    values = options.values
+    donor = donor_of(values.adapt_from, whole=True)
+    data = open_training(options.settings(DataChoice), donor.layer, donor.concepts)
+    data = scaled_as(donor, data, values.adapt_from)
+    simulated = is_simulated(values.data_path)
+    return write_curve(values.output_dir, donor, values.minutes, data, simulated)
 
 
 def train_one(options: Options, processes: Processes) -> None:
@@ -163,6 +180,8 @@ def train_one(options: Options, processes: Processes) -> None:
     if adapting:
         features = values.clip_feature_path
         data, decoder = adapted(adapting, values.adapt_from, data, features, values.trainable)
+        if values.minutes:
+            data = within_minutes(data, values.minutes[0], values.trial_seconds)
     else:
         alignment = Alignment(
             values.aligner,

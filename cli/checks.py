@@ -97,6 +97,12 @@ def _validate_generate(parser: Parser, values: argparse.Namespace) -> None:
 def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
     if values.contrast_weight == 0:
         _refuse_idle(parser, values, OF_THE_CONTRAST, "at --contrast_weight 0")
+    if values.minutes and not values.adapt_from:
+        parser.error("--minutes are of a new person's EEG: needs --adapt_from")
+    if values.minutes and len(set(values.minutes)) < len(values.minutes):
+        parser.error(f"--minutes {' '.join(map(str, values.minutes))}: one of them twice")
+    if not values.minutes:
+        _refuse_idle(parser, values, ("trial_seconds",), "without --minutes")
     if values.adapt_from and not values.subjects:
         parser.error("--adapt_from needs --subjects: the people that the model does not know")
     if values.adapt_from and (values.init_from or values.leave_out):

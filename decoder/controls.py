@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import metrics
 import util
 from datafiles.feature_bank import check_clip, open_bank
 from datafiles.stimuli import Stimulus
@@ -32,6 +34,20 @@ def controlled_eeg(test: TestEEG, control: str | None, seed: int) -> TestEEG:
         mean = test.eeg.mean(dim=(0, 2), keepdim=True)
         return replace(test, eeg=mean + noise * test.eeg.std(dim=(0, 2), keepdim=True))
     return test
+
+
+def shuffled_top_k(
+    similarity: torch.Tensor, truth: torch.Tensor, k: int, seed: int, permutations: int
+) -> np.ndarray:
+    """top-k [permutations] with EEG dealt to other stimuli: rows of similarity [Q, G] permuted."""
+    draw = util.numpy_generator_for(seed, "shuffled EEG")
+    scores = []
+    for _ in range(permutations):
+        order = torch.from_numpy(draw.permutation(len(similarity)))
+        scores.append(
+            float(metrics.top_k_probability(*metrics.ranks(similarity[order], truth), k).mean())
+        )
+    return np.array(scores)
 
 
 def banked_embeddings(

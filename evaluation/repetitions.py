@@ -16,8 +16,9 @@ import metrics
 import util
 from dataset import TestEEG
 from decoder import controls
+from decoder.controls import shuffled_top_k
 from decoder.decoder import Decoder
-from evaluation.retrieval import check_finite, shuffled_top_k
+from evaluation.retrieval import check_finite
 
 MOST_GROUPS = 10
 HOW_AVERAGED = (

@@ -15,6 +15,7 @@ from datafiles.feature_bank import Bank
 from datafiles.stimuli import Stimulus
 from dataset import TestEEG
 from decoder import controls
+from decoder.controls import shuffled_top_k
 from decoder.decoder import Decoder
 from evaluation import tables
 from modalities import MODALITIES, NAMES, WITHOUT_EEG
@@ -82,20 +83,6 @@ def across_subjects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             scores[name] = {"mean": float(values.mean()), "se": float(error)}
         found.append({"query": query, "subjects": len(own), "scores": scores})
     return found
-
-
-def shuffled_top_k(
-    similarity: torch.Tensor, truth: torch.Tensor, k: int, seed: int, permutations: int
-) -> np.ndarray:
-    """top-k [permutations] with EEG dealt to other stimuli: rows of similarity [Q, G] permuted."""
-    draw = util.numpy_generator_for(seed, "shuffled EEG")
-    scores = []
-    for _ in range(permutations):
-        order = torch.from_numpy(draw.permutation(len(similarity)))
-        scores.append(
-            float(metrics.top_k_probability(*metrics.ranks(similarity[order], truth), k).mean())
-        )
-    return np.array(scores)
 
 
 def check_finite(what: str, rows: torch.Tensor, test: TestEEG) -> None:

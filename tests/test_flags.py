@@ -45,7 +45,7 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
         "dataset": "ubp",
         "subjects": "sub-01", "subject_dropout": 0.5, "val_fraction": 0.4, "lr_eeg": 0.1,
         "channels": "Oz", "time_window": ["--time_window", 0, 0.5], "encoder": "EEGProject",
-        "seeds": 7,
+        "seeds": 7, "minutes": 5,
         "epochs": 2, "grad_clip": 0.001, "ema_decay": 0.9, "mask_channel": 0.5, "mask_time": 0.5,
         "mask_patch": 0.5, "contrast_layer": 2, "text_contrast": 0.5, "condition_dropout": 0.5,
         "weight_decay": 0.9, "trials": "single", "init_from": NOWHERE, "adapt_from": NOWHERE,
