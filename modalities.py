@@ -125,6 +125,7 @@ FETCHABLE = (
     "things-eeg2",
     "ubp",
     "alljoined",
+    "things-eeg1",
     "things-pictures",
     "atm-features",
     "sdxl",

@@ -152,7 +152,8 @@ def write_partition(
 def _check_finite(path: Path, features: dict[str, torch.Tensor], number: int) -> None:
     for name, rows in features.items():
         fits = rows.ndim == 2 and len(rows) == number and rows.dtype == torch.float32
-        if not fits or not torch.isfinite(rows).all():
+        # piece by piece: at once it would take as much memory as the rows
+        if not fits or not all(torch.isfinite(piece).all() for piece in rows.split(1024)):
             raise DataError(
                 path,
                 f"{name}: shape {tuple(rows.shape)}, or NaN",

@@ -99,7 +99,8 @@ def wanted_items(asked: Fetch) -> list[Item]:
             "--subjects", f"with --fetch {' '.join(asked.fetch)}, which is of nobody",
             "a data set of people", "leave --subjects out",
         )  # fmt: skip
-    return [item for name in names for item in items_of(name, asked.data_path, asked.subjects)]
+    items = (item for name in names for item in items_of(name, asked.data_path, asked.subjects))
+    return list({item.key: item for item in items}.values())
 
 
 def fetch(asked: Fetch) -> Iterator[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
 
 from datafiles.captions import composed
 from datafiles.stimuli import (
@@ -38,19 +40,52 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class PublishedTable:
+    """Where the table of a published data set says more than a picture and its onset in seconds.
+
+    ``columns`` tell it; ``stimulus``: a path, of which the file counts; ``left_out``: {column:
+    value} of events that asked for something else than to look; ``trial_s``: from picture to
+    picture, by which onsets in ms are told from seconds. Pictures that are not in DATA are left
+    out: the data set shows more than one study takes.
+    """
+
+    name: str
+    columns: frozenset[str]
+    stimulus: str
+    left_out: Mapping[str, str]
+    trial_s: float
+
+
+PUBLISHED_TABLES = (
+    PublishedTable(  # OpenNeuro ds003825
+        "THINGS-EEG1", frozenset({"onset", "stim", "isteststim", "istarget"}), "stim",
+        {"istarget": "1"}, 0.1,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class EventTable:
-    """``kind``: what ``when`` means, one of TIME_COLUMNS; ``skipped``: lines without a picture."""
+    """``kind``: what ``when`` means, one of TIME_COLUMNS; ``dropped``: lines by why they are.
+
+    ``unit_s``: of an onset; ``published``: whose table it is, if a published data set's.
+    """
 
     path: Path
     kind: str
     shown: list[Shown]
-    skipped: int
+    dropped: Mapping[str, int]
+    unit_s: float = 1.0
+    published: PublishedTable | None = None
 
 
 def read_table(path: Path) -> EventTable:
     """A CSV or TSV with a header, in UTF-8, with any line ends. Raises DataError."""
     rows = read_columns(path, "events", CURE)
     _, head = next(rows, (1, {}))
+    published = next((one for one in PUBLISHED_TABLES if one.columns <= head.keys()), None)
+    if published is not None:
+        return _published_table(path, rows, published)
     stimulus, kind = first_of(STIMULUS_COLUMNS, head), first_of(TIME_COLUMNS, head)
     if stimulus is None or kind is None:
         raise DataError(
@@ -67,7 +102,33 @@ def read_table(path: Path) -> EventTable:
             shown.append(Shown(line, of[kind], of[stimulus]))
     if not shown:
         raise DataError(path, "no event with a picture", "a line per event", CURE)
-    return EventTable(path, kind, shown, skipped)
+    return EventTable(path, kind, shown, {"without picture": skipped})
+
+
+def _published_table(
+    path: Path, rows: Iterator[tuple[int, dict[str, str]]], published: PublishedTable
+) -> EventTable:
+    shown, dropped, onsets = [], {"target": 0, "without picture": 0}, []
+    for line, of in rows:
+        onsets.append(of["onset"])
+        if any(of[column] == value for column, value in published.left_out.items()):
+            dropped["target"] += 1
+        elif of[published.stimulus].lower() in NOTHING:
+            dropped["without picture"] += 1
+        else:
+            file = of[published.stimulus].replace("\\", "/").rsplit("/", 1)[-1]
+            shown.append(Shown(line, of["onset"], file))
+    if not shown:
+        raise DataError(path, "no event with a picture", f"{published.name}'s table", CURE)
+    unit = _onset_unit(onsets, published.trial_s)
+    return EventTable(path, "onset", shown, dropped, unit, published)
+
+
+def _onset_unit(onsets: Sequence[str], trial_s: float) -> float:
+    """Seconds of a unit of onsets: 0.001 where they are milliseconds, by their usual distance."""
+    numbers = np.array([float(text) for text in onsets if re.fullmatch(r"[\d.]+", text)])
+    usual = float(np.median(np.diff(numbers))) if len(numbers) > 1 else trial_s
+    return 0.001 if usual > 30 * trial_s else 1.0
 
 
 def onset_of(event: Shown, table: EventTable) -> float:
@@ -102,6 +163,10 @@ class Pictures:
     @property
     def hashes(self) -> dict[str, str]:
         return keys_hashes(self.rows)
+
+    def knows(self, event: Shown) -> bool:
+        """Whether a picture of DATA has the file name that is meant."""
+        return composed(event.stimulus) in self._by_file
 
     def find(self, event: Shown, table: EventTable) -> tuple[str, int]:
         """(partition, row) of the picture that a line names. Raises DataError.

@@ -66,7 +66,10 @@ class OwnTake:
         opened = read_raw(self.path, self.bids)
         raw, events = opened.raw, read_table(self.table)
         shown, others = _shown_pictures(raw, events, self.path)
-        dropped = {"without picture": events.skipped, "other marker": others}
+        dropped = {**events.dropped, "other marker": others}
+        if events.published:  # it shows more pictures than one study takes
+            everything, shown = shown, [pair for pair in shown if self.pictures.knows(pair[0])]
+            dropped["of a picture that is not in DATA"] = len(everything) - len(shown)
         rows = [(*self.pictures.find(event, events), onset, event.line) for event, onset in shown]
         trials = {}
         for name in self.pictures.rows:
@@ -104,7 +107,7 @@ def _shown_pictures(
     """[(line of the table, onset sample)] and the number of markers that mean no picture."""
     if table.kind == "marker":
         return _by_marker(raw, table, path)
-    scale = raw.info["sfreq"] if table.kind == "onset" else 1
+    scale = raw.info["sfreq"] * table.unit_s if table.kind == "onset" else 1
     shown = [(event, round(onset_of(event, table) * scale)) for event in table.shown]
     latest, onset = max(shown, key=lambda pair: pair[1])
     if onset >= raw.n_times:

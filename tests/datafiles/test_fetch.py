@@ -271,7 +271,7 @@ def zipped(names: list[str]) -> bytes:
 
 def a_data_set() -> dict[str, dict[str, object]]:
     about = {"page": "https://example.org/page", "licence": "CC BY"}
-    eeg = [{"path": "eeg/{subject}/test.npy"}]
+    eeg = [{"path": "eeg/{subject}/test.npy"}, {"path": "eeg/about.json"}]
     people = {"title": "people", "base": "https://huggingface.co/eeg", "subjects": 3,
               "with": ["things-pictures"], "files": eeg}  # fmt: skip
     file = {"path": "images.zip", "url": "https://osf.io/download/x/", "unpack": "test_images"}
@@ -284,13 +284,15 @@ def test_subjects_come_with_their_pictures(server, sources, tmp_path, top):
     sources(**a_data_set())
     names = [f"{top}00001_dog/a.png", f"{top}00002_cat/b.png", "__MACOSX/00001_dog/._a.png"]
     server.files = {f"/huggingface.co/eeg/eeg/sub-0{k}/test.npy": b"eeg%d" % k for k in (1, 2, 3)}
+    server.files["/huggingface.co/eeg/eeg/about.json"] = b"{}"
     server.files["/osf.io/download/x/"] = zipped(names)
     assert run(tmp_path / "d", "--subjects", "sub-01", "sub-03", name="ubp") == 0
     root = tmp_path / "d"
     found = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-    assert found == ["eeg/sub-01/test.npy", "eeg/sub-03/test.npy", "fetched.json",
+    assert found == ["eeg/about.json", "eeg/sub-01/test.npy", "eeg/sub-03/test.npy", "fetched.json",
                      "test_images/00001_dog/a.png", "test_images/00002_cat/b.png"]  # fmt: skip
     asked = len(server.asked)
+    assert asked == 4, "what is of everybody comes once"
     assert run(root, "--subjects", "sub-01", "sub-03", name="ubp") == 0
     assert len(server.asked) == asked
 

@@ -435,3 +435,33 @@ def test_the_documented_walk_through_runs_as_it_stands(tmp_path, monkeypatch, ca
     assert command[:2] == ["python", "preprocess.py"]
     assert preprocess.main(command[2:]) == 0
     assert f"# sub-01{told}" in capsys.readouterr().out
+
+
+# --- a published data set's own table -------------------------------------------------------------
+
+
+def _things_eeg1(lines, unit_s: float) -> list[tuple[object, ...]]:
+    """Lines as in ds003825: Windows' paths below other folders, targets, pictures of no study."""
+    rows = [(onset / unit_s, f"stimuli\\thing\\{key.rsplit('/', 1)[1]}", 0, 0)
+            for onset, key in lines]  # fmt: skip
+    rows.insert(1, (lines[0][0] / unit_s, rows[-1][1], 0, 1))
+    rows.insert(4, (lines[1][0] / unit_s, "stimuli\\zebra\\zebra_01b.jpg", 1, 0))
+    return rows
+
+
+@pytest.mark.parametrize("unit_s", [0.001, 1.0])
+def test_things_eeg1_s_own_table(data, capsys, unit_s):
+    """Onsets in ms or s; targets are left out, and so is what is not in DATA."""
+    raw, _, lines = recording()
+    head = "onset,stim,isteststim,istarget"
+    assert run(data, *save(data, raw, _things_eeg1(lines, unit_s), head)) == 0
+    check_responses(data)
+    told = capsys.readouterr().out
+    assert "1 target" in told and "1 of a picture that is not in DATA" in told
+
+
+def test_things_eeg1_without_a_picture_of_data_is_told(data, capsys):
+    raw, _, lines = recording()
+    rows = [(onset, "stimuli\\zebra\\zebra_01b.jpg", 0, 0) for onset, _ in lines]
+    assert run(data, *save(data, raw, rows, "onset,stim,isteststim,istarget")) == 1
+    assert "none for 3 of 3 training pictures" in capsys.readouterr().err
