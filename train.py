@@ -151,6 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for fold in folds(options.settings(Fold)):
         asked = options.changed(fold)
         parts = calibrations(asked.settings(Calibration))
+        if len(parts) > 1:  # the last one, too, before the first is trained
+            _, data = new_people(asked)
+            for minutes in asked.values.minutes:
+                within_minutes(data, minutes, asked.values.trial_seconds)
         for part in parts:
             train_one(asked.changed(part), processes)
         if len(parts) > 1 and processes.first:
@@ -158,12 +162,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def new_people(options: Options) -> tuple[Decoder, TrainingData]:
+    """(the model of ``--adapt_from``, all that there is of the people it does not know)."""
+    start = options.values.adapt_from
+    donor = donor_of(start, whole=True)
+    data = open_training(options.settings(DataChoice), donor.layer, donor.concepts)
+    return donor, scaled_as(donor, data, start)
+
+
 def curve_of(options: Options) -> list[str]:
     """The scores of finished calibrations against their minutes, written; returns the table."""
     values = options.values
-    donor = donor_of(values.adapt_from, whole=True)
-    data = open_training(options.settings(DataChoice), donor.layer, donor.concepts)
-    data = scaled_as(donor, data, values.adapt_from)
+    donor, data = new_people(options)
     simulated = is_simulated(values.data_path)
     return write_curve(values.output_dir, donor, values.minutes, data, simulated)
 

@@ -109,6 +109,13 @@ def test_test_pictures_are_not_opened(three, known, tmp_path, monkeypatch) -> No
         (three / "elsewhere").rename(three / "test_images")
 
 
+def test_too_many_minutes_are_told_before_anything_is_trained(three, known, tmp_path, capsys):
+    more = ("--adapt_from", known, "--subjects", "sub-03", "--minutes", 2, 999,
+            "--trial_seconds", TRIAL_S)  # fmt: skip
+    assert train.main(flags(three, tmp_path / "run", *more)) == 2
+    assert "--minutes 999" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [(("--minutes", 5), "--adapt_from"), (("--trial_seconds", 1), "without --minutes"),
