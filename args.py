@@ -197,6 +197,26 @@ def _signal(parser: Parser) -> None:
         help="of the choice and the order of repetitions")
 
 
+def _own_recordings(parser: Parser) -> None:
+    group = parser.flags("your own recordings")
+    group.several("--raw", type=Path, metavar="FILE|DIR", per_call=True,
+        help="one subject's recordings in order (.vhdr, .edf, .bdf, .set, .fif, ...), or one BIDS "
+        "folder, which takes mne-bids")
+    group.several("--events", type=Path, metavar="TABLE", per_call=True,
+        help="CSV or TSV per recording: column stimulus (a picture of DATA) beside onset (s), "
+        "sample or marker; default: *_events.tsv beside the recording, as in BIDS")
+    group.several("--epochs_file", type=Path, metavar="FILE", per_call=True,
+        help="one subject's trials that are cut already, as MNE's *-epo.fif: pictures by a column "
+        "of the metadata or by the events' names; nothing is filtered, whitened or resampled")
+    group.choose("--unit", choices=("V", "mV", "uV", "nV"), default=None,
+        help="of the numbers in the files, where these state none, or a wrong one")
+    group.switch("--keep_bad_segments",
+        help="keep trials in segments that the recording marks as BAD; those across a gap are "
+        "always left out")
+    group.add("--min_distance", type=positive, metavar="SECONDS",
+        help="events closer than this are refused, as one told twice; default: half the baseline")
+
+
 def preprocess_parser() -> Parser:
     parser = Parser(
         "preprocess",
@@ -216,20 +236,7 @@ def preprocess_parser() -> Parser:
         help="e.g. sub-01 sub-08; default: all that are there. With --raw FILE: its name")
     group.add("--sessions", type=positive_int, default=4, metavar="N",
         help="of each subject of THINGS-EEG2: ses-01 to ses-0N")
-    group = parser.flags("your own recordings")
-    group.several("--raw", type=Path, metavar="FILE|DIR", per_call=True,
-        help="one subject's recordings in order (.vhdr, .edf, .bdf, .set, .fif, ...), or one BIDS "
-        "folder, which takes mne-bids")
-    group.several("--events", type=Path, metavar="TABLE", per_call=True,
-        help="CSV or TSV per recording: column stimulus (a picture of DATA) beside onset (s), "
-        "sample or marker; default: *_events.tsv beside the recording, as in BIDS")
-    group.choose("--unit", choices=("V", "mV", "uV", "nV"), default=None,
-        help="of the numbers in the files, where these state none, or a wrong one")
-    group.switch("--keep_bad_segments",
-        help="keep trials in segments that the recording marks as BAD; those across a gap are "
-        "always left out")
-    group.add("--min_distance", type=positive, metavar="SECONDS",
-        help="events closer than this are refused, as one told twice; default: half the baseline")
+    _own_recordings(parser)
     _signal(parser)
     group = parser.flags("work")
     group.add("--n_jobs", type=positive_int, default=1, metavar="N", per_call=True,

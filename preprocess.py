@@ -22,6 +22,7 @@ from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
 from preprocessing import quality
 from preprocessing.amplitude import check_alike
 from preprocessing.channels import THINGS_CHANNELS, refuse_missing, wanted_channels
+from preprocessing.epochs_file import EpochsChoice, convert_epochs
 from preprocessing.merging import check_counts, merge_subject
 from preprocessing.own_recordings import own_subjects
 from preprocessing.recordings import Recorded, RecordingSource, Subject, Take, published_subjects
@@ -164,6 +165,9 @@ def forget_if_fresh(run: RunDirectory) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Preprocess all subjects, or go on, or do nothing for those that are finished."""
     options = args.resolve("preprocess", argv)
+    if options.values.epochs_file:
+        print(*convert_epochs(options.settings(EpochsChoice)), sep="\n")
+        return 0
     source = options.settings(RecordingSource)
     root = Path(options.values.output_path or source.data_path) / EEG_FOLDER
     with util.foreign_errors_logged(root / "log.txt"):

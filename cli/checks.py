@@ -68,6 +68,9 @@ def _given(parser: Parser, values: argparse.Namespace, flags: Sequence[str]) -> 
     return [flag for flag in flags if getattr(values, flag) != parser.actions()[flag].default]
 
 
+OF_CUTTING = ("raw", "events", "unit", "keep_bad_segments", "min_distance", "sessions", "channels",
+              "interpolate_missing", "reference", "band_pass", "epoch", "rate", "whiten", "dtype",
+              "n_jobs")  # fmt: skip
 OF_THE_CONTRAST = ("text_contrast", "contrast_normalise", "contrast_positives", "contrast_layer")
 OF_GUIDANCE = ("negative_prompt", "guidance_interval")
 
@@ -145,6 +148,10 @@ def _validate_writing(parser: Parser, values: argparse.Namespace) -> None:
 
 
 def _validate_preprocess(parser: Parser, values: argparse.Namespace) -> None:
+    if values.epochs_file:
+        why = "with --epochs_file, whose trials are taken as they are"
+        _refuse_idle(parser, values, OF_CUTTING, why)
+        return
     start, end = values.epoch
     if not start < 0 < end:
         parser.error(

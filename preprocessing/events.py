@@ -168,12 +168,12 @@ class Pictures:
         """Whether a picture of DATA has the file name that is meant."""
         return composed(event.stimulus) in self._by_file
 
-    def find(self, event: Shown, table: EventTable) -> tuple[str, int]:
-        """(partition, row) of the picture that a line names. Raises DataError.
+    def find(self, event: Shown, table: Path) -> tuple[str, int]:
+        """(partition, row) of the picture that a line of a table names. Raises DataError.
 
         It may be named by its file alone, or with as many of its folders as make it unique.
         """
-        where = f"{table.path}, line {event.line}"
+        where = f"{table}, line {event.line}"
         asked = _parts(event.stimulus, where)
         found = [
             (partition, row)

@@ -102,7 +102,7 @@ def why_unreadable(path: Path, error: BaseException) -> DataError:
             path,
             f"trials that are cut already (MNE: {text})",
             "a continuous recording: trials are cut here, from the table of events",
-            "export it before epoching",
+            "export it before epoching, or name it with --epochs_file",
         )
     return DataError(
         path,

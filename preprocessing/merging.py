@@ -49,15 +49,16 @@ def whiteners(parts: Mapping[str, SessionTrials]) -> dict[str, np.ndarray]:
 
 
 def places(
-    parts: Sequence[SessionTrials], pictures: int | None, fixed: bool, seed: int, where: str
+    parts: Sequence[np.ndarray], pictures: int | None, fixed: bool, seed: int, where: str
 ) -> list[list[tuple[int, int]]]:
     """[picture][repetition] -> (part, row in it), sessions in order; all as often as the rarest.
 
-    ``fixed``: all pictures must have been shown equally often. Raises DataError.
+    ``parts``: the picture of each trial of a session, int [n]; ``fixed``: all pictures must have
+    been shown equally often. Raises DataError.
     """
     found: dict[int, list[tuple[int, int]]] = {}
     for number, part in enumerate(parts):
-        for row, condition in enumerate(part.conditions.tolist()):
+        for row, condition in enumerate(part.tolist()):
             found.setdefault(condition, []).append((number, row))
     counts = check_counts({row: len(items) for row, items in found.items()}, pictures, fixed, where)
     expected = len(counts)
@@ -201,7 +202,8 @@ def merge_partition(
 
     own, path = list(parts.values()), folder / EEG_FILE[partition]
     where = f"{subject.name}: {partition} trials of all sessions"
-    at = places(own, subject.rows.get(partition), bool(subject.repetitions), settings.seed, where)
+    shown, pictures = [part.conditions for part in own], subject.rows.get(partition)
+    at = places(shown, pictures, bool(subject.repetitions), settings.seed, where)
     shape = (len(at), len(at[0]), len(settings.channels), settings.kept)
     of = [matrices.get(name, matrices.get("")) for name in parts]
     rows = tqdm(

@@ -70,7 +70,8 @@ class OwnTake:
         if events.published:  # it shows more pictures than one study takes
             everything, shown = shown, [pair for pair in shown if self.pictures.knows(pair[0])]
             dropped["of a picture that is not in DATA"] = len(everything) - len(shown)
-        rows = [(*self.pictures.find(event, events), onset, event.line) for event, onset in shown]
+        rows = [(*self.pictures.find(event, self.table), onset, event.line)
+                for event, onset in shown]  # fmt: skip
         trials = {}
         for name in self.pictures.rows:
             own = [(onset, row, line) for part, row, onset, line in rows if part == name]

@@ -48,7 +48,7 @@ from datafiles.captions import read_captions
 from datafiles.datasets import registry, things_eeg2
 from datafiles.datasets.block_design import read_blocks
 from datafiles.feature_import import read_features
-from preprocessing import events, reading, recordings, timeline
+from preprocessing import epochs_file, events, reading, recordings, timeline
 from preprocessing.hints import explained
 from preprocessing.own_recordings import OwnTake
 from rundirs.directory import RunDirectory
@@ -336,6 +336,21 @@ def _fif(folder: Path) -> list[bytes]:
     return [(folder / "f_raw.fif").read_bytes()]
 
 
+KNOWN_AND_NOT = ["train1_1.png", "train2_1.png", "a.png", "x"]
+
+
+def _epochs(folder: Path) -> list[bytes]:
+    """Four trials of three channels, of three pictures and of none."""
+    builders.write_pictures(folder, training=2, images=1, test=1)
+    info, names = mne.create_info(["Oz", "O1", "O2"], 100, "eeg"), KNOWN_AND_NOT
+    when = np.c_[np.arange(4) * 30, np.zeros(4), np.arange(4) + 1].astype(int)
+    codes = {name: place + 1 for place, name in enumerate(names)}
+    eeg = 1e-6 * np.random.default_rng(0).standard_normal((4, 3, 20))
+    cut = mne.EpochsArray(eeg, info, when, 0.0, codes, verbose="error")
+    cut.save(folder / "e-epo.fif", verbose="error")
+    return [(folder / "e-epo.fif").read_bytes()]
+
+
 def _adapter(_: Path) -> list[bytes]:
     whole = io.BytesIO()
     torch.save({"image_proj": {"proj.weight": torch.zeros(4, 2)}, "ip_adapter": {}}, whole)
@@ -367,6 +382,14 @@ def _open_own(path: Path, header: str | None = None) -> None:
     with explained(recording):
         timeline.interruptions(recorded.raw)
         timeline.trigger_codes(recorded.raw)
+
+
+def _open_epochs(path: Path) -> None:
+    """Trials that are cut, all of which are read."""
+    known = events.pictures_by_partition(path.parent)
+    one = epochs_file.open_epochs(path, known)
+    for number in range(len(one.shown)):
+        one.trial(number)
 
 
 def _read_picture(path: Path) -> None:
@@ -433,6 +456,7 @@ READERS = {
     "edf": Reader("a.edf", _edf, _open_own, sweeps=True),
     "set": Reader("a.set", _set, _open_own, slow=20, sweeps=True),
     "fif": Reader("a_raw.fif", _fif, _open_own, sweeps=True),
+    "epochs": Reader("a-epo.fif", _epochs, _open_epochs, slow=2, sweeps=True),
 }
 
 

@@ -27,7 +27,7 @@ def own_recordings(root: Path) -> Stage:
          "band_pass": ["--band_pass", 1, 40], "epoch": ["--epoch", -0.1, 0.8], "rate": 100,
          "min_distance": 5, "interpolate_missing": (["--channels", "O1", "Fpz", "PO7"],
                                                     ["--interpolate_missing"]),
-         "sessions": 3},
+         "sessions": 3, "epochs_file": "nowhere-epo.fif"},
     )  # fmt: skip
 
 
