@@ -98,11 +98,11 @@ def _check_readable(
     partition: str, items: Sequence[Stimulus], full: bool, findings: Findings
 ) -> None:
     """Headers of a sample, or all pictures whole."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     places = range(len(items)) if full else spaced(len(items), SAMPLED_PICTURES)
     bad: list[PictureError] = []
-    for place in tqdm(places, desc=f"{partition} pictures", unit="picture", leave=False):
+    for place in Progress(places, desc=f"{partition} pictures", unit="picture", leave=False):
         try:
             read_picture(items[place].path) if full else picture_size(items[place].path)
         except PictureError as error:
@@ -157,7 +157,7 @@ def check_recordings(
     dataset: str,
 ) -> Recordings:
     """The EEG of all subjects, whichever can be read, each by itself. Raises UserError."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     raw = sorted((Path(data_path) / RAW_FOLDER).glob("sub-*"))
     if raw:
@@ -175,7 +175,7 @@ def check_recordings(
     findings.facts += _about(layout)
     names = findings.attempt(list_subjects, data_path, wanted, dataset) or []
     found: Recordings = {}
-    for name in tqdm(names, desc="recordings", unit="subject", leave=False):
+    for name in Progress(names, desc="recordings", unit="subject", leave=False):
         own = {}
         for partition in PARTITIONS:
             path = layout.file(name, partition)

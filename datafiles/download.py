@@ -210,8 +210,8 @@ def _as_sha256(tag: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _progress(wanted: Remote, total: int | None) -> Iterator[Any]:
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
-    with tqdm(desc=wanted.path.name, total=total, initial=wanted.arrived, unit="B",
+    with Progress(desc=wanted.path.name, total=total, initial=wanted.arrived, unit="B",
               unit_scale=True, unit_divisor=1000) as bar:  # fmt: skip
         yield bar

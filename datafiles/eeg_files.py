@@ -165,14 +165,14 @@ def _write_float32(
 
     Written, not mapped: a page that no longer fits on the disk would kill the process.
     """
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     name = f"converting {source.parent.name}/{source.name}"
     with open(path, "wb") as file:
         in_work(file)
         header = {"descr": "<f4", "fortran_order": False, "shape": eeg.shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for row in tqdm(range(len(eeg)), desc=name, leave=False):
+        for row in Progress(range(len(eeg)), desc=name, leave=False):
             with np.errstate(over="ignore"):
                 trials = np.ascontiguousarray(eeg[row], "<f4")
             if not np.isfinite(trials).all():

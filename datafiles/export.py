@@ -44,11 +44,11 @@ def form_named(name: str) -> Form:
 
 def write_as_form(asked: Export) -> list[Path]:
     """The files written. Raises UserError / DataError, before the first is, and overwrites none."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     form, parts = form_named(asked.export), _parts(asked)
     assert form.write is not None, f"{form.name} is offered and cannot be written"
-    for part in tqdm(parts, desc=f"writing {form.name}", unit="file"):
+    for part in Progress(parts, desc=f"writing {form.name}", unit="file"):
         form.write(part.target, part.given, part.keys)
         note = part.source.parent / SIMULATED_NOTE
         if note.exists():

@@ -163,14 +163,14 @@ def _check_fits(place: Path, needed: int) -> None:
 
 def _unpack(item: Item) -> None:
     """Put the folder that a zip holds in its place, whole, and remove the zip. Raises DataError."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     path, name = item.remote.path, item.place.name
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}.") as folder:
         try:
             with zipfile.ZipFile(path) as archive:
                 _check_fits(path, sum(one.file_size for one in archive.infolist()))
-                for one in tqdm(archive.infolist(), desc=name, unit="file", leave=False):
+                for one in Progress(archive.infolist(), desc=name, unit="file", leave=False):
                     place = _place_in(folder, name, one)
                     if place is not None:
                         place.parent.mkdir(parents=True, exist_ok=True)

@@ -42,9 +42,9 @@ def coarse_picture(path: Path) -> torch.Tensor:
 
 def coarse_pictures(stimuli: Sequence[Stimulus]) -> torch.Tensor:
     """float32 [N, 3, GRID, GRID]; the slow part of reading is the pictures' own size."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
-    bar = tqdm(stimuli, desc="coarse pictures", unit="picture")
+    bar = Progress(stimuli, desc="coarse pictures", unit="picture")
     return torch.stack([coarse_picture(item.path) for item in bar])
 
 

@@ -47,12 +47,12 @@ class Space:
 
 def small_pixels(paths: Sequence[Path]) -> np.ndarray:
     """float32 [N, 3 x 32 x 32] in 0..1."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     size = (SEEN_PX, SEEN_PX)
     rows = [
         np.asarray(Image.fromarray(read_pixels(path)).resize(size, Image.Resampling.BILINEAR))
-        for path in tqdm(paths, desc="pixels", unit="picture", leave=False)
+        for path in Progress(paths, desc="pixels", unit="picture", leave=False)
     ]
     return np.stack(rows).reshape(len(rows), -1).astype(np.float32) / 255
 
@@ -79,9 +79,9 @@ def spaces(eye: networks.Eye | None, cache: Path) -> list[Space]:
             return eye.features(paths)[layer].numpy()
 
         def cached(paths: Sequence[Path]) -> np.ndarray:
-            from tqdm import tqdm
+            from rundirs.progress import Progress
 
-            starts = tqdm(
+            starts = Progress(
                 range(0, len(paths), KEPT_TOGETHER), desc=label, unit="chunk", leave=False
             )
             parts = [networks.cached_features(eye, paths[at : at + KEPT_TOGETHER], cache)[layer]

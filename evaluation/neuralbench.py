@@ -145,10 +145,10 @@ def score_neuralbench(
     models: Mapping[str, Decoder], tests: Sequence[TestEEG], bank: Bank, seed: int, draws: int
 ) -> list[dict[str, Any]]:
     """Rows for results.json. ``models``: of each subject, on the device that computes."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     given = [
         predictions(models[test.subject], test, bank)
-        for test in tqdm(tests, desc="single trials", unit="subject", leave=False)
+        for test in Progress(tests, desc="single trials", unit="subject", leave=False)
     ]
     return benchmark_rows(given, seed, draws)

@@ -83,14 +83,14 @@ def occlusion_rows(
     decoder: Decoder, test: TestEEG, gallery: torch.Tensor, kinds: Sequence[str], seed: int
 ) -> list[dict[str, Any]]:
     """The drop of every part. ``kinds``: "channels" (and regions), "time"; gallery [N, D]."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     channels, times_s = decoder.signal["channels"], decoder.signal["times"]
     parts = channel_parts(channels, len(times_s)) if "channels" in kinds else []
     parts += window_parts(channels, times_s) if "time" in kinds else []
     whole, step_s = hits(decoder, test, gallery), times_s[1] - times_s[0]
     rows = []
-    for part in tqdm(parts, desc=f"occlusion {test.subject}", unit="part"):
+    for part in Progress(parts, desc=f"occlusion {test.subject}", unit="part"):
         left = hits(decoder, replace(test, eeg=without(test.eeg, part)), gallery)
         drops = {name: whole[name] - left[name] for name in whole}
         rows.append(

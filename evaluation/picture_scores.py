@@ -233,13 +233,13 @@ def score_groups(
     seed: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(a row per group for results.json, a row per stimulus and group for pictures.csv)."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     values: dict[Group, dict[str, Values]] = {group: {} for group in groups}
     others: dict[Group, dict[str, dict[str, Any]]] = {group: {} for group in groups}
     eye = None
     jobs = list(_jobs(found, groups))
-    for name, group in tqdm(jobs, desc="scoring pictures", unit="recipe x network"):
+    for name, group in Progress(jobs, desc="scoring pictures", unit="recipe x network"):
         if not name:
             values[group] |= pixel_values(group, protocol, seed)
             continue

@@ -68,7 +68,7 @@ def encode(
     ``layers``: of CLIP's image side, to be kept beside the modalities. Raises DataError for a
     picture that cannot be read.
     """
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     stimuli = [item for piece in pieces for item in piece.stimuli]
     made = iter(PictureViews(stimuli, clip.transform, views).ahead(batch_size, num_workers))
@@ -78,7 +78,7 @@ def encode(
         "transform": str(clip.transform),
         "superpixel": superpixel.describe(views.slic_px),
     }
-    with tqdm(made, total=len(stimuli), desc="encoding", unit="picture") as bar:
+    with Progress(made, total=len(stimuli), desc="encoding", unit="picture") as bar:
         crops = iter(bar)
         for piece in pieces:
             features = encode_piece(clip, piece, crops, batch_size, layers)

@@ -175,7 +175,7 @@ def draw_missing(
     kinds: Sequence[variants.Family],
 ) -> None:
     """The pictures that are not on disk yet, in batches of the given size or of what fits."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     test, journal = predicted.test, run.path / f"images{run.suffix}.jsonl"
     tasks = series.tasks(renderer.injector.layers, predicted)
@@ -192,7 +192,7 @@ def draw_missing(
         trial = [missing[k % len(missing)] for k in range(2)]
         where = predicted.stacked, test.ids, predicted.places
         size = fitting_batch(renderer, lambda by, n: by.latents(trial[:n], *where), len(missing))
-    with tqdm(
+    with Progress(
         total=len(tasks), initial=len(tasks) - len(missing), desc="drawing", unit="picture"
     ) as bar:
         made = drawn_batches(missing, size, lambda batch: draw(renderer, batch), automatic)
@@ -205,7 +205,7 @@ def write_sheets(
     series: Series, run: RunDirectory, predicted: Predicted, kinds: Sequence[variants.Family]
 ) -> None:
     """``overview.png`` of the first stimuli, and a contact sheet for each where there is more."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     out, test, rows, marks = run.path, predicted.test, predicted.rows, series.marks
 
@@ -218,7 +218,7 @@ def write_sheets(
     save_sheet(out / f"overview{run.suffix}.png", sheet)
     if series.sweep or len(kinds[0].variants) == 1:  # the overview has it all
         return
-    for row in tqdm(rows, desc="contact sheets", unit="sheet"):
+    for row in Progress(rows, desc="contact sheets", unit="sheet"):
         path = out / test.names[row] / marked("sheet", marks)
         if not path.exists():
             save_sheet(path, contact_sheet(out, test.names[row], seen(row), kinds, marks))

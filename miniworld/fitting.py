@@ -106,12 +106,12 @@ def fit_part(part: Pretrained, steps: int, folder: Path, seed: int, stops: Seque
 
     ``stops``: signals received; Preempted is raised after saving. Raises DataError, too.
     """
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     training = Training(part, folder / part.name / "state.pt")
     saved, sums, first = time.monotonic(), {}, training.step
     part.model.train()
-    with tqdm(total=steps, initial=first, desc=part.name, unit="step") as bar:
+    with Progress(total=steps, initial=first, desc=part.name, unit="step") as bar:
         while training.step < steps:
             for name, value in training.update(steps, seed).items():
                 # not as a number, which a GPU would be waited for

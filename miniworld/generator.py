@@ -279,11 +279,12 @@ def kept(folder: Path, what: str, encoder: Path, make: Callable[[], torch.Tensor
 def embed_pictures(weights: models.Models, small: np.ndarray, device: torch.device) -> torch.Tensor:
     """Un-normalised CLIP embeddings float32 [n, D] on CPU of uint8 [n, 64, 64, 3]."""
     from PIL import Image
-    from tqdm import tqdm
+
+    from rundirs.progress import Progress
 
     clip = load_clip(str(weights.clip_config), str(weights.clip_checkpoint), device)
     parts = []
-    for start in tqdm(range(0, len(small), 128), desc="embeddings", unit="batch"):
+    for start in Progress(range(0, len(small), 128), desc="embeddings", unit="batch"):
         crops = [clip.transform(Image.fromarray(row)) for row in small[start : start + 128]]
         parts.append(clip.encode_pictures(torch.stack(crops)).cpu())
     return torch.cat(parts)

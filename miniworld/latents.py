@@ -25,9 +25,9 @@ def as_pixels(pictures: np.ndarray) -> torch.Tensor:
 @torch.no_grad()
 def encode_latents(vae: Any, pictures: np.ndarray) -> torch.Tensor:
     """Posterior means float32 [n, 4, 16, 16] on CPU of uint8 [n, 128, 128, 3]."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
-    starts = tqdm(range(0, len(pictures), 32), desc="latents", unit="batch")
+    starts = Progress(range(0, len(pictures), 32), desc="latents", unit="batch")
     parts = [
         vae.encode(as_pixels(pictures[i : i + 32]).to(vae.device)).latent_dist.mean.cpu()
         for i in starts

@@ -127,12 +127,12 @@ def clip_views(picture: np.ndarray) -> np.ndarray:
 
 def cached(path: Path, what: str, make: Callable, items: Sequence) -> np.ndarray:
     """np.stack of ``make(item)``, from ``path`` if it is there, else made and written."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     if not path.exists():
         with ProcessPoolExecutor() as workers:
             made = workers.map(make, items, chunksize=16)
-            rows = np.stack(list(tqdm(made, desc=what, total=len(items), unit="picture")))
+            rows = np.stack(list(Progress(made, desc=what, total=len(items), unit="picture")))
         with atomic_write(path, "wb") as file:
             np.save(file, rows)
     return np.load(path, mmap_mode="r")

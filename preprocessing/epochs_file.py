@@ -171,10 +171,10 @@ def _write(
     path: Path, files: Sequence[CutTrials], partition: str, at: Sequence[Sequence[tuple[int, int]]]
 ) -> None:
     """A partition's file, float32, one picture after the other."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     shape = (len(at), len(at[0]), len(files[0].channels), len(files[0].times))
-    bar = tqdm(at, desc=path.stem, unit="picture", leave=False)
+    bar = Progress(at, desc=path.stem, unit="picture", leave=False)
     about = {"ch_names": files[0].channels, "times": files[0].times}
     write_streamed(path, shape, "float32", _content(files, partition, bar), about)
 

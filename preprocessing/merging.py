@@ -198,7 +198,7 @@ def merge_partition(
     folder: Path,
 ) -> tuple[int, int, int, int]:
     """Write one of the two files; its shape."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     own, path = list(parts.values()), folder / EEG_FILE[partition]
     where = f"{subject.name}: {partition} trials of all sessions"
@@ -206,7 +206,7 @@ def merge_partition(
     at = places(shown, pictures, bool(subject.repetitions), settings.seed, where)
     shape = (len(at), len(at[0]), len(settings.channels), settings.kept)
     of = [matrices.get(name, matrices.get("")) for name in parts]
-    rows = tqdm(
+    rows = Progress(
         merged(own, of, at, settings),
         desc=f"{subject.name} {partition}",
         total=shape[0] * shape[1],

@@ -159,14 +159,14 @@ def extract(
     label: str,
 ) -> SessionTrials:
     """Cut the trials of a partition into ``path`` [n, C, T], row by row."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     weights = condition_weights(trials.conditions) if whiten else None
     temporary = path.with_name(f".{path.name}.tmp")
     evoked, sigma, times = 0.0, 0.0, None
     with (
         open(temporary, "wb") as file,
-        tqdm(total=len(trials.onsets), desc=label, unit="trial", leave=False) as bar,
+        Progress(total=len(trials.onsets), desc=label, unit="trial", leave=False) as bar,
     ):
         stretches = pieces(signal, trials, window, weights)
         for chunk in cut_all(stretches, window, settings.dtype, settings.n_jobs):

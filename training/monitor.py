@@ -130,13 +130,13 @@ def _shown(losses: Mapping[str, float]) -> dict[str, str]:
 @contextlib.contextmanager
 def watched(run: RunDirectory, training: Any, data: TrainingData) -> Iterator[Watch]:
     """From where a run stands to its end, or to where it is left."""
-    from tqdm import tqdm
+    from rundirs.progress import Progress
 
     sanity = Sanity(training, data) if training.step == 0 else None
     silent = not training.processes.first
     with (
         reporters(run, training, training.computing.report_to) as report,
-        tqdm(
+        Progress(
             total=training.steps,
             initial=training.step,
             desc="training",

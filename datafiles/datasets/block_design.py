@@ -228,13 +228,14 @@ def _write_subjects(
     """Trials one by one, as ``alljoined`` has them: not everybody has one of each picture."""
     import pyarrow
     import pyarrow.parquet
-    from tqdm import tqdm
+
+    from rundirs.progress import Progress
 
     channels = [f"EEG{number:03d}" for number in range(1, len(trials[0].eeg) + 1)]
     first, last = window
     times = [sample / RATE_OF_BLOCKS_HZ for sample in range(first, last)]
     rows = []
-    for subject in tqdm(sorted({one.subject for one in trials}), desc="people", leave=False):
+    for subject in Progress(sorted({one.subject for one in trials}), desc="people", leave=False):
         for partition in PARTITIONS:
             own = [one for one in trials if one.subject == subject
                    and one.picture in parts[partition]]  # fmt: skip
