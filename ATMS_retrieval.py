@@ -20,9 +20,10 @@ from cli.config import Options
 from datafiles.feature_bank import FINAL_LAYER, RETRIEVAL_NAMES, layer_name
 from dataset import Batch, DataChoice, TrainingData, open_training
 from decoder.atms import ATMS as ATMS  # where users of the public code look for it
-from decoder.decoder import Decoder, check_encoder, new_encoder
+from decoder.decoder import Decoder, check_encoder, model_file, new_encoder
 from decoder.projector import new_projector
 from loss import Contrast
+from rundirs.closing import call, tell_end
 from training import loop
 from training.objectives import global_losses, validation_retrieval
 from training.processes import Processes
@@ -76,7 +77,15 @@ def pretrain(options: Options, processes: Processes) -> None:
     decoder = Decoder(encoder, None, data.signal, data.clip, projector)
     decoder.concepts = data.concepts()
     objective = ContrastiveObjective(decoder, data, options.settings(Contrast))
-    loop.train(options, decoder, objective, data, processes)
+    run = loop.train(options, decoder, objective, data, processes)
+    if processes.first:
+        paths = {"data_path": values.data_path, "clip_feature_path": values.clip_feature_path}
+        tell_end(
+            {"encoder": model_file(run.path, "best")},
+            [call("train.py", **paths, init_from=run.path, output_dir=run.path.parent / "model"),
+             call("evaluate.py", **paths, model_path=run.path,
+                  output_dir=run.path.parent / "encoder_scores")],
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

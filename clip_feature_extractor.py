@@ -22,6 +22,7 @@ from datafiles.stimuli import IMAGE_FOLDER, PARTITIONS, Stimulus, check_disjoint
 from features.clip import adjusted, check_layers, check_pretrained, load_clip, model_name
 from features.pieces import Piece, encode, join, pieces_of
 from features.views import Views
+from rundirs.closing import call, tell_end
 from rundirs.directory import RunDirectory, open_run
 from rundirs.files import file_hash, json_hash
 from util import DataError
@@ -140,7 +141,12 @@ def finish(
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another part is about to, or has just done so
         (run.path / "shards").rmdir()
-    print(f"feature bank: {run.path}")
+    data = next(iter(stimuli["training"])).data_path
+    tell_end(
+        {"feature bank": run.path},
+        [call("train.py", data_path=data, clip_feature_path=run.path,
+              output_dir=run.path.parent / "model")],
+    )  # fmt: skip
     return 0
 
 

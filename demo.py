@@ -51,10 +51,11 @@ class Scale:
     test_concepts: int
     epochs: int
     drawn: int  # stimuli
+    seconds: tuple[int, ...]  # of each step, measured on two free cores
 
 
-FULL = Scale(2, 500, 2, 200, 30, 12)
-QUICK = Scale(1, 100, 2, 40, 30, 2)
+FULL = Scale(2, 500, 2, 200, 30, 12, (20, 45, 130, 20, 10, 8, 65, 7))
+QUICK = Scale(1, 100, 2, 40, 30, 2, (15, 10, 20, 10, 8, 8, 15, 6))
 
 
 def seen_from_here(path: Path) -> Path:
@@ -207,10 +208,16 @@ def plan_of(out: Path, seed: int, scale: Scale) -> list[tuple[str, list[str]]]:
     ]
 
 
-def run(plan: Sequence[tuple[str, list[str]]]) -> int:
-    """Every stage in turn; finished ones answer at once. Stops at the first that fails."""
+def run(plan: Sequence[tuple[str, list[str]]], seconds: Sequence[int] = ()) -> int:
+    """Every stage in turn; finished ones answer at once. Stops at the first that fails.
+
+    ``seconds``: that each is expected to take; the rest of them is told at the pace so far.
+    """
+    begun = time.monotonic()
     for number, (what, command) in enumerate(plan):
-        print(f"\n[{number + 1}/{len(plan)}] {what}\n$ python {shlex.join(command)}", flush=True)
+        left = f"; {time_left(seconds, number, time.monotonic() - begun)}" if seconds else ""
+        head = f"[{number + 1}/{len(plan)}] {what}{left}"
+        print(f"\n{head}\n$ python {shlex.join(command)}", flush=True)
         started = time.monotonic()
         code = subprocess.run([sys.executable, *command], cwd=CHECKOUT, check=False).returncode
         if code:
@@ -218,6 +225,13 @@ def run(plan: Sequence[tuple[str, list[str]]]) -> int:
             return code
         print(f"[{time.monotonic() - started:.0f} s]", flush=True)
     return 0
+
+
+def time_left(seconds: Sequence[int], number: int, spent: float) -> str:
+    """In words, before the step of a number: the expected rest, slower where it has been slower."""
+    pace = max(1.0, spent / sum(seconds[:number])) if number else 1.0
+    left = pace * sum(seconds[number:])
+    return f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"
 
 
 def judged(out: Path, seed: int) -> str:
@@ -239,12 +253,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = args.resolve("demo", argv).values
     named = values.output_path or Path("demo_output_quick" if values.quick else "demo_output")
     out = seen_from_here(named)
-    plan = plan_of(out, values.seed, QUICK if values.quick else FULL)
+    scale = QUICK if values.quick else FULL
+    plan = plan_of(out, values.seed, scale)
     if values.dry_run:
         print("\n".join(f"python {shlex.join(command)}" for _, command in plan))
         return 0
-    print("The EEG here is SIMULATED; nothing below was measured on a person.", flush=True)
-    if code := run(plan):
+    print("The EEG here is SIMULATED; nothing below was measured on a person.")
+    minutes = sum(scale.seconds) / 60
+    print(f"{len(plan)} steps, about {minutes:.0f} minutes on two free cores; a second call does")
+    print("only what is not finished.", flush=True)
+    if code := run(plan, scale.seconds):
         return code
     table = judged(out, values.seed)
     with atomic_write(out / "scores" / "judge.md") as file:

@@ -41,6 +41,7 @@ from evaluation.opening import (
 from evaluation.protocol import LITERATURE, protocol_of
 from evaluation.retrieval import across_subjects, rank_lines, retrieval_row, subject_queries
 from modalities import CONTROLS
+from rundirs.closing import call, tell_end
 from rundirs.directory import open_run
 from rundirs.environment import environment
 from rundirs.files import atomic_write, file_hash, write_csv, write_json
@@ -224,6 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compares = values.compare or values.over_seeds
     run = run_comparison(options) if compares else run_scores(options)
     print((run / "table.md").read_text(encoding="utf-8"))
+    shown = tuple(one for one in (values.model_path, values.images, run) if one)
+    tell_end({"scores": run}, [] if compares else [call("report.py", runs=shown)])
     return 0
 
 

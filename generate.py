@@ -26,6 +26,7 @@ from generation.renderer import Rendering, open_renderer
 from generation.series import Predicted, Series, draw_series
 from generation.starts import coarse_starts, encode_starts
 from modalities import MODALITIES, TEXT_TEMPLATE, recipes
+from rundirs.closing import call, tell_end
 from rundirs.directory import RunDirectory, open_run
 from rundirs.files import file_hash, json_hash
 from rundirs.tensors import save_tensors
@@ -168,6 +169,16 @@ def draw_run(
     draw_series(series, run, renderer, predicted)
 
 
+def tell_pictures(run: RunDirectory, test: TestEEG) -> None:
+    """What a finished drawing says: where the pictures are, and how to score them."""
+    data = test.stimuli[0].data_path if test.stimuli else None
+    scores = {"images": run.path, "output_dir": run.path.parent / "scores"}
+    tell_end(
+        {"pictures": run.path, "overview": run.path / f"overview{run.suffix}.png"},
+        [call("evaluate.py", data_path=data, **scores)] if data else [],
+    )
+
+
 @util.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw all pictures of this shard, or go on drawing, or do nothing when they are finished."""
@@ -206,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     coarse = coarse_starts(decoder, head, test, rows, how) if head else None
     draw_run(run, predicted, series, rendering, prompts, device, coarse)
     run.finish({"stimuli": len(rows), "what": what})
-    print(f"pictures: {run.path}\noverview: {run.path / f'overview{run.suffix}.png'}")
+    tell_pictures(run, test)
     return 0
 
 

@@ -27,6 +27,7 @@ from preprocessing.merging import check_counts, merge_subject
 from preprocessing.own_recordings import own_subjects
 from preprocessing.recordings import Recorded, RecordingSource, Subject, Take, published_subjects
 from preprocessing.sessions import Settings, check_distances, process_session, refuse_rare
+from rundirs.closing import call, tell_end
 from rundirs.directory import RunDirectory, open_run
 from rundirs.files import file_hash, json_hash, read_json, write_json
 from util import LOG, DataError, UserError
@@ -191,6 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 forget_if_fresh(run)
                 raise
         print((run.path / quality.TEXT).read_text(encoding="utf-8"), end="")
+    data = options.values.output_path or source.data_path
+    features = call(
+        "clip_feature_extractor.py", data_path=data, output_path=data.parent / "clip_features"
+    )
+    tell_end({"trials": root}, [features])
     return 0
 
 

@@ -19,6 +19,7 @@ import util
 from reporting.material import gather, shown_eeg
 from reporting.page import page_context, page_hash, recorded_hash, render_page, wanted_pictures
 from reporting.thumbnails import make_thumbnails
+from rundirs.closing import tell_end
 from rundirs.files import atomic_write
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = render_page(page_context(material, thumbs), inputs)
     with atomic_write(output) as file:
         file.write(page)
-    print(f"report: {output}")
+    tell_end({"report": output}, [])
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import args
 
@@ -22,6 +23,7 @@ from decoder.aligners import Alignment
 from decoder.decoder import Decoder, check_encoder, model_file
 from loss import Contrast, prior_total
 from modalities import NAMES
+from rundirs.closing import call, tell_end
 from training import loop
 from training.calibration_curve import Calibration, calibrations, within_minutes, write_curve
 from training.objectives import global_losses, validation_retrieval
@@ -215,7 +217,22 @@ def train_one(options: Options, processes: Processes) -> None:
         best = Decoder.load(run.path, "best").to(processes.device)
         stimuli = list_stimuli(values.data_path, "training")
         low_level.fit_head(best, data, stimuli).save(run.path, data.clip)
-    print(f"model: {model_file(run.path, 'best')}")
+    tell_model(run.path, values.data_path, values.clip_feature_path)
+
+
+def tell_model(run: Path, data: Path, features: Path) -> None:
+    """What a finished training says: where the model is, and what to do with it."""
+    pictures = {"model_path": run, "output_dir": run.parent / "images"}
+    scores = {"model_path": run, "output_dir": run.parent / "scores"}
+    weights = {"sd_model_path": "sd_xl_base_1.0.safetensors",
+               "ip_adapter_path": "ip-adapter_sdxl_vit-h.safetensors"}  # fmt: skip
+    tell_end(
+        {"model": model_file(run, "best")},
+        [
+            call("generate.py", eeg_data=data, **pictures, **weights),
+            call("evaluate.py", data_path=data, clip_feature_path=features, **scores),
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -89,12 +89,21 @@ def _tell(error: StageError) -> None:
         sys.stderr.write(f"error: {error}\n")
 
 
+_BEGUN = [time.monotonic()]  # when the stage that is running was called
+
+
+def seconds_so_far() -> float:
+    """Since the running stage was called."""
+    return time.monotonic() - _BEGUN[0]
+
+
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Turn a stage's ``main`` into one that returns exit codes: 2 user error, 1 data error."""
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         _close_log()  # of a run that another caller began and left open
+        _BEGUN[0] = time.monotonic()
         try:
             return main(argv)
         except StageError as error:

@@ -116,3 +116,14 @@ def test_a_failing_stage_stops_the_demo_with_its_exit_code(tmp_path, capsys) -> 
     (tmp_path / "out" / "world" / "mine.txt").write_text("not a run")
     assert demo.main(["--output_path", str(tmp_path / "out"), "--quick"]) == 2
     assert "stopped" in capsys.readouterr().err
+
+
+def test_the_rest_is_told_at_the_pace_so_far() -> None:
+    """Never faster than measured: a second call answers at once, and then begins to work."""
+    seconds = (20, 40, 120, 60)
+    assert demo.time_left(seconds, 0, 0.0) == "about 4 min left"
+    assert demo.time_left(seconds, 2, 120.0) == "about 6 min left"
+    assert demo.time_left(seconds, 2, 1.0) == "about 3 min left"
+    assert demo.time_left(seconds, 3, 180.0) == "about 60 s left"
+    for scale in (demo.FULL, demo.QUICK):
+        assert len(scale.seconds) == len(demo.plan_of(Path("out"), 0, scale))

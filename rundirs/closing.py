@@ -1,0 +1,38 @@
+"""What a stage says last: what it wrote, how long it took, and what comes next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import util
+
+
+def in_words(seconds: float) -> str:
+    """``12 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def call(program: str, **flags: object) -> list[str]:
+    """``python PROGRAM --name value ...``; flags without a value are left out."""
+    words = ["python", program]
+    for name, value in flags.items():
+        several = value if isinstance(value, tuple) else (value,)
+        if value is not None:
+            words += [f"--{name}", *map(str, several)]
+    return words
+
+
+def tell_end(wrote: Mapping[str, Path], following: Sequence[Sequence[str]]) -> None:
+    """Print it. ``wrote``: {what: where}; ``following``: commands, as :func:`call` makes them."""
+    for what, path in wrote.items():
+        print(f"{what}: {path}")
+    print(f"took: {in_words(util.seconds_so_far())}")
+    for command in following:
+        print(f"next: {shlex.join(command)}")
