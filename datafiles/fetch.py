@@ -49,14 +49,14 @@ class Item:
         return self.remote.path.with_name(self.unpack) if self.unpack else self.remote.path
 
     @property
-    def bytes(self) -> int | None:
+    def length(self) -> int | None:
         return self.remote.size or self.about
 
     @property
     def size(self) -> str:
-        if self.bytes is None:
+        if self.length is None:
             return "size not stated"
-        return ("" if self.remote.size else "about ") + in_bytes(self.bytes)
+        return ("" if self.remote.size else "about ") + in_bytes(self.length)
 
 
 def in_bytes(number: int) -> str:
@@ -111,7 +111,7 @@ def fetch(asked: Fetch) -> Iterator[str]:
         yield f"{source['title']}; {source['page']}; licence: {source['licence']}"
     missing = [item for item in items if not _there(item)]
     yield from (f"  there already: {item.place}" for item in items if item not in missing)
-    _check_fits(asked.data_path, sum((item.bytes or 0) - item.remote.arrived for item in missing))
+    _check_fits(asked.data_path, sum((item.length or 0) - item.remote.arrived for item in missing))
     for item in missing:
         if asked.dry_run:
             stated = f"SHA-256 {item.remote.sha256 or 'not stated'}"
@@ -121,7 +121,7 @@ def fetch(asked: Fetch) -> Iterator[str]:
             published = ", as published" if item.remote.sha256 else ""
             yield f"  fetched {item.place}: SHA-256 {digest}{published}"
     if asked.dry_run:
-        known = [item.bytes for item in missing if item.bytes is not None]
+        known = [item.length for item in missing if item.length is not None]
         more = f", {len(missing) - len(known)} of unknown size" if len(known) < len(missing) else ""
         yield f"would fetch {len(missing)} of {len(items)} files: {in_bytes(sum(known))}{more}"
 
