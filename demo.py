@@ -6,6 +6,7 @@ the simulated EEG, not how well real brains are decoded.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ if __name__ == "__main__":
 
 import util
 from miniworld import judge, models, quality
+from rundirs.closing import IN_CHAIN
 from rundirs.files import atomic_write
 from util import CHECKOUT
 
@@ -219,7 +221,9 @@ def run(plan: Sequence[tuple[str, list[str]]], seconds: Sequence[int] = ()) -> i
         head = f"[{number + 1}/{len(plan)}] {what}{left}"
         print(f"\n{head}\n$ python {shlex.join(command)}", flush=True)
         started = time.monotonic()
-        code = subprocess.run([sys.executable, *command], cwd=CHECKOUT, check=False).returncode
+        code = subprocess.run(
+            [sys.executable, *command], cwd=CHECKOUT, check=False, env=os.environ | {IN_CHAIN: "1"}
+        ).returncode
         if code:
             print(f"stopped: this stage ended with exit code {code}", file=sys.stderr)
             return code

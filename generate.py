@@ -169,13 +169,14 @@ def draw_run(
     draw_series(series, run, renderer, predicted)
 
 
-def tell_pictures(run: RunDirectory, test: TestEEG) -> None:
+def tell_pictures(run: RunDirectory, test: TestEEG, control: str | None) -> None:
     """What a finished drawing says: where the pictures are, and how to score them."""
     data = test.stimuli[0].data_path if test.stimuli else None
     scores = {"images": run.path, "output_dir": run.path.parent / "scores"}
     tell_end(
         {"pictures": run.path, "overview": run.path / f"overview{run.suffix}.png"},
-        [call("evaluate.py", data_path=data, **scores)] if data else [],
+        # controls are scored beside a run: --control_images
+        [call("evaluate.py", data_path=data, **scores)] if data and not control else [],
     )
 
 
@@ -217,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     coarse = coarse_starts(decoder, head, test, rows, how) if head else None
     draw_run(run, predicted, series, rendering, prompts, device, coarse)
     run.finish({"stimuli": len(rows), "what": what})
-    tell_pictures(run, test)
+    tell_pictures(run, test, values.control)
     return 0
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import util
+
+IN_CHAIN = "EEG2IMAGE_CHAIN"  # set where a program knows itself what comes next, as demo.py does
 
 
 def in_words(seconds: float) -> str:
@@ -34,5 +37,5 @@ def tell_end(wrote: Mapping[str, Path], following: Sequence[Sequence[str]]) -> N
     for what, path in wrote.items():
         print(f"{what}: {path}")
     print(f"took: {in_words(util.seconds_so_far())}")
-    for command in following:
+    for command in following if IN_CHAIN not in os.environ else ():
         print(f"next: {shlex.join(command)}")

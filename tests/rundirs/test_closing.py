@@ -11,7 +11,7 @@ import args
 import evaluate
 import train
 from cli.parser import _PROGRAMS
-from rundirs.closing import call, in_words, tell_end
+from rundirs.closing import IN_CHAIN, call, in_words, tell_end
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,12 @@ def test_paths_are_quoted_and_flags_without_a_value_left_out(capsys) -> None:
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "model: m" and told[1].startswith("took: ")
     assert told[2] == "next: python train.py --data_path 'my data' --runs a b"
+
+
+def test_within_a_chain_nothing_else_is_next(capsys, monkeypatch) -> None:
+    monkeypatch.setenv(IN_CHAIN, "1")
+    tell_end({"model": Path("m")}, [call("train.py")])
+    assert "next:" not in capsys.readouterr().out
 
 
 def following(told: str) -> list[list[str]]:
