@@ -141,7 +141,7 @@ def finish(
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another part is about to, or has just done so
         (run.path / "shards").rmdir()
-    data = next(iter(stimuli["training"])).data_path
+    data = stimuli["training"][0].data_path
     tell_end(
         {"feature bank": run.path},
         [call("train.py", data_path=data, clip_feature_path=run.path,

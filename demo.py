@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import util
 from miniworld import judge, models, quality
-from rundirs.closing import IN_CHAIN
+from rundirs.closing import IN_CHAIN, flags
 from rundirs.files import atomic_write
 from util import CHECKOUT
 
@@ -63,15 +63,6 @@ QUICK = Scale(1, 100, 2, 40, 30, 2, (15, 10, 20, 10, 8, 8, 15, 6))
 def seen_from_here(path: Path) -> Path:
     """The path as the stages, which run in CHECKOUT, are to be given it."""
     return path if Path.cwd() == CHECKOUT else path.resolve()
-
-
-def flags(**values: object) -> list[str]:
-    """``--name value`` of each, ``--name a b`` of tuples; True is a switch."""
-    words = []
-    for name, value in values.items():
-        several = value if isinstance(value, tuple) else (value,)
-        words += [f"--{name}", *(str(one) for one in several if one is not True)]
-    return words
 
 
 def commands(

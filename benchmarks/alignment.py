@@ -33,6 +33,7 @@ from dataset import TestEEG, open_test
 from decoder import controls
 from decoder.decoder import Decoder, model_file
 from modalities import FINAL, NAMES
+from rundirs.closing import flags
 from rundirs.environment import environment
 from rundirs.files import file_hash, read_json, write_json
 from unet import Sampling
@@ -214,7 +215,7 @@ def run_all(
     Variants that differ in prediction only share their trainings.
     """
     world, (what, features) = demo.commands(out, seeds[0], scale, "validation")[:2]
-    features = [*features, *demo.flags(image_layers=LAYERS)]
+    features = [*features, *flags(image_layers=LAYERS)]
     if code := demo.run([world, (what, features)]):
         raise SystemExit(code)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}

@@ -6,7 +6,6 @@ begins anew. Half of the data sets are elsewhere, and have files of 8 GB: so it 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import http.client
 import os
@@ -14,9 +13,7 @@ import shutil
 import ssl
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -159,13 +156,16 @@ def _go_on(wanted: Remote, file: IO[bytes]) -> tuple[str | None, int | None]:
         request.add_header("Range", f"bytes={wanted.arrived}-")
         if wanted.tag.is_file() and (version := wanted.tag.read_text()):
             request.add_header("If-Range", version)
+    from rundirs.progress import Progress
+
     redirects = _Redirects()
     with urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT_S) as answer:
         total = _check_answer(wanted, answer)
         if answer.status != 206:
             file.truncate(0)
         wanted.tag.write_text(_version(answer))
-        with _progress(wanted, total) as bar:
+        with Progress(desc=wanted.path.name, total=total, initial=wanted.arrived, unit="B",
+                      unit_scale=True, unit_divisor=1000) as bar:  # fmt: skip
             while block := answer.read(BLOCK_BYTES):
                 file.write(block)
                 file.flush()
@@ -185,15 +185,23 @@ def _check_answer(wanted: Remote, answer: http.client.HTTPResponse) -> int | Non
     total = wanted.size if total is None else total
     if wanted.size not in (None, total):
         raise _refused(wanted, f"a file of {total:,} bytes, not of {wanted.size:,} as published")
-    left = (total or 0) - wanted.arrived
-    if left > (free := shutil.disk_usage(wanted.path.parent).free):
-        raise DataError(
-            wanted.path,
-            f"{free / 1e9:,.1f} GB free",
-            f"{left / 1e9:,.1f} GB",
-            f"make room; {GOES_ON}",
-        )
+    check_room(wanted.path, (total or 0) - wanted.arrived)
     return total
+
+
+def check_room(place: Path, needed: int) -> None:
+    """Raise DataError where the disk of a place has no room for so many bytes."""
+    there = next(path for path in (place, *place.absolute().parents) if path.is_dir())
+    if needed > (free := shutil.disk_usage(there).free):
+        raise DataError(
+            place, f"{in_bytes(free)} free", f"{in_bytes(needed)} for what is missing",
+            f"make room, name another folder, or fewer --subjects; {GOES_ON}",
+        )  # fmt: skip
+
+
+def in_bytes(number: int) -> str:
+    """``8.34 GB``, ``75 MB``."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 def _version(answer: http.client.HTTPResponse) -> str:
@@ -206,12 +214,3 @@ def _as_sha256(tag: str | None) -> str | None:
     """Of an ETag, where it is one."""
     bare = (tag or "").strip('"').lower()
     return bare if len(bare) == 64 and set(bare) <= set("0123456789abcdef") else None
-
-
-@contextlib.contextmanager
-def _progress(wanted: Remote, total: int | None) -> Iterator[Any]:
-    from rundirs.progress import Progress
-
-    with Progress(desc=wanted.path.name, total=total, initial=wanted.arrived, unit="B",
-              unit_scale=True, unit_divisor=1000) as bar:  # fmt: skip
-        yield bar

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datafiles.download import Remote, download
+from datafiles.download import Remote, check_room, download, in_bytes
 from datafiles.findings import Findings
 from datafiles.stimuli import PICTURES
 from rundirs.files import file_hash, read_json, sha256, write_json
@@ -57,11 +57,6 @@ class Item:
         if self.length is None:
             return "size not stated"
         return ("" if self.remote.size else "about ") + in_bytes(self.length)
-
-
-def in_bytes(number: int) -> str:
-    """``8.34 GB``, ``75 MB``."""
-    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 @cache
@@ -111,7 +106,8 @@ def fetch(asked: Fetch) -> Iterator[str]:
         yield f"{source['title']}; {source['page']}; licence: {source['licence']}"
     missing = [item for item in items if not _there(item)]
     yield from (f"  there already: {item.place}" for item in items if item not in missing)
-    _check_fits(asked.data_path, sum((item.length or 0) - item.remote.arrived for item in missing))
+    needed = sum((item.length or 0) - item.remote.arrived for item in missing)
+    check_room(asked.data_path, needed + SPARE if needed > 0 else 0)
     for item in missing:
         if asked.dry_run:
             stated = f"SHA-256 {item.remote.sha256 or 'not stated'}"
@@ -150,17 +146,6 @@ def _there(item: Item) -> bool:
     return place.is_file()
 
 
-def _check_fits(place: Path, needed: int) -> None:
-    """Raise DataError where the disk of a place has no room for so many bytes."""
-    there = next(path for path in (place, *place.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
-    if needed + SPARE > free and needed > 0:
-        raise DataError(
-            place, f"{in_bytes(free)} free", f"{in_bytes(needed + SPARE)} for what is missing",
-            "make room, name another folder, or fewer --subjects",
-        )  # fmt: skip
-
-
 def _unpack(item: Item) -> None:
     """Put the folder that a zip holds in its place, whole, and remove the zip. Raises DataError."""
     from rundirs.progress import Progress
@@ -169,7 +154,7 @@ def _unpack(item: Item) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}.") as folder:
         try:
             with zipfile.ZipFile(path) as archive:
-                _check_fits(path, sum(one.file_size for one in archive.infolist()))
+                check_room(path, SPARE + sum(one.file_size for one in archive.infolist()))
                 for one in Progress(archive.infolist(), desc=name, unit="file", leave=False):
                     place = _place_in(folder, name, one)
                     if place is not None:

@@ -60,12 +60,11 @@ def predictions(decoder: Decoder, test: TestEEG, bank: Bank) -> Predictions:
             "--protocol neuralbench", f"{test.source} has no single trials", "a recording of them",
             "leave it out, or score the recording before it was averaged",
         )  # fmt: skip
-    decoder.tell_stranger(test.subject)
     recording, index = test.trials.recording, decoder.subject_index(test.subject)
     counts = recording.trial_counts
     found = []
     for row, count in enumerate(counts):
-        eeg = test.trials.signal.cut(recording.eeg[row][:count]).astype(np.float32)
+        eeg = test.trials.signal.cut(recording.trials(row)).astype(np.float32)
         found.append(decoder.embed(torch.from_numpy(eeg), torch.full((count,), index)))
     of_trial = torch.cat(found)
     picture = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))

@@ -15,7 +15,7 @@ import numpy as np
 
 from datafiles.datasets.things_eeg2 import EEG_FILE, EEG_FOLDER
 from datafiles.stimuli import STIMULUS_COLUMNS
-from preprocessing.events import Pictures, Shown, pictures_by_partition
+from preprocessing.events import Pictures, Shown, file_in, pictures_by_partition
 from preprocessing.fif import check_tags
 from preprocessing.hints import explained
 from preprocessing.merging import places, write_streamed
@@ -145,7 +145,7 @@ def _found(path: Path, names: Sequence[str], pictures: Pictures) -> list[tuple[s
     known: dict[str, tuple[str, int] | None] = {}
     for number, name in enumerate(names):
         if name not in known:
-            event = Shown(number + 1, "", name.replace("\\", "/").rsplit("/", 1)[-1] or name)
+            event = Shown(number + 1, "", file_in(name))
             known[name] = pictures.find(event, path) if pictures.knows(event) else None
     if not any(known.values()):
         raise DataError(

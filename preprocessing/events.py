@@ -116,12 +116,16 @@ def _published_table(
         elif of[published.stimulus].lower() in NOTHING:
             dropped["without picture"] += 1
         else:
-            file = of[published.stimulus].replace("\\", "/").rsplit("/", 1)[-1]
-            shown.append(Shown(line, of["onset"], file))
+            shown.append(Shown(line, of["onset"], file_in(of[published.stimulus])))
     if not shown:
         raise DataError(path, "no event with a picture", f"{published.name}'s table", CURE)
     unit = _onset_unit(onsets, published.trial_s)
     return EventTable(path, "onset", shown, dropped, unit, published)
+
+
+def file_in(path: str) -> str:
+    """The file of a path as any system writes it."""
+    return path.replace("\\", "/").rsplit("/", 1)[-1] or path
 
 
 def _onset_unit(onsets: Sequence[str], trial_s: float) -> float:

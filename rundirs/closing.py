@@ -22,14 +22,19 @@ def in_words(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def call(program: str, **flags: object) -> list[str]:
-    """``python PROGRAM --name value ...``; flags without a value are left out."""
-    words = ["python", program]
-    for name, value in flags.items():
+def flags(**values: object) -> list[str]:
+    """``--name value`` of each, ``--name a b`` of tuples; True is a switch, None no flag at all."""
+    words = []
+    for name, value in values.items():
         several = value if isinstance(value, tuple) else (value,)
         if value is not None:
-            words += [f"--{name}", *map(str, several)]
+            words += [f"--{name}", *(str(one) for one in several if one is not True)]
     return words
+
+
+def call(program: str, **values: object) -> list[str]:
+    """``python PROGRAM --name value ...``, as :func:`flags`."""
+    return ["python", program, *flags(**values)]
 
 
 def tell_end(wrote: Mapping[str, Path], following: Sequence[Sequence[str]]) -> None:

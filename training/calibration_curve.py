@@ -18,7 +18,7 @@ from decoder.decoder import Decoder
 from rundirs.checkpoints import LATEST
 from rundirs.environment import environment
 from rundirs.files import atomic_write, write_json
-from rundirs.markdown import number, table
+from rundirs.markdown import number, table, with_interval
 from util import UserError
 
 PERMUTATIONS = 200
@@ -134,8 +134,7 @@ def curve_table(rows: Sequence[CurveRow]) -> list[str]:
     for row in rows:
         cells = [f"{row['minutes']:g}", row["subject"], f"{row['n']}"]
         for name in ("top1", "top5"):
-            low, high = row[f"{name}_interval"]
-            cells += [f"{number(row[name])} [{number(low)}, {number(high)}]",
+            cells += [with_interval(row[name], row[f"{name}_interval"]),
                       number(row[f"{name}_shuffled"]), number(row[f"{name}_chance"])]  # fmt: skip
         lines.append(cells)
     return table(head, lines)
