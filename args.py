@@ -200,8 +200,8 @@ def _signal(parser: Parser) -> None:
 def _own_recordings(parser: Parser) -> None:
     group = parser.flags("your own recordings")
     group.several("--raw", type=Path, metavar="FILE|DIR", per_call=True,
-        help="one subject's recordings in order (.vhdr, .edf, .bdf, .set, .fif, ...), or one BIDS "
-        "folder, which takes mne-bids")
+        help="one subject's recordings of EEG or MEG in order (.vhdr, .edf, .bdf, .set, .fif, "
+        ".ds, ...), or one BIDS folder, which takes mne-bids")
     group.several("--events", type=Path, metavar="TABLE", per_call=True,
         help="CSV or TSV per recording: column stimulus (a picture of DATA) beside onset (s), "
         "sample or marker; default: *_events.tsv beside the recording, as in BIDS")

@@ -78,7 +78,8 @@ def look(
                 own if most is None else dict.fromkeys(own, most)
             )
         found.append(recorded)
-    check_alike({recorded.path: recorded.amplitude_v for recorded in found})
+    unit = found[0].quantity.unit
+    check_alike({recorded.path: recorded.amplitude for recorded in found}, unit)
     if subject.rows:
         check_all_shown(subject, shown, data_path)
     else:

@@ -144,6 +144,7 @@ def standard_names(channels: Sequence[str]) -> dict[str, str]:
 
 FLAT, NOISY = 1e-4, 5.0  # times the median amplitude of the channels
 LEAST_V, MOST_V = 1e-9, 1e-2  # a recording's amplitude; EEG has some 1e-5 V
+LEAST_T, MOST_T = 1e-16, 1e-9  # MEG has some 1e-12 T, or T/m * 0.1 m
 OTHER_SCALE = 100.0  # times another file's: another unit
 
 

@@ -1,19 +1,45 @@
-"""What the numbers of a recording mean in volts: stated units, and amplitudes that no EEG has."""
+"""What the numbers of a recording mean: stated units, and amplitudes that no EEG or MEG has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datafiles import electrodes
-from datafiles.electrodes import LEAST_V, MOST_V, OTHER_SCALE
+from datafiles.electrodes import LEAST_T, LEAST_V, MOST_T, MOST_V, OTHER_SCALE
 from preprocessing.edf import SUFFIXES as EDF_SUFFIXES
 from preprocessing.signals import Sorted
 from util import LOG, DataError
 
 if TYPE_CHECKING:
     import mne
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What sensors measure: limits of a recording's amplitude in ``unit``, and what people read.
+
+    ``per_unit``: of ``shown`` in a unit.
+    """
+
+    name: str
+    unit: str
+    least: float
+    most: float
+    usual: float
+    shown: str
+    per_unit: float
+    cure: str
+
+
+EEG = Quantity(
+    "EEG", "V", LEAST_V, MOST_V, 1e-5, "µV", 1e6,
+    "say what its numbers are: --unit V, mV, uV or nV; or export it again",
+)  # fmt: skip
+MEG = Quantity("MEG", "T", LEAST_T, MOST_T, 1e-12, "fT", 1e15, "export it again, in tesla")
+BY_UNIT = {of.unit: of for of in (EEG, MEG)}
 
 VOLTS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "nV": 1e-9}  # of --unit
 # as MNE's readers know them; whatever else a header says, they take for volts
@@ -77,29 +103,31 @@ def scale(
     LOG.info("%s: its numbers are taken for %s, as --unit says", path, unit)
 
 
-def check_amplitude(path: Path, amplitude_v: float, stated: Mapping[str, str]) -> None:
-    """Raise DataError for what no EEG has; NaN, where nothing was looked at, is accepted."""
-    if amplitude_v < LEAST_V or amplitude_v > MOST_V:
+def check_amplitude(
+    path: Path, amplitude: float, stated: Mapping[str, str], of: Quantity = EEG
+) -> None:
+    """Raise DataError for what no EEG, or MEG, has; NaN, where nothing was seen, is accepted."""
+    if amplitude < of.least or amplitude > of.most:
         units = sorted({repr(text) for text in stated.values()})
         raise DataError(
             path,
-            f"an amplitude of {amplitude_v:.3g} V (median standard deviation of the channels), "
+            f"an amplitude of {amplitude:.3g} {of.unit} (median standard deviation of channels), "
             f"its header stating {', '.join(units[:4]) or 'no unit'}",
-            f"{LEAST_V:g} to {MOST_V:g} V; EEG has about 1e-5",
-            "say what its numbers are: --unit V, mV, uV or nV; or export it again",
+            f"{of.least:g} to {of.most:g} {of.unit}; {of.name} has about {of.usual:g}",
+            of.cure,
         )
 
 
-def check_alike(amplitudes_v: Mapping[Path | str, float]) -> None:
+def check_alike(amplitudes: Mapping[Path | str, float], unit: str = EEG.unit) -> None:
     """Raise DataError for recordings of one person of which one is in another unit."""
-    found = {path: size for path, size in amplitudes_v.items() if size > 0}
+    found = {path: size for path, size in amplitudes.items() if size > 0}
     if not found:
         return
     low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
     if found[high] > OTHER_SCALE * found[low]:
         raise DataError(
             high,
-            f"an amplitude of {found[high]:.3g} V, where {low} has {found[low]:.3g} V",
+            f"an amplitude of {found[high]:.3g} {unit}, where {low} has {found[low]:.3g} {unit}",
             f"less than {OTHER_SCALE:g} times as much: one unit for all sessions of a person",
             "export them alike, or convert the one whose unit is wrong; --unit is of all of them",
         )

@@ -115,7 +115,7 @@ class ChannelReader:
         return int(self.raw.n_times)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """float64 [C, stop - start] in volts."""
+        """float64 [C, stop - start] in volts or tesla."""
         with explained(self.path):
             return self.raw.get_data(picks=self.picks, start=start, stop=stop, verbose="error")
 
@@ -132,6 +132,7 @@ def prepare(
     Without any of the latter the recording is neither copied nor loaded.
     """
     raw, path, eeg = recorded.raw, recorded.path, recorded.channels.eeg
+    refuse_of_meg(recorded, interpolate, reference)
     actual = {name.upper(): name for name in eeg}
     lost = [name for name in wanted if name.upper() not in actual]
     read = [actual[name.upper()] for name in wanted if name.upper() in actual]
@@ -157,6 +158,17 @@ def prepare(
         band_pass(raw, path, band_hz)
     picks = [raw.ch_names.index(actual.get(name.upper(), name)) for name in wanted]
     return ChannelReader(raw, path, list(wanted), picks, flat, noisy, bad, rebuilt)
+
+
+def refuse_of_meg(recorded: Recorded, interpolate: bool, reference: Sequence[str] | None) -> None:
+    """Raise UserError for what is done to electrodes, asked of a recording of MEG."""
+    asked = {"--interpolate_missing": interpolate, "--reference": reference}
+    flag = next((name for name, value in asked.items() if value), None)
+    if flag and recorded.quantity.name == "MEG":
+        raise UserError(
+            flag, f"given, and MEG in {recorded.path.name}", "electrodes",
+            "leave it out; name the sensors to keep with --channels",
+        )  # fmt: skip
 
 
 def refuse_missing(recorded: Recorded, wanted: Sequence[str], lost: Sequence[str]) -> None:
@@ -279,7 +291,7 @@ def rereference(raw: mne.io.BaseRaw, path: Path, reference: Sequence[str]) -> No
 
 
 def band_pass(raw: mne.io.BaseRaw, path: Path, band_hz: Sequence[float]) -> None:
-    """Zero-phase FIR filter of the continuous recording, in place. Raises DataError."""
+    """Zero-phase FIR filter of all channels of a recording, in place. Raises DataError."""
     low, high = band_hz
     if high >= raw.info["sfreq"] / 2:
         raise DataError(
@@ -288,4 +300,4 @@ def band_pass(raw: mne.io.BaseRaw, path: Path, band_hz: Sequence[float]) -> None
             f"a rate of more than {2 * high:g} Hz for --band_pass {low:g} {high:g}",
             "choose a lower HIGH_HZ",
         )
-    raw.filter(low or None, high, picks="eeg", verbose="error")
+    raw.filter(low or None, high, picks="all", verbose="error")

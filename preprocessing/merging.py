@@ -168,7 +168,8 @@ def merge_subject(subject: Subject, settings: Settings, run: RunDirectory) -> No
     """Whiten, join and write both partitions, and what to look at."""
     folder = run.path / "parts"
     rows = [row for path in sorted(folder.glob("ses-*.json")) for row in read_json(path)]
-    check_alike({f"{subject.name} {row['session']}": row["amplitude_uv"] / 1e6 for row in rows})
+    sizes = {f"{subject.name} {row['session']}": row["amplitude"] for row in rows}
+    check_alike(sizes, rows[0]["unit"])
     parts = {
         partition: {
             session.name: SessionTrials.load(part_path(folder, session, partition))

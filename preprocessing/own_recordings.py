@@ -12,14 +12,15 @@ import numpy as np
 
 from datafiles import electrodes
 from datafiles.eeg_files import SIMULATED_NOTE
-from preprocessing.amplitude import check_amplitude, in_volts
+from preprocessing.amplitude import EEG, MEG, check_amplitude, in_volts
 from preprocessing.brainvision import BrainVisionHeader
 from preprocessing.channels import ALL, by_name
 from preprocessing.events import EventTable, Pictures, onset_of, pictures_by_partition, read_table
 from preprocessing.hints import explained
 from preprocessing.reading import import_mne_bids, raw_files, read_raw
 from preprocessing.recordings import Recorded, RecordingSource, Session, Subject, Trials
-from preprocessing.signals import Sorted, glance, sort_by_name
+from preprocessing.signals import Sorted, glance, meg_type, sort_by_name
+from preprocessing.things_meg import attributes_beside, run_table
 from preprocessing.timeline import annotated, trigger_codes
 from util import DataError, UserError
 
@@ -45,6 +46,7 @@ class OwnTake:
     def files(self) -> list[Path]:
         """Signal, markers and table: whatever changes the trials."""
         read = [self.path, *self.signal_files(), *self._markers(), self.table]
+        read += filter(None, [attributes_beside(self.table)])
         return list(dict.fromkeys(file for file in read if file.is_file()))
 
     def signal_files(self) -> list[Path]:
@@ -64,7 +66,7 @@ class OwnTake:
 
     def _open(self) -> Recorded:
         opened = read_raw(self.path, self.bids)
-        raw, events = opened.raw, read_table(self.table)
+        raw, events = opened.raw, run_table(self.table) or read_table(self.table)
         shown, others = _shown_pictures(raw, events, self.path)
         dropped = {**events.dropped, "other marker": others}
         if events.published:  # it shows more pictures than one study takes
@@ -79,14 +81,23 @@ class OwnTake:
                 onsets, conditions, lines = np.array(sorted(own), np.int64).T
                 trials[name] = Trials(onsets, conditions, lines.tolist())
         channels = sort_by_name(raw, self.named)
-        channels = in_volts(raw, self.path, opened.units, channels, self.unit)
+        quantity = MEG if meg_type(raw) else EEG
+        if quantity is EEG:
+            channels = in_volts(raw, self.path, opened.units, channels, self.unit)
+        elif self.unit:
+            raise UserError(
+                "--unit",
+                f"{self.unit}, and MEG in {self.path.name}",
+                "EEG: MEG is in tesla",
+                "leave it out",
+            )
         seen = glance(raw, channels.eeg, trials)
-        check_amplitude(self.path, seen.amplitude_v, opened.units)
+        check_amplitude(self.path, seen.amplitude, opened.units, quantity)
         channels, suspects = self._judge(channels, seen.suspects())
         markers = [event.when for event in events.shown] if events.kind == "marker" else []
         return Recorded(
-            raw, self.path, trials, dropped, channels, seen.amplitude_v, suspects, self.table,
-            markers, opened.warnings,
+            raw, self.path, trials, dropped, channels, seen.amplitude, suspects, self.table,
+            markers, opened.warnings, quantity,
         )  # fmt: skip
 
     def _judge(self, channels: Sorted, found: dict[str, str]) -> tuple[Sorted, dict[str, str]]:
@@ -180,8 +191,8 @@ def _take(
 
 
 def beside(path: Path) -> Path:
-    """``x_eeg.vhdr`` or ``x.vhdr`` -> ``x_events.tsv``. Raises UserError where there is none."""
-    table = path.with_name(re.sub(r"_eeg$", "", path.stem) + "_events.tsv")
+    """``x_eeg.vhdr``, ``x_meg.ds``, ``x.vhdr`` -> ``x_events.tsv``. UserError without one."""
+    table = path.with_name(re.sub(r"_[em]eg$", "", path.stem) + "_events.tsv")
     if not table.is_file():
         raise UserError(
             "--events",
@@ -197,9 +208,9 @@ def _bids_subjects(source: RecordingSource, pictures: Pictures) -> list[Subject]
     mne_bids = import_mne_bids()
     found = mne_bids.find_matching_paths(
         root,
-        datatypes="eeg",
-        suffixes="eeg",
-        extensions=[".vhdr", ".edf", ".bdf", ".set", ".fif"],
+        datatypes=["eeg", "meg"],
+        suffixes=["eeg", "meg"],
+        extensions=[".vhdr", ".edf", ".bdf", ".set", ".fif", ".ds"],
         ignore_nosub=True,
     )
     by_subject: dict[str, list[OwnTake]] = {}
@@ -211,7 +222,7 @@ def _bids_subjects(source: RecordingSource, pictures: Pictures) -> list[Subject]
     if lost or not by_subject:
         raise UserError(
             "--subjects",
-            ", ".join(lost) or f"no EEG in {root}",
+            ", ".join(lost) or f"no EEG or MEG in {root}",
             f"some of {', '.join(by_subject) or 'sub-01, sub-02, ...'}",
             "check the folder and the names",
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datafiles import electrodes
+from preprocessing.amplitude import BY_UNIT, Quantity
 from preprocessing.channels import ChannelReader
 from rundirs.files import atomic_write, read_json, write_json
 from rundirs.markdown import table
@@ -52,8 +53,9 @@ def record(
         "rebuilt": signal.rebuilt,
         "left_out": dict(recorded.channels.left),
         "warnings": list(recorded.warnings),
-        "amplitude_uv": recorded.amplitude_v * 1e6,
-        "peak_uv": float(np.abs(evoked).max() * 1e6),
+        "amplitude": recorded.amplitude,
+        "peak": float(np.abs(evoked).max()),
+        "unit": recorded.quantity.unit,
     }
 
 
@@ -100,8 +102,9 @@ def write(
     files = sorted((folder / "parts").glob("ses-*.json"))
     rows = [row for path in files for row in read_json(path)]
     write_json(folder / "quality.json", rows)
-    mark = ", SIMULATED EEG" if simulated else ""
-    head = ["session", "partition", "minutes", "kept", "dropped", "channels", "peak of the ERP"]
+    quantity = BY_UNIT[rows[0]["unit"]]
+    mark = f", SIMULATED {quantity.name}" if simulated else ""
+    head = ["session", "partition", "minutes", "kept", "dropped", "channels", "peak of the mean"]
     cells = [
         [
             row["session"],
@@ -110,7 +113,7 @@ def write(
             str(row["kept"]),
             _dropped(row),
             _channels(row),
-            f"{row['peak_uv']:.2f} µV",
+            f"{row['peak'] * quantity.per_unit:.2f} {quantity.shown}",
         ]
         for row in rows
     ]
@@ -122,7 +125,7 @@ def write(
         lines += ["", "What the reader warned of:", "", *(f"- {text}" for text in told)]
     with atomic_write(folder / TEXT) as file:
         file.write("\n".join(lines) + "\n")
-    draw_quality(folder / FIGURE, f"{subject}{mark}", channels, parts)
+    draw_quality(folder / FIGURE, f"{subject}{mark}", channels, parts, quantity)
 
 
 def written_line(partition: str, shape: Sequence[int], parts: Mapping[str, Any]) -> str:
@@ -137,7 +140,11 @@ def written_line(partition: str, shape: Sequence[int], parts: Mapping[str, Any])
 
 
 def draw_quality(
-    path: Path, title: str, channels: Sequence[str], parts: Mapping[str, Mapping[str, Any]]
+    path: Path,
+    title: str,
+    channels: Sequence[str],
+    parts: Mapping[str, Mapping[str, Any]],
+    quantity: Quantity,
 ) -> None:
     """The mean over all trials: every channel by region, and each session's global field power."""
     from matplotlib.figure import Figure
@@ -146,25 +153,25 @@ def draw_quality(
     left, right = figure.subplots(1, 2)
     shown = {name: part for name, part in parts.items() if part}
     first = next(iter(shown))
-    _butterfly(left, channels, list(shown[first].values()))
+    _butterfly(left, channels, list(shown[first].values()), quantity.per_unit)
     left.set_title(f"{title}: mean of all {first} trials, before whitening", fontsize=9)
     for partition, style in zip(shown, ("-", "--"), strict=False):
         for number, (session, part) in enumerate(shown[partition].items()):
-            power = part.evoked.std(axis=0) * 1e6
+            power = part.evoked.std(axis=0) * quantity.per_unit
             label = f"{session} {partition}"
             right.plot(part.times, power, style, color=f"C{number % 10}", lw=1, label=label)
     right.set_title("global field power (std over channels)", fontsize=9)
     for axes in (left, right):
         axes.axvline(0, color="black", lw=0.6)
         axes.set_xlabel("s after stimulus onset")
-        axes.set_ylabel("µV")
+        axes.set_ylabel(quantity.shown)
     right.legend(fontsize=7, frameon=False)
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png")
 
 
-def _butterfly(axes: Axes, channels: Sequence[str], parts: Sequence[Any]) -> None:
-    evoked = np.mean([part.evoked for part in parts], axis=0) * 1e6
+def _butterfly(axes: Axes, channels: Sequence[str], parts: Sequence[Any], per_unit: float) -> None:
+    evoked = np.mean([part.evoked for part in parts], axis=0) * per_unit
     seen = set()
     regions = electrodes.region_by_channel(channels)
     for name, curve in zip(channels, evoked, strict=True):

@@ -12,7 +12,7 @@ import numpy as np
 from datafiles.eeg_files import RAW_FOLDER, SIMULATED_NOTE
 from datafiles.pickles import array_in, list_in, read_pickled_dict, refuse_missing_keys
 from datafiles.stimuli import PARTITIONS
-from preprocessing.amplitude import check_amplitude
+from preprocessing.amplitude import EEG, Quantity, check_amplitude
 from preprocessing.channels import check_unique
 from preprocessing.signals import Sorted, glance
 from rundirs.files import file_hash
@@ -69,8 +69,8 @@ class Recorded:
     """An opened recording, its trials by partition, and how many events are none, by reason.
 
     ``channels``: EEG and what is none; ``suspects``: {EEG channel: why it can be none};
-    ``amplitude_v``; ``table``: what names the events; ``markers``: texts that mean pictures;
-    ``warnings``: of the reader.
+    ``amplitude``, of ``quantity``; ``table``: what names the events; ``markers``: texts that mean
+    pictures; ``warnings``: of the reader.
     """
 
     raw: mne.io.BaseRaw
@@ -78,11 +78,12 @@ class Recorded:
     trials: Mapping[str, Trials]
     dropped: Mapping[str, int]
     channels: Sorted
-    amplitude_v: float
+    amplitude: float
     suspects: Mapping[str, str] = field(default_factory=dict)
     table: Path | None = None
     markers: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    quantity: Quantity = EEG
 
 
 class Take(Protocol):
@@ -168,10 +169,10 @@ class PublishedTake:
         of = {self.partition: trials}
         kinds = zip(names, kinds, strict=True)
         channels = Sorted([name for name, kind in kinds if kind == "eeg"], {})
-        amplitude_v = glance(raw, channels.eeg, of).amplitude_v
-        check_amplitude(self.path, amplitude_v, {})
+        amplitude = glance(raw, channels.eeg, of).amplitude
+        check_amplitude(self.path, amplitude, {})
         dropped = {"target": int(is_target.sum())}
-        return Recorded(raw, self.path, of, dropped, channels, amplitude_v)
+        return Recorded(raw, self.path, of, dropped, channels, amplitude)
 
 
 def _published_content(path: Path) -> tuple[np.ndarray, list[str], list[str], float]:

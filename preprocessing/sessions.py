@@ -72,7 +72,7 @@ class SessionTrials:
     """The kept trials of one session and partition, on disk.
 
     ``conditions`` [n]: 0-based picture row of each; ``sigma`` [C, C]: their mean covariance, zero
-    if it was not asked for; ``evoked`` [C, T + baseline], mean over trials, in volts; ``times``.
+    if it was not asked for; ``evoked`` [C, T + baseline], their mean, in volts or tesla; ``times``.
     """
 
     trials: Path

@@ -1,4 +1,4 @@
-"""Which channels of a recording are EEG: by their type, their name, and what is in them.
+"""Which channels of a recording are EEG, or MEG: by their type, name, and what is in them.
 
 Readers call nearly every column of EDF and BDF files EEG: triggers, counters, eyes, movement. One
 of them tells a decoder which picture was shown.
@@ -58,6 +58,9 @@ class Sorted:
 
 def sort_by_name(raw: mne.io.BaseRaw, named: Sequence[str] = ()) -> Sorted:
     """By type and name; ``named`` were asked for by name and are EEG, whatever they are called."""
+    sensors = meg_type(raw)
+    if sensors:
+        return _sorted_meg(raw, sensors)
     asked = {name.upper() for name in named}
     banks = electrodes.is_banked(raw.ch_names)
     pairs = list(zip(raw.ch_names, raw.get_channel_types(), strict=True))
@@ -76,6 +79,22 @@ def sort_by_name(raw: mne.io.BaseRaw, named: Sequence[str] = ()) -> Sorted:
     return Sorted([name for name in rest if name not in left], left)
 
 
+def meg_type(raw: mne.io.BaseRaw) -> str:
+    """``mag`` or ``grad``, whichever a recording has more sensors of; empty for one of EEG.
+
+    Reference sensors, far from the head, are neither.
+    """
+    kinds = raw.get_channel_types()
+    return max(("mag", "grad"), key=kinds.count) if {"mag", "grad"} & set(kinds) else ""
+
+
+def _sorted_meg(raw: mne.io.BaseRaw, sensors: str) -> Sorted:
+    """Sensors of one type, since another type's numbers are another quantity; all else is left."""
+    pairs = list(zip(raw.ch_names, raw.get_channel_types(), strict=True))
+    left = {name: f"of type {kind}, beside MEG" for name, kind in pairs if kind != sensors}
+    return Sorted([name for name in raw.ch_names if name not in left], left)
+
+
 def _other(name: str, kind: str, banks: bool) -> str:
     """Why a channel is no EEG; empty if nothing says so."""
     if kind != "eeg":
@@ -92,14 +111,14 @@ def _other(name: str, kind: str, banks: bool) -> str:
 
 @dataclass(frozen=True)
 class Glance:
-    """Some trials as recorded: ``windows`` [n, C, S] in volts, of ``pictures`` [n]."""
+    """Some trials as recorded: ``windows`` [n, C, S] in volts or tesla, of ``pictures`` [n]."""
 
     names: list[str]
     windows: np.ndarray
     pictures: np.ndarray
 
     @property
-    def amplitude_v(self) -> float:
+    def amplitude(self) -> float:
         """Median over channels of the standard deviation within a trial; NaN without a trial."""
         if not len(self.windows):
             return float("nan")

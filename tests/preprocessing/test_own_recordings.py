@@ -204,6 +204,7 @@ def test_other_formats(data, suffix, package):
 
 def test_a_bids_folder(data):
     mne_bids = pytest.importorskip("mne_bids", reason="pip install mne-bids")
+    pytest.importorskip("pybv", reason="pip install pybv")
     root, (raw, events, lines) = data / "bids", recording()
     path = mne_bids.BIDSPath(subject="07", task="see", root=root, datatype="eeg")
     raw.info["line_freq"] = 50

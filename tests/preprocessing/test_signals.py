@@ -177,6 +177,6 @@ def test_edf_columns_are_told_apart(data):
 
 def test_a_glance_sees_nothing_where_there_is_nothing():
     empty = Glance(["O1"], np.zeros((0, 1, 0)), np.zeros(0))
-    assert empty.suspects() == {} and np.isnan(empty.amplitude_v)
+    assert empty.suspects() == {} and np.isnan(empty.amplitude)
     flat = Glance(["O1"], np.zeros((4, 1, 50)), np.array([0, 0, 1, 1]))
     assert flat.suspects() == {}  # which others tell
