@@ -201,13 +201,15 @@ def _own_recordings(parser: Parser) -> None:
     group = parser.flags("your own recordings")
     group.several("--raw", type=Path, metavar="FILE|DIR", per_call=True,
         help="one subject's recordings of EEG or MEG in order (.vhdr, .edf, .bdf, .set, .fif, "
-        ".ds, ...), or one BIDS folder, which takes mne-bids")
+        ".ds, ...), or one folder: BIDS, "
+        "which takes mne-bids, or Alljoined's raw_eeg")
     group.several("--events", type=Path, metavar="TABLE", per_call=True,
         help="CSV or TSV per recording: column stimulus (a picture of DATA) beside onset (s), "
         "sample or marker; default: *_events.tsv beside the recording, as in BIDS")
     group.several("--epochs_file", type=Path, metavar="FILE", per_call=True,
-        help="one subject's trials that are cut already, as MNE's *-epo.fif: pictures by a column "
-        "of the metadata or by the events' names; nothing is filtered, whitened or resampled")
+        help="one subject's trials that are cut already, as MNE's *-epo.fif (pictures by a column "
+        "of the metadata or by the events' names) or Alljoined1's parquet; nothing is filtered, "
+        "whitened or resampled")
     group.choose("--unit", choices=("V", "mV", "uV", "nV"), default=None,
         help="of the numbers in the files, where these state none, or a wrong one")
     group.switch("--keep_bad_segments",

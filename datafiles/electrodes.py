@@ -119,6 +119,11 @@ def _cap_positions(channels: Sequence[str]) -> dict[str, np.ndarray]:
     return dict(zip(pins, _montage_positions(montage).values(), strict=True))
 
 
+def cap_names(channels: int) -> list[str]:
+    """The electrodes of a whole cap by their 10-05 names, in the order of its pins."""
+    return list(_montage_positions(CAPS[channels][1]))
+
+
 # ---------------------------------------------------------------- places and names
 
 

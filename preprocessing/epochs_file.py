@@ -1,10 +1,11 @@
-"""Trials that are cut already, as MNE keeps them in ``*-epo.fif``: joined with DATA by name.
+"""Trials that are cut already, joined with DATA by name: MNE's ``*-epo.fif``, Alljoined's parquet.
 
-So THINGS-MEG publishes its preprocessed trials, and so others keep their own.
+So THINGS-MEG and Alljoined1 publish their trials, and so others keep their own.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import numpy as np
 
 from datafiles.datasets.things_eeg2 import EEG_FILE, EEG_FOLDER
 from datafiles.stimuli import STIMULUS_COLUMNS
+from preprocessing.cut_trials import CutTrials
+from preprocessing.epochs_parquet import open_parquet
 from preprocessing.events import Pictures, Shown, file_in, pictures_by_partition
 from preprocessing.fif import check_tags
 from preprocessing.hints import explained
@@ -39,37 +42,6 @@ class EpochsChoice:
     dry_run: bool
 
 
-@dataclass(frozen=True)
-class CutTrials:
-    """An open epochs file: its sensors, and what each trial shows as (partition, row) or None."""
-
-    path: Path
-    epochs: mne.BaseEpochs
-    sensors: Sequence[int]
-    shown: Sequence[tuple[str, int] | None]
-
-    @property
-    def channels(self) -> list[str]:
-        return [self.epochs.ch_names[number] for number in self.sensors]
-
-    @property
-    def times(self) -> list[float]:
-        return self.epochs.times.tolist()
-
-    def trial(self, number: int) -> np.ndarray:
-        """float32 [C, T]. Raises DataError."""
-        with explained(self.path):
-            found = self.epochs[[number]].get_data(picks=list(self.sensors), verbose="error")
-            return np.ascontiguousarray(found[0], np.float32)
-
-    def of(self, partition: str) -> tuple[np.ndarray, np.ndarray]:
-        """(numbers of the trials of a partition, their rows of it), int64 [n] each."""
-        found = [(number, shown[1]) for number, shown in enumerate(self.shown)
-                 if shown is not None and shown[0] == partition]  # fmt: skip
-        numbers, rows = np.array(found, np.int64).reshape(-1, 2).T
-        return numbers, rows
-
-
 def convert_epochs(asked: EpochsChoice) -> list[str]:
     """Write a subject's two files; what they hold, in words. Raises UserError / DataError."""
     subjects = asked.subjects or []
@@ -85,7 +57,7 @@ def convert_epochs(asked: EpochsChoice) -> list[str]:
             "nothing is overwritten: move it away",
         )  # fmt: skip
     pictures = pictures_by_partition(asked.data_path)
-    files = [open_epochs(path, pictures) for path in asked.epochs_file]
+    files = [_open(path, subjects[0], pictures) for path in asked.epochs_file]
     _check_same_signal(files)
     lines, planned = [], {}
     for partition in pictures.rows:
@@ -98,17 +70,31 @@ def convert_epochs(asked: EpochsChoice) -> list[str]:
         )
     lost = sum(shown is None for one in files for shown in one.shown)
     lines.append(f"{subjects[0]}: {lost:,} trials show no picture of DATA, and are left out")
-    for partition, at in {} if asked.dry_run else planned.items():
-        _write(folder / EEG_FILE[partition], files, partition, at)
+    if not asked.dry_run:
+        half = folder.with_name(f".{folder.name}.tmp")  # a killed call leaves no subject behind
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        for partition, at in planned.items():
+            _write(half / EEG_FILE[partition], files, partition, at)
+        half.rename(folder)
     return lines
+
+
+def _open(path: Path, subject: str, pictures: Pictures) -> CutTrials:
+    if not path.is_file():
+        raise DataError(
+            path, "no such file", "an epochs file of MNE, *-epo.fif, or a parquet table of trials",
+            "check the path",
+        )  # fmt: skip
+    if path.suffix.lower() == ".parquet":
+        return open_parquet(path, subject, pictures)
+    return open_epochs(path, pictures)
 
 
 def open_epochs(path: Path, pictures: Pictures) -> CutTrials:
     """Raises DataError for a file that is damaged, or does not say what was shown."""
     import mne
 
-    if not path.is_file():
-        raise DataError(path, "no such file", "an epochs file of MNE, *-epo.fif", "check the path")
     check_tags(path)
     with explained(path):
         epochs = mne.read_epochs(path, preload=False, verbose="error")
@@ -120,7 +106,14 @@ def open_epochs(path: Path, pictures: Pictures) -> CutTrials:
             path, f"{len(names)} trials of {len(sensors)} sensors", "trials of MEG or EEG",
             "name the file of one person's trials",
         )  # fmt: skip
-    return CutTrials(path, epochs, sensors.tolist(), _found(path, names, pictures))
+    channels = [epochs.ch_names[number] for number in sensors]
+
+    def read(number: int) -> np.ndarray:
+        with explained(path):
+            return epochs[[number]].get_data(picks=sensors.tolist(), verbose="error")[0]
+
+    times = epochs.times.tolist()
+    return CutTrials(path, channels, times, _found(path, names, pictures), read)
 
 
 def _named(path: Path, epochs: mne.BaseEpochs) -> list[str]:

@@ -170,7 +170,7 @@ class Pictures:
 
     def knows(self, event: Shown) -> bool:
         """Whether a picture of DATA has the file name that is meant."""
-        return composed(event.stimulus) in self._by_file
+        return composed(file_in(event.stimulus)) in self._by_file
 
     def find(self, event: Shown, table: Path) -> tuple[str, int]:
         """(partition, row) of the picture that a line of a table names. Raises DataError.

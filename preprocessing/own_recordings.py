@@ -12,6 +12,7 @@ import numpy as np
 
 from datafiles import electrodes
 from datafiles.eeg_files import SIMULATED_NOTE
+from preprocessing.alljoined_raw import block_files, block_table, subject_folders
 from preprocessing.amplitude import EEG, MEG, check_amplitude, in_volts
 from preprocessing.brainvision import BrainVisionHeader
 from preprocessing.channels import ALL, by_name
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 class OwnTake:
     """A file that MNE reads, its table of events, and the pictures that it names.
 
+    ``table``: the file itself where it names its pictures, as Alljoined's.
+
     ``bids``: the folder, if it lies in one; ``named``: channels that were asked for by name;
     ``unit``: of --unit.
     """
@@ -47,6 +50,7 @@ class OwnTake:
         """Signal, markers and table: whatever changes the trials."""
         read = [self.path, *self.signal_files(), *self._markers(), self.table]
         read += filter(None, [attributes_beside(self.table)])
+        read += block_files(self.path) if self.table == self.path else []
         return list(dict.fromkeys(file for file in read if file.is_file()))
 
     def signal_files(self) -> list[Path]:
@@ -64,9 +68,14 @@ class OwnTake:
         with explained(self.path):  # what is odd about a file may show in whatever is asked of it
             return self._open()
 
+    def _events(self, raw: mne.io.BaseRaw) -> EventTable:
+        if self.table == self.path:
+            return block_table(self.path, raw, self.pictures)
+        return run_table(self.table) or read_table(self.table)
+
     def _open(self) -> Recorded:
         opened = read_raw(self.path, self.bids)
-        raw, events = opened.raw, run_table(self.table) or read_table(self.table)
+        raw, events = opened.raw, self._events(opened.raw)
         shown, others = _shown_pictures(raw, events, self.path)
         dropped = {**events.dropped, "other marker": others}
         if events.published:  # it shows more pictures than one study takes
@@ -167,6 +176,11 @@ def own_subjects(source: RecordingSource) -> list[Subject]:
     pictures = pictures_by_partition(source.data_path)
     if len(files) == 1 and (files[0] / "dataset_description.json").is_file():
         return _bids_subjects(source, pictures)
+    blocks = subject_folders(files[0]) if len(files) == 1 else {}
+    if blocks:
+        takes = {name: [_take(source, path, path, pictures) for path in paths]
+                 for name, paths in blocks.items()}  # fmt: skip
+        return _people(source, takes, files[0], pictures)
     if len(wanted) != 1 or not re.fullmatch(r"sub-[A-Za-z0-9]+", wanted[0]):
         raise UserError(
             "--subjects",
@@ -204,7 +218,7 @@ def beside(path: Path) -> Path:
 
 
 def _bids_subjects(source: RecordingSource, pictures: Pictures) -> list[Subject]:
-    root, wanted = source.raw[0], source.subjects
+    root = source.raw[0]
     mne_bids = import_mne_bids()
     found = mne_bids.find_matching_paths(
         root,
@@ -218,6 +232,14 @@ def _bids_subjects(source: RecordingSource, pictures: Pictures) -> list[Subject]
         name = path.name.split("_")[0]
         take = _take(source, path, beside(path), pictures, root)
         by_subject.setdefault(name, []).append(take)
+    return _people(source, by_subject, root, pictures)
+
+
+def _people(
+    source: RecordingSource, by_subject: dict[str, list[OwnTake]], root: Path, pictures: Pictures
+) -> list[Subject]:
+    """Those that are wanted, with a session for each recording. Raises UserError."""
+    wanted = source.subjects
     lost = [name for name in wanted or [] if name not in by_subject]
     if lost or not by_subject:
         raise UserError(

@@ -158,14 +158,15 @@ def write_edf(
     pauses: Mapping[int, float] | None = None,
     units: str = "uV",
     note_text: bytes = b"",
+    notes: Sequence[tuple[float, str]] = (),
 ) -> Path:
     """An EDF+ file of 1-s records of 16 bits, as the format's description has it.
 
     ``pauses``: {record: s before it}, which make it EDF+D; ``note_text``: an annotation in the
-    first record.
+    first record; ``notes``: others by their onset in s.
     """
     rate, records = round(raw.info["sfreq"]), raw.n_times // round(raw.info["sfreq"])
-    names, reach_uv, note = [*raw.ch_names, "EDF Annotations"], 400.0, 32
+    names, reach_uv, note = [*raw.ch_names, "EDF Annotations"], 400.0, 32 + 64 * bool(notes)
     columns = [
         (16, names), (80, [""] * len(names)), (8, [units] * len(raw.ch_names) + [""]),
         (8, [f"-{reach_uv:g}"] * len(raw.ch_names) + ["-1"]),
@@ -185,6 +186,9 @@ def write_edf(
         onset += (pauses or {}).get(record, 0.0)
         body.append(digital[:, record * rate : (record + 1) * rate].astype("<i2").tobytes())
         more = b"+0.5\x14" + note_text + b"\x14\0" if note_text and not record else b""
+        for start, said in notes:
+            if record <= start < record + 1:
+                more += f"+{start:.4f}\x14{said}\x14\0".encode()
         body.append((f"+{onset:g}\x14\x14\0".encode() + more).ljust(2 * note, b"\0"))
         onset += 1
     path.write_bytes(text.encode("latin-1") + b"".join(body))

@@ -48,7 +48,8 @@ from datafiles.captions import read_captions
 from datafiles.datasets import registry, things_eeg2
 from datafiles.datasets.block_design import read_blocks
 from datafiles.feature_import import read_features
-from preprocessing import epochs_file, events, reading, recordings, timeline
+from preprocessing import alljoined_raw, epochs_file, events, reading, recordings, timeline
+from preprocessing.epochs_parquet import open_parquet
 from preprocessing.hints import explained
 from preprocessing.own_recordings import OwnTake
 from rundirs.directory import RunDirectory
@@ -339,6 +340,19 @@ def _fif(folder: Path) -> list[bytes]:
 KNOWN_AND_NOT = ["train1_1.png", "train2_1.png", "a.png", "x"]
 
 
+def _markers(folder: Path) -> list[bytes]:
+    one = {"label": "stim_train", "value": 12, "startDatetime": "2024-11-05T10:00:00.5Z"}
+    return [json.dumps({"Markers": [one, {**one, "label": "behav"}]}).encode()]
+
+
+def _trials_table(folder: Path) -> list[bytes]:
+    builders.write_picture(folder / "training_images" / "00001_a" / "nsd00012.png", 0)
+    eeg = 1e-5 * np.random.default_rng(0).standard_normal((64, 5))
+    rows = [{"EEG": eeg.tolist(), "subject_id": 1, "coco_id": 5, "73k_id": 12}] * 3
+    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
+    return [(folder / "t.parquet").read_bytes()]
+
+
 def _epochs(folder: Path) -> list[bytes]:
     """Four trials of three channels, of three pictures and of none."""
     builders.write_pictures(folder, training=2, images=1, test=1)
@@ -382,6 +396,12 @@ def _open_own(path: Path, header: str | None = None) -> None:
     with explained(recording):
         timeline.interruptions(recorded.raw)
         timeline.trigger_codes(recorded.raw)
+
+
+def _open_table(path: Path) -> None:
+    one = open_parquet(path, "sub-01", events.pictures_by_partition(path.parent))
+    for number in range(len(one.shown)):
+        one.trial(number)
 
 
 def _open_epochs(path: Path) -> None:
@@ -457,6 +477,8 @@ READERS = {
     "set": Reader("a.set", _set, _open_own, slow=20, sweeps=True),
     "fif": Reader("a_raw.fif", _fif, _open_own, sweeps=True),
     "epochs": Reader("a-epo.fif", _epochs, _open_epochs, slow=2, sweeps=True),
+    "recorder": Reader("m.json", _markers, alljoined_raw.recorder_marks),
+    "epochs.parquet": Reader("a.parquet", _trials_table, _open_table),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -85,10 +86,33 @@ def _is(named: object, folder: str) -> bool:
     return number == own
 
 
-def _table(path: Path) -> tuple[Path, Mapping[str, Sequence[Any]]]:
-    """The table beside the recording or above it, by column. Raises DataError."""
+def metadata_of(path: Path) -> Path | None:
+    """The table beside a person's recording, or above it."""
     places = [folder / name for folder in list(path.parents)[:3] for name in METADATA]
-    about = next((place for place in places if place.is_file()), None)
+    return next((place for place in places if place.is_file()), None)
+
+
+def picture_names(path: Path) -> list[tuple[str, int, str]]:
+    """(partition, number, name) of the pictures that a person's table knows.
+
+    The number is the last digits of ``image_path``. Raises DataError.
+    """
+    about, table = _table(path)
+    found = {}
+    for partition, image, name in zip(
+        table["partition"], table["image_path"], _named(table), strict=True
+    ):
+        digits = re.search(r"(\d{1,9})$", PurePath(str(image)).stem)
+        if digits is not None:
+            found[str(partition), int(digits[1])] = str(name)
+    if not found:
+        raise DataError(about, "image_path without numbers", "00012.jpg, ... of each", AGAIN)
+    return [(*key, name) for key, name in found.items()]
+
+
+def _table(path: Path) -> tuple[Path, Mapping[str, Sequence[Any]]]:
+    """The table of a person's recording, by column. Raises DataError."""
+    about = metadata_of(path)
     if about is None:
         raise DataError(
             path, f"trials one by one, and no {METADATA[0]}",

@@ -85,6 +85,12 @@ class Form:
     names_pictures: bool = False  # whether its files say which picture each row is of
 
 
+def rows_of(names: Sequence[str], stimuli: Sequence[Stimulus]) -> list[int]:
+    """The row of each stimulus among ``names``, by its name or its place in DATA; -1 for none."""
+    called = [item.names + more for item, more in zip(stimuli, places_within(stimuli), strict=True)]
+    return rows_called(names, called)
+
+
 def joined(path: Path, given: Parsed, stimuli: Sequence[Stimulus]) -> Parsed:
     """Rows in the order of the stimuli, by name; as they are where the file names no pictures.
 
@@ -93,8 +99,7 @@ def joined(path: Path, given: Parsed, stimuli: Sequence[Stimulus]) -> Parsed:
     """
     if given.pictures is None:
         return given
-    called = [item.names + more for item, more in zip(stimuli, places_within(stimuli), strict=True)]
-    rows = rows_called(given.pictures, called)
+    rows = rows_of(given.pictures, stimuli)
     found = set(rows) - {-1}
     lost = [item.key for item, row in zip(stimuli, rows, strict=True) if row < 0]
     droppable = isinstance(given.eeg, DealtTrials) and stimuli[0].partition == "training"
