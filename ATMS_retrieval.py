@@ -71,10 +71,11 @@ def pretrain(options: Options, processes: Processes) -> None:
     values = options.values
     layer = layer_name(values.contrast_layer)
     needed = RETRIEVAL_NAMES if values.text_contrast else (FINAL_LAYER,)
-    data = open_training(options.settings(DataChoice), layer, needed=needed)
+    data = open_training(options.settings(DataChoice), layer, needed=needed).aligned()
     encoder = new_encoder(data, values.seed, values.encoder)
     projector = new_projector(layer, data.targets, data.train_rows, values.seed)
     decoder = Decoder(encoder, None, data.signal, data.clip, projector)
+    decoder.know_alignment(data)
     decoder.concepts = data.concepts()
     objective = ContrastiveObjective(decoder, data, options.settings(Contrast))
     run = loop.train(options, decoder, objective, data, processes)

@@ -116,6 +116,9 @@ def _training_data(group: FlagGroup) -> None:
     group.add("--subject_dropout", type=share, metavar="P",
         help="probability that whose EEG a sample is stays unknown, which trains the token for "
         "strangers; default: 0.2 with --leave_out, else 0")
+    group.choose("--align", choices=("none", "euclidean"), default="none",
+        help="whiten each person's EEG by the mean covariance of the own training trials; a "
+        "stranger's is aligned by the own test recording, without labels, and marked transductive")
     group.choose("--trials", choices=("average", "single", "random"), default="random",
         help="a sample is the mean of all repetitions, one repetition, "
         "or the mean of a random subset")
@@ -573,6 +576,9 @@ def evaluate_parser() -> Parser:
     group.several("--average", type=positive_int, metavar="N",
         help="also score retrieval with so many repetitions averaged, 1 2 4 ... 80: single trials "
         "are what one look gives, published figures average all")
+    group.choose("--transductive", nargs="+", choices=("centred", "csls", "sinkhorn"),
+        help="also score retrieval that uses all test queries together, in a table of its own: "
+        "against hubs (centred, csls), or as an assignment, an upper bound (sinkhorn)")
     group.choose("--occlusion", nargs="+", choices=("channels", "time"),
         help="also explain the encoder: what retrieval loses without each channel and region, or "
         "without each 50-ms window")

@@ -20,6 +20,7 @@ import torch
 
 import util
 from datafiles import check
+from datafiles.alignment import Reading, euclidean
 from datafiles.datasets.block_design import Blocks, convert_blocks
 from datafiles.datasets.registry import layout_in
 from datafiles.eeg_files import (
@@ -29,7 +30,6 @@ from datafiles.eeg_files import (
     cache_folder,
     cache_home,
     check_rows,
-    check_scale,
     common_scale,
     list_subjects,
     match_signal,
@@ -89,6 +89,7 @@ class TestEEG:
     hash: str
     source: Path
     trials: SingleTrials | None = None  # None: there are no single ones
+    transductive: bool = False  # aligned by itself, as a stranger's recording
 
     @property
     def ids(self) -> list[int]:
@@ -112,29 +113,19 @@ class TestEEG:
 
 
 def open_test(
-    file: Path,
-    subject: str,
-    data_path: Path | None,
-    cache_dir: Path | None,
-    channels: Sequence[str],
-    times: Sequence[float],
-    scale: float = 1.0,
+    file: Path, subject: str, data_path: Path | None, cache_dir: Path | None, reading: Reading
 ) -> TestEEG:
-    """One subject's test recording, averaged over repetitions, cut to the model's signal.
-
-    ``scale``: of the model's training recordings.
-    """
+    """One subject's test recording, averaged over repetitions, as a model reads it."""
     # first the pictures: a DATA that is not there must not be made by the cache
     stimuli = list_stimuli(data_path, "test") if data_path else None
     cache = cache_folder(data_path or cache_home(file), cache_dir)
     recording = open_recording(file, cache, stimuli)
     if stimuli:
         check_rows(recording, stimuli)
-    signal = replace(match_signal(recording, channels, times), scale=scale)
-    check_scale(recording, signal)
+    signal = reading.signal(recording)
     averaged = average_trials(recording, signal)
     trials = SingleTrials(recording, signal)
-    return TestEEG(averaged, subject, stimuli, recording.hash, file, trials)
+    return TestEEG(averaged, subject, stimuli, recording.hash, file, trials, reading.transductive)
 
 
 # ---------------------------------------------------------------- training data
@@ -196,6 +187,15 @@ class TrainingData:
     concept_names: Sequence[str] = ()  # by number
     notes: Sequence[str] = ()  # to be said in the log
     held: list[torch.Tensor] | None = None  # on a device: EEG [N, R, C, T] per subject, cut
+
+    def aligned(self) -> TrainingData:
+        """Each person's EEG whitened by its own training trials, where that was asked for."""
+        if not self.signal.get("align"):
+            return self
+        rows = self.train_rows.tolist()
+        pairs = zip(self.recordings, self.cuts, strict=True)
+        cuts = [replace(cut, spatial=euclidean(item, cut, rows)) for item, cut in pairs]
+        return replace(self, cuts=cuts)
 
     def concepts(self) -> dict[str, list[str]]:
         """Names of the concepts that are trained on and ``held_out``, sorted."""
@@ -352,6 +352,8 @@ class TrainingData:
         )
         if "scale" in self.signal:
             yield f"multiply the recordings, which are not whitened, by {self.signal['scale']:g}"
+        if "align" in self.signal:
+            yield "align everybody's EEG by the mean covariance of the own training trials"
         yield (
             f"train on {len(self.train_rows)} pictures, validate on {len(self.val_rows)} pictures "
             "of held-out concepts"
@@ -388,6 +390,7 @@ class DataChoice:
     time_window: Sequence[float] | None = None
     cache_dir: Path | None = None
     dataset: str = AUTO
+    align: str = "none"
 
     def recordings(self, stimuli: Sequence[Stimulus]) -> dict[str, Recording]:
         """{subject: its training recording of these}. Raises UserError / DataError."""
@@ -412,7 +415,8 @@ def what_is_read(
     scale = common_scale(recordings, cuts)
     signal = {"channels": cut.channels, "times": cut.times, "subjects": list(of)}
     scaled = [replace(one, scale=scale) for one in cuts]
-    return scaled, signal | ({} if scale == 1 else {"scale": scale})
+    signal |= {} if scale == 1 else {"scale": scale}
+    return scaled, signal | ({} if asked.align == "none" else {"align": asked.align})
 
 
 def open_training(

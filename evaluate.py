@@ -29,6 +29,7 @@ from evaluation import (
     repetitions,
     seeds,
     tables,
+    transductive,
 )
 from evaluation.opening import (
     Opened,
@@ -55,6 +56,7 @@ class Scoring:
     permutations: int
     occlusion: list[str] | None
     average: list[int] | None
+    transductive: list[str] | None
     authenticity: bool
     control: str | None
     data_path: Path | None
@@ -75,7 +77,7 @@ def score_retrieval(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(what results.json says of retrieval, lines of ranks.csv)."""
     bank, device = opened.bank, util.pick_device(how.device)
-    rows, lines, occluded, averaged = [], [], [], []
+    rows, lines, occluded, averaged, together = [], [], [], [], []
     for test in opened.tests:
         util.LOG.info("retrieval: %s", test.subject)
         decoder = opened.models[test.subject].to(device)
@@ -83,6 +85,11 @@ def score_retrieval(
         found = subject_queries(decoder, test, bank, prediction)
         rows += [retrieval_row(query, how.seed, how.permutations) for query in found]
         lines += [line for query in found for line in rank_lines(query, test.stimuli)]
+        together += [
+            transductive.transductive_row(query, method, how.seed, how.permutations)
+            for query in found
+            for method in how.transductive or ()
+        ]
         gallery = decoder.gallery(bank.rows_for(test.stimuli))
         if how.occlusion:
             occluded += occlusion.occlusion_rows(decoder, test, gallery, how.occlusion, how.seed)
@@ -98,8 +105,10 @@ def score_retrieval(
     return {
         "retrieval": rows,
         "across_subjects": across_subjects(rows),
+        "aligned_by_test": [test.subject for test in opened.tests if test.transductive],
         "occlusion": with_words(occlusion.HOW, occluded),
         "repetitions": with_words(repetitions.HOW_AVERAGED, averaged),
+        "transductive": with_words(transductive.HOW_TRANSDUCTIVE, together),
         "neuralbench": with_words(neuralbench.HOW_BENCHED, benched),
     }, lines
 

@@ -116,9 +116,7 @@ def open_model(asked: ModelChoice, rendering: Rendering) -> tuple[Decoder, TestE
     check_drawing(rendering.sd_model_path, rendering.vae_path, rendering.scheduler)
     check_ip_adapter(rendering.ip_adapter_path, decoder.bank.embed_dim)
     file, subject, data_path = locate_test_eeg(asked.eeg_data, asked.subject, asked.data_path)
-    signal = decoder.signal
-    of_model = signal["channels"], signal["times"], signal.get("scale", 1.0)
-    test = open_test(file, subject, data_path, asked.cache_dir, *of_model)
+    test = open_test(file, subject, data_path, asked.cache_dir, decoder.reading(subject))
     return decoder, test
 
 

@@ -168,6 +168,11 @@ def new_people(options: Options) -> tuple[Decoder, TrainingData]:
     """(the model of ``--adapt_from``, all that there is of the people it does not know)."""
     start = options.values.adapt_from
     donor = donor_of(start, whole=True)
+    if options.values.minutes and donor.signal.get("align"):
+        raise util.UserError(
+            "--minutes", f"with {start}, which is of --align euclidean", "a model without it",
+            "train one: the curve compares models that read the same EEG",
+        )  # fmt: skip
     data = open_training(options.settings(DataChoice), donor.layer, donor.concepts)
     return donor, scaled_as(donor, data, start)
 
@@ -204,6 +209,8 @@ def train_one(options: Options, processes: Processes) -> None:
             values.aligner_skip == "on",
         )
         decoder = new_decoder(data, values.seed, alignment, donor, values.encoder, layer)
+    data = data.aligned()
+    decoder.know_alignment(data)
     if donor:
         data = with_donor(data, "adapt_from" if adapting else "init_from", start, donor)
     decoder.concepts = all_concepts(data, donor)

@@ -118,11 +118,8 @@ def score_run(out: Path, run: Path, variant: Variant, file: Path, seed: int) -> 
         return record["scores"]
     decoder, data = Decoder.load(run, "best"), out / "world" / "data"
     bank = open_bank(out / "clip_features", "test", [decoder.layer])
-    signal = decoder.signal
     tests = [
-        open_test(
-            eeg_file(data, name, "test"), name, data, None, signal["channels"], signal["times"]
-        )
+        open_test(eeg_file(data, name, "test"), name, data, None, decoder.reading(name))
         for name in list_subjects(data, None)
     ]
     scores = {}

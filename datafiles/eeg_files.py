@@ -193,7 +193,8 @@ def _write_float32(
 class Signal:
     """Which channels (by index) and which run of samples are read of a recording.
 
-    ``scale``: what values are multiplied by, 1 for EEG in units of about its own deviation.
+    ``scale``: what values are multiplied by, 1 for EEG in units of about its own deviation;
+    ``spatial``: [C, C], what a sample of all channels is multiplied by then (datafiles.alignment).
     """
 
     channels: list[str]
@@ -201,13 +202,19 @@ class Signal:
     channel_rows: list[int]
     start: int
     scale: float = 1.0
+    spatial: np.ndarray | None = None
 
     def cut(self, eeg: np.ndarray) -> np.ndarray:
         """[..., all channels, all samples] -> [..., C, T]; a view if all channels are in order."""
         eeg = eeg[..., self.start : self.start + len(self.times)]
         if self.channel_rows != list(range(eeg.shape[-2])):
             eeg = eeg[..., self.channel_rows, :]
-        return eeg if self.scale == 1 else eeg * self.scale
+        eeg = eeg if self.scale == 1 else eeg * self.scale
+        if self.spatial is None:
+            return eeg
+        if isinstance(eeg, torch.Tensor):
+            return torch.from_numpy(self.spatial).to(eeg) @ eeg
+        return self.spatial @ eeg
 
 
 def select_signal(

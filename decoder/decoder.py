@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import util
+from datafiles.alignment import Reading
 from datafiles.feature_bank import FINAL_LAYER
 from dataset import TestEEG, TrainingData
 from decoder import aligners
@@ -49,6 +50,8 @@ class Decoder(nn.Module):
     every later input.
     """
 
+    spatial: torch.Tensor  # [S, C, C], where the training's people are aligned
+
     def __init__(
         self,
         encoder: Encoder,
@@ -60,6 +63,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.encoder, self.bank, self.projector = encoder, bank, projector
         self.signal, self.clip = dict(signal), dict(clip)
+        if self.signal.get("align"):  # the people's matrices, see datafiles/alignment.py
+            sizes = len(signal["subjects"]), len(signal["channels"]), len(signal["channels"])
+            self.register_buffer("spatial", torch.zeros(sizes))
         # by validation, for decoder/fusion.py and aligners.spread_factors
         self.calibration: dict[str, dict[str, float]] | None = None
         self.held_out: list[list[float]] | None = None
@@ -131,6 +137,24 @@ class Decoder(nn.Module):
         """Row of a subject's own parameters; -1 for a person the model was not trained on."""
         names = self.signal["subjects"]
         return names.index(subject) if subject in names else -1
+
+    def know_alignment(self, data: TrainingData) -> None:
+        """Take over the matrices by which the training's people are aligned, if they are."""
+        if self.signal.get("align"):
+            before = self.spatial[: data.first_subject].cpu()
+            own = [torch.from_numpy(cut.spatial)[None] for cut in data.cuts]
+            self.spatial = torch.cat([before, *own])
+
+    def reading(self, subject: str) -> Reading:
+        """How this person's recordings are read."""
+        index, aligned = self.subject_index(subject), bool(self.signal.get("align"))
+        return Reading(
+            self.signal["channels"],
+            self.signal["times"],
+            self.signal.get("scale", 1.0),
+            aligned,
+            self.spatial[index].cpu().numpy() if aligned and index >= 0 else None,
+        )
 
     def tell_stranger(self, subject: str) -> None:
         """Warn of a person whose own parameters the model lacks: its scores are a stranger's."""

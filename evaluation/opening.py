@@ -99,9 +99,7 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
                     name,
                     asked.data_path,
                     asked.cache_dir,
-                    decoder.signal["channels"],
-                    decoder.signal["times"],
-                    decoder.signal.get("scale", 1.0),
+                    decoder.reading(name),
                 )
             )
 

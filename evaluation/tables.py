@@ -9,6 +9,10 @@ from datafiles.stimuli import LEAKS
 from rundirs.markdown import number, table, with_interval
 
 Row = Mapping[str, Any]
+TRANSDUCTIVE = (
+    "Transductive: EEG aligned by the covariance of the own test recording, without labels, of "
+    "people whom the model does not know"
+)
 ARROWS = {"higher": "↑", "lower": "↓"}
 
 
@@ -180,6 +184,22 @@ def repetition_lines(rows: Sequence[Row]) -> list[str]:
     return table([*head, "top-5 [95 %]", "chance", "median rank"], lines)
 
 
+def transductive_lines(rows: Sequence[Row]) -> list[str]:
+    """A line per query, person and method, beside the same query's own score."""
+    lines = [
+        [
+            row["query"], row["subject"], f"**{row['method']}**", f"{row['n']}",
+            with_interval(row["top1"], row["top1_interval"]), number(row["top1_without"]),
+            with_interval(row["gain"], row["gain_interval"]), number(row["top1_shuffled"]),
+            number(row["top1_chance"]), with_interval(row["top5"], row["top5_interval"]),
+            f"{number(row['hubness'], 2)} ({number(row['hubness_without'], 2)})",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["query", "subject", "method", "N", "top-1 [95 %]", "without", "difference [95 %]"]
+    return table([*head, "shuffled EEG", "chance", "top-5 [95 %]", "hubness (without)"], lines)
+
+
 def neuralbench_lines(rows: Sequence[Row]) -> list[str]:
     """A line per person and way of averaging, everybody's last."""
     lines = [
@@ -254,12 +274,15 @@ def as_table(results: Row) -> str:
         lines += [f"**{results['mark']}** (retrieval)", ""]
     told = {"simulated": "The EEG is simulated", "block_leak": LEAKS}
     lines += [f"**{text}.**\n" for key, text in told.items() if results.get(key)]
+    if strangers := results.get("aligned_by_test"):
+        lines += [f"**{TRANSDUCTIVE}: {', '.join(strangers)}.**\n"]
     if results["retrieval"]:
         lines += ["## Retrieval", "", *retrieval_lines(results["retrieval"]), ""]
     if results["across_subjects"]:
         means = across_subjects_table(results["across_subjects"])
         lines += ["## Retrieval over subjects, mean ± SE", "", *means, ""]
     lines += _explained("Repetitions averaged", results["repetitions"], repetition_lines)
+    lines += _explained("Transductive", results.get("transductive"), transductive_lines)
     lines += _explained("NeuralBench", results.get("neuralbench"), neuralbench_lines)
     lacking = {row["images"]: row.get("unfinished") for row in results["pictures"]}
     lines += [f"**{images}: {lacks}.**\n" for images, lacks in lacking.items() if lacks]

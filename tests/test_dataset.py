@@ -14,6 +14,7 @@ import torch
 
 import dataset
 from datafiles import splits
+from datafiles.alignment import Reading
 from datafiles.datasets.things_eeg2 import EEG_FOLDER
 from datafiles.eeg_files import cache_home, eeg_file, locate_test_eeg
 from datafiles.stimuli import PARTITIONS, keys_hashes, list_stimuli
@@ -290,7 +291,7 @@ def test_a_file_elsewhere_has_no_pictures_unless_told(world, tmp_path):
 def test_opened_test_eeg_is_averaged_cut_and_named(two_subjects):
     file, subject, data_path = locate_test_eeg(two_subjects, "sub-02", None)
     times = [0.05, 0.06]
-    opened = dataset.open_test(file, subject, data_path, None, ["Cz", "O2"], times)
+    opened = dataset.open_test(file, subject, data_path, None, Reading(["Cz", "O2"], times))
     expected = builders.eeg_values(1, 3, 4, ["Cz", "O2"], 20).mean(axis=1)[..., 5:7]
     np.testing.assert_allclose(opened.eeg, expected, rtol=1e-6)
     stimuli = list_stimuli(two_subjects, "test")
@@ -301,7 +302,7 @@ def test_opened_test_eeg_is_averaged_cut_and_named(two_subjects):
 
 def test_test_eeg_without_pictures_has_ids_of_its_rows(two_subjects, tmp_path):
     file = eeg_file(two_subjects, "sub-01", "test")
-    opened = dataset.open_test(file, "sub-01", None, tmp_path / "cache", ["Cz"], [0.0])
+    opened = dataset.open_test(file, "sub-01", None, tmp_path / "cache", Reading(["Cz"], [0.0]))
     assert opened.names[2] == "00003_unknown"
     assert len(set(opened.ids)) == 3
     assert opened.stimuli is None
@@ -312,7 +313,7 @@ def test_test_eeg_with_other_rows_than_pictures_is_refused(world):
     builders.write_picture(world / "test_images" / "00009_new" / "a.png")
     file = eeg_file(world, "sub-01", "test")
     with pytest.raises(DataError, match="3 conditions, but 4 pictures"):
-        dataset.open_test(file, "sub-01", world, None, ["Cz"], [0.0])
+        dataset.open_test(file, "sub-01", world, None, Reading(["Cz"], [0.0]))
 
 
 def test_a_test_concept_among_the_training_concepts_is_refused(tmp_path):
@@ -331,7 +332,7 @@ def _noted(root):
 def _open(root):
     signal = builders.open_world(root).signal
     file = eeg_file(root, "sub-01", "test")
-    return open_test(file, "sub-01", root, None, signal["channels"], signal["times"])
+    return open_test(file, "sub-01", root, None, Reading(signal["channels"], signal["times"]))
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)

@@ -139,6 +139,13 @@ def adapted(
             f"subjects other than {', '.join(known)}",
             "name the new ones alone",
         )
+    if decoder.signal.get("align") != data.signal.get("align"):
+        raise util.UserError(
+            f"--adapt_from {run}",
+            f"trained with --align {decoder.signal.get('align', 'none')}",
+            f"--align {data.signal.get('align', 'none')}, as given",
+            "align the new people as the others were",
+        )
     data = scaled_as(decoder, data, run)
     check_clip(data.clip, features, decoder.clip, run)
     decoder.encoder.add_subjects(len(new))

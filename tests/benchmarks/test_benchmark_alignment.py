@@ -56,10 +56,10 @@ def test_scores_are_those_of_the_predictions(benchmark, chain: Chain, scored) ->
     decoder, found = Decoder.load(chain.model, "best"), []
     bank = open_bank(chain.features, "test")
     for subject in ("sub-01", "sub-02"):
-        data, signal = chain.data, decoder.signal
+        data = chain.data
         test = benchmark.open_test(
             benchmark.eeg_file(data, subject, "test"), subject, data, None,
-            signal["channels"], signal["times"],
+            decoder.reading(subject),
         )  # fmt: skip
         sampling = benchmark.VARIANTS[benchmark.BASE].sampling
         made = decoder.predict(test, range(6), sampling, 0)["image"]

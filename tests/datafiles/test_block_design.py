@@ -12,6 +12,7 @@ import torch
 
 import evaluate
 import report
+from datafiles.alignment import Reading
 from datafiles.datasets import registry
 from datafiles.datasets.block_design import read_blocks, split_blocks
 from datafiles.eeg_files import average_trials, list_subjects, open_recording, select_signal
@@ -73,7 +74,8 @@ def top1(data):
         penalty = 0.1 * torch.eye(inputs.shape[1])
         weights = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ wanted[rows])
         file = data / "preprocessed_eeg" / name / "preprocessed_eeg_test_flat.npy"
-        test = open_test(file, name, data, None, opened.signal["channels"], opened.signal["times"])
+        reading = Reading(opened.signal["channels"], opened.signal["times"])
+        test = open_test(file, name, data, None, reading)
         seen = test.eeg.mean(dim=2)
         predicted = torch.cat([seen, torch.ones(len(seen), 1)], dim=1) @ weights
         classes = sorted({item.folder for item in test.stimuli})

@@ -29,8 +29,7 @@ def opened(chain: Chain) -> tuple[Decoder, TestEEG]:
     decoder = Decoder.load(chain.model, "best")
     eeg = chain.data / "Preprocessed_data_250Hz" / "sub-01"
     file, subject, data = locate_test_eeg(eeg, None, None)
-    signal = decoder.signal
-    return decoder, open_test(file, subject, data, None, signal["channels"], signal["times"])
+    return decoder, open_test(file, subject, data, None, decoder.reading(subject))
 
 
 def predicted(chain: Chain, opened, control: str | None, seed: int = 0) -> dict[str, torch.Tensor]:

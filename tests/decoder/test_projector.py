@@ -153,7 +153,7 @@ def test_retrieval_compares_with_the_projected_layer(
     for subject in ("sub-01", "sub-02"):
         test = dataset.open_test(
             eeg_file(features.data, subject, "test"), subject, features.data, None,
-            decoder.signal["channels"], decoder.signal["times"],
+            decoder.reading(subject),
         )  # fmt: skip
         similarity = cosine_similarity(decoder.condition(test, range(len(stimuli))), gallery)
         rank = (similarity >= similarity.diagonal()[:, None]).sum(1)

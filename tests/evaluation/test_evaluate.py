@@ -402,7 +402,7 @@ def test_fused_retrieval_joins_the_five(chain: Chain) -> None:
     bank = open_bank(chain.features, "test")
     test = open_test(
         eeg_file(chain.data, "sub-01", "test"), "sub-01", chain.data, None,
-        decoder.signal["channels"], decoder.signal["times"],
+        decoder.reading("sub-01"),
     )  # fmt: skip
     found = subject_queries(decoder, test, bank, Prediction(3, 2.0, "dpm", seed=0))
     of = {query.name: query.similarity for query in found}
@@ -422,7 +422,7 @@ def test_a_model_that_predicts_nothing_is_refused(chain: Chain, damaged: str) ->
     bank = open_bank(chain.features, "test")
     test = open_test(
         eeg_file(chain.data, "sub-01", "test"), "sub-01", chain.data, None,
-        decoder.signal["channels"], decoder.signal["times"],
+        decoder.reading("sub-01"),
     )  # fmt: skip
     with pytest.raises(DataError, match="NaN or infinity for"):
         subject_queries(decoder, test, bank, Prediction(3, 2.0, "dpm", seed=0))

@@ -220,7 +220,7 @@ def predicted(
     file, subject, data = locate_test_eeg(
         chain.data / "Preprocessed_data_250Hz" / "sub-01", None, None
     )
-    test = open_test(file, subject, data, None, decoder.signal["channels"], decoder.signal["times"])
+    test = open_test(file, subject, data, None, decoder.reading(subject))
     changed = type(test)(
         change(test.eeg.clone()), test.subject, test.stimuli, test.hash, test.source
     )

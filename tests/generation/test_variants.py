@@ -167,9 +167,8 @@ def test_the_head_belongs_to_each_subject(chain: Chain, with_head: Path) -> None
     head = low_level.load_head(with_head)
     assert head.subjects == ("sub-01", "sub-02")
     decoder = Decoder.load(with_head, "best")
-    signal = decoder.signal["channels"], decoder.signal["times"]
     file = chain.data / "Preprocessed_data_250Hz" / "sub-01" / "preprocessed_eeg_test.npy"
-    test = open_test(file, "sub-01", chain.data, None, *signal)
+    test = open_test(file, "sub-01", chain.data, None, decoder.reading("sub-01"))
     features = low_level.test_features(decoder, test, range(3))
     predicted = head.predict(features, "sub-01")
     assert predicted.shape == (3, 3, low_level.GRID, low_level.GRID)
