@@ -34,7 +34,7 @@ from cli.parser import (
     shard,
     share,
 )
-from modalities import AUTO, CONTROLS, EACH, ENCODERS, FINAL, QUANTITIES, TEXT_TEMPLATE
+from modalities import AUTO, CONTROLS, EACH, ENCODERS, FINAL, PROMPTS, QUANTITIES, TEXT_TEMPLATE
 
 MODEL_PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
     "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
@@ -461,9 +461,12 @@ def _injection(group: FlagGroup) -> None:
     group.choose("--fusion_weights", choices=("fixed", "validated", "confidence"), default="fixed",
         help="gains where modalities meet: the registry's, each one's skill on held-out concepts, "
         "or per stimulus from the agreement of several prior samples")
-    group.choose("--prompt_source", choices=("neutral", "oracle"), default="neutral",
-        help="oracle gives SDXL the stimulus' own caption: leaks the answer, "
-        "marked in every output")
+    group.choose("--prompt_source", choices=("neutral", *PROMPTS), default="neutral",
+        help="decoded gives SDXL the captions of the training concepts nearest to the predicted "
+        "text embedding (--clip_feature_path); oracle the stimulus' own caption, which leaks the "
+        "answer; both are marked in every output")
+    group.add("--prompt_concepts", type=positive_int, default=1, metavar="N",
+        help="captions in a decoded prompt, the nearest first")
     group.add("--prompt", default="best quality, high quality", metavar="TEXT",
         help="neutral prompt, the same for all pictures (IP-Adapter's own default)")
     group.add("--negative_prompt",
@@ -496,7 +499,8 @@ def generate_parser() -> Parser:
         help="draw only the first N stimuli; default: all")
     _control(group)
     group.add("--clip_feature_path", type=Path, per_call=True, metavar="DIR",
-        help="output of clip_feature_extractor.py, for the controls that need embeddings")
+        help="output of clip_feature_extractor.py, for decoded prompts, and for the controls that "
+        "need embeddings")
     group = parser.flags("models")
     _model(group)
     group.add("--sd_model_path", required=True, per_call=True, metavar="FILE|DIR",

@@ -15,20 +15,20 @@ import torch
 
 import util
 from cli.parser import parse_shard
-from datafiles.captions import caption, read_captions
+from datafiles.captions import read_captions
 from datafiles.eeg_files import locate_test_eeg
-from datafiles.stimuli import Stimulus
 from dataset import TestEEG, open_test
 from decoder import controls, fusion, low_level
 from decoder.controls import Prediction
 from decoder.decoder import Decoder, model_file
+from generation.prompts import Prompting, decoded_prompts, oracle_prompts, training_captions
 from generation.renderer import Rendering, open_renderer
 from generation.series import Predicted, Series, draw_series
 from generation.starts import coarse_starts, encode_starts
-from modalities import MODALITIES, TEXT_TEMPLATE, recipes
+from modalities import MODALITIES, recipes
 from rundirs.closing import call, tell_end
 from rundirs.directory import RunDirectory, open_run
-from rundirs.files import file_hash, json_hash
+from rundirs.files import file_hash, json_hash, write_json
 from rundirs.tensors import save_tensors
 from sdxl import injection_map
 from sdxl.adapter_file import adapter_file, check_ip_adapter
@@ -40,19 +40,6 @@ def shard_rows(count: int, shard: str) -> list[int]:
     """Rows of the i-th of n parts; every row is in exactly one part."""
     index, parts = parse_shard(shard)
     return list(range(index - 1, count, parts))
-
-
-def oracle_prompts(captions: Path | None, stimuli: Sequence[Stimulus] | None) -> list[str]:
-    """The stimuli's own captions, for ``--prompt_source oracle``. Raises UserError / DataError."""
-    if stimuli is None:
-        raise UserError(
-            "--prompt_source oracle",
-            "no stimuli beside the EEG",
-            "test_images/",
-            "give --data_path",
-        )
-    known = read_captions(captions)
-    return [caption(item, known, TEXT_TEMPLATE) for item in stimuli]
 
 
 @dataclass(frozen=True)
@@ -67,6 +54,8 @@ class ModelChoice:
     cache_dir: Path | None
     captions: Path | None
     fusion_weights: str
+    prompt_source: str
+    clip_feature_path: Path | None
 
 
 IDENTIFYING = (".safetensors", ".json", ".txt")  # of a folder: weights, configs, vocabularies
@@ -96,7 +85,15 @@ def model_inputs(
         "vae": weights_identity(rendering.vae_path),
         "low_level": file_hash(head) if rendering.from_picture else "",
         "injection": json_hash(injection_map.load_injection(injection).identity),
+        "captions_decoded": captions_identity(asked),
     }
+
+
+def captions_identity(asked: ModelChoice) -> str:
+    """Of the training captions that prompts are decoded to; "" where none are."""
+    if asked.prompt_source != "decoded" or asked.clip_feature_path is None:
+        return ""
+    return file_hash(asked.clip_feature_path / "training.json")
 
 
 def open_model(asked: ModelChoice, rendering: Rendering) -> tuple[Decoder, TestEEG]:
@@ -113,10 +110,14 @@ def open_model(asked: ModelChoice, rendering: Rendering) -> tuple[Decoder, TestE
         low_level.load_head(asked.model_path)
     if asked.captions:
         read_captions(asked.captions)
+    if asked.prompt_source == "decoded" and asked.clip_feature_path is not None:
+        training_captions(decoder, asked.clip_feature_path)
     check_drawing(rendering.sd_model_path, rendering.vae_path, rendering.scheduler)
     check_ip_adapter(rendering.ip_adapter_path, decoder.bank.embed_dim)
     file, subject, data_path = locate_test_eeg(asked.eeg_data, asked.subject, asked.data_path)
     test = open_test(file, subject, data_path, asked.cache_dir, decoder.reading(subject))
+    if asked.prompt_source == "oracle":
+        oracle_prompts(asked.captions, test.stimuli)
     return decoder, test
 
 
@@ -145,6 +146,24 @@ def save_predictions(run: RunDirectory, decoder: Decoder, predicted: Predicted) 
         | {"stimulus": torch.tensor([test.ids[row] for row in predicted.rows])},
         {"clip": decoder.clip, "normalised": False, "subject": test.subject},
     )
+
+
+def prompts_of(asked: Prompting, decoder: Decoder, predicted: Predicted) -> list[str]:
+    """One prompt for all pictures, or one for each row of the test set."""
+    test = predicted.test
+    if asked.prompt_source == "oracle":
+        return oracle_prompts(asked.captions, test.stimuli)
+    if asked.prompt_source != "decoded" or asked.clip_feature_path is None:
+        return [asked.prompt]
+    known = training_captions(decoder, asked.clip_feature_path)
+    own = decoded_prompts(decoder, predicted.embeddings["text"], *known, asked.prompt_concepts)
+    of_row = dict(zip(predicted.rows, own, strict=True))
+    return [of_row.get(row, asked.prompt) for row in range(len(test.eeg))]  # another shard's: any
+
+
+def told(prompts: Sequence[str], predicted: Predicted) -> dict[str, str]:
+    """{folder of a stimulus: its prompt}, for people."""
+    return {predicted.test.names[row]: prompts[row] for row in predicted.rows}
 
 
 def draw_run(
@@ -187,8 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = util.pick_device(values.device)
     injection_map.load_injection(series.injection)
     decoder, test = open_model(asked, rendering)
-    oracle = series.prompt_source == "oracle"
-    prompts = oracle_prompts(asked.captions, test.stimuli) if oracle else [values.prompt]
     rows = shard_rows(min(values.max_stimuli or len(test.eeg), len(test.eeg)), values.shard)
     part = "" if values.shard == "1/1" else values.shard.replace("/", "-of-")
     what = f"a sweep of {series.sweep}" if series.sweep else f"{len(recipes(series.mode))} pictures"
@@ -212,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     how, decoder = options.settings(Prediction), decoder.to(device)
     predicted = predict(decoder, test, rows, how, asked.fusion_weights)
     save_predictions(run, decoder, predicted)
+    prompts = prompts_of(options.settings(Prompting), decoder, predicted)
+    if len(prompts) > 1:
+        write_json(run.path / f"prompts{run.suffix}.json", told(prompts, predicted))
     head = low_level.load_head(asked.model_path) if rendering.from_picture else None
     coarse = coarse_starts(decoder, head, test, rows, how) if head else None
     draw_run(run, predicted, series, rendering, prompts, device, coarse)

@@ -118,7 +118,11 @@ CONTROLS = {  # of --control, with the mark that everything drawn or scored unde
     "mean_embedding": "CONTROL: mean training embedding, no EEG",
     "true_embedding": "CEILING: the stimulus' own embeddings, no EEG",
 }
-MARKS = {"oracle": "oracle prompt: SDXL was told the stimulus' own caption", **CONTROLS}
+PROMPTS = {  # of --prompt_source, with the mark of what is drawn from more than five embeddings
+    "oracle": "oracle prompt: SDXL was told the stimulus' own caption",
+    "decoded": "decoded prompt: SDXL was told the training caption nearest to the predicted text",
+}
+MARKS = {**PROMPTS, **CONTROLS}
 WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
 DATASETS = ("things-eeg2", "ubp", "neurobridge", "things-meg", "alljoined")  # forms of recordings
 FETCHABLE = (

@@ -90,6 +90,12 @@ def _validate_generate(parser: Parser, values: argparse.Namespace) -> None:
         _refuse_idle(parser, values, OF_GUIDANCE, f"at --guidance {values.guidance}, which is off")
     if values.prompt_source == "oracle":
         _refuse_idle(parser, values, ("prompt",), "with --prompt_source oracle: captions are told")
+    if values.prompt_source == "decoded":
+        _refuse_idle(parser, values, ("prompt",), "with --prompt_source decoded: captions are told")
+        if not values.clip_feature_path:
+            parser.error("--prompt_source decoded needs --clip_feature_path: training captions")
+    else:
+        _refuse_idle(parser, values, ("prompt_concepts",), "without --prompt_source decoded")
     if values.sweep:
         _refuse_idle(parser, values, ("mode",), f"in --sweep {values.sweep}, which draws its own")
     idle = {"sites": ("injection", "fusion_weights"), "scale": ("fusion_strength",)}

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from modalities import CONTROLS, MARKS, recipes
+from modalities import CONTROLS, PROMPTS, recipes
 
-ORACLE = MARKS["oracle"].replace("oracle prompt", "ORACLE PROMPT")
+ORACLE = PROMPTS["oracle"].replace("oracle prompt", "ORACLE PROMPT")
+DECODED = PROMPTS["decoded"].replace("decoded prompt", "DECODED PROMPT")
 INTERVAL = "95 % bootstrap over stimuli"
 HEADLINE_METRICS = ("clip", "inception", "alexnet5", "lite0", "ssim", "pixcorr", "lpips")
 CONTROL_LABELS = {
@@ -21,8 +22,9 @@ CONTROL_LABELS = {
 
 def spoken_marks(prompt_source: str | None, control: str | None) -> list[str]:
     """What must be said beside anything that does not show what was decoded from EEG alone."""
-    oracle = [ORACLE] if "oracle" in (prompt_source or "") else []
-    return oracle + ([CONTROLS.get(control, f"CONTROL: {control}")] if control else [])
+    prompts = {"oracle": ORACLE, "decoded": DECODED}
+    told = [mark for name, mark in prompts.items() if name in (prompt_source or "")]
+    return told + ([CONTROLS.get(control, f"CONTROL: {control}")] if control else [])
 
 
 def plain(modality: str) -> str:

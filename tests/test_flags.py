@@ -82,6 +82,8 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
          "prior_steps": 2, "prior_sampler": "ddim", "superpixel_size": 20, "data_path": NOWHERE,
          "clip_feature_path": (["--control", "mean_embedding", "--clip_feature_path",
                                 chain.features], ["--clip_feature_path", NOWHERE]),
+         "prompt_concepts": (["--prompt_source", "decoded", "--clip_feature_path",
+                              chain.features], ["--prompt_concepts", 2]),
          "init_strength": (["--init", "superpixel"], ["--init_strength", 0.5])},
     )  # fmt: skip
     scoring = [

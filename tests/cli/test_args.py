@@ -259,6 +259,8 @@ MODEL = ["--model_path", "M", "--clip_feature_path", "F", "--data_path", "D"]
         ("generate", ["--guidance", "1", "--negative_prompt", "x"], "--negative_prompt"),
         ("generate", ["--guidance", "0", "--guidance_interval", "0", ".5"], "--guidance_interval"),
         ("generate", ["--prompt_source", "oracle", "--prompt", "x"], "--prompt"),
+        ("generate", ["--prompt_source", "decoded"], "--prompt_source"),
+        ("generate", ["--prompt_concepts", "3"], "--prompt_concepts"),
         ("train", ["--mask_span", "9"], "--mask_span"),
         ("train", ["--contrast_weight", "0", "--text_contrast", "0.5"], "--text_contrast"),
         ("train", ["--aligner", "none", "--aligner_skip", "off"], "--aligner_skip"),
