@@ -281,10 +281,7 @@ def features_parser() -> Parser:
     group.add("--text_template", default=TEXT_TEMPLATE, metavar="TEXT",
         help="used where --captions has nothing; {concept} is the folder name after its number")
     group = parser.flags("CLIP")
-    group.add("--clip_model", default="ViT-H-14", metavar="NAME|JSON",
-        help="open_clip model name or model config file")
-    group.add("--clip_pretrained", per_call=True, default="laion2b_s32b_b79k", metavar="TAG|FILE",
-        help="open_clip tag or weight file")
+    _clip(group)
     group.add("--batch_size", type=positive_int, default=32, help="pictures encoded at once",
         per_call=True)
     group.add("--target_blur", type=non_negative, default=0.0, metavar="SIGMA_PX",
@@ -420,6 +417,13 @@ def _drawing_work(parser: Parser) -> None:
         help="draw the i-th of n parts of the stimuli, for SLURM arrays")
 
 
+def _clip(group: FlagGroup, more: str = "") -> None:
+    group.add("--clip_model", default="ViT-H-14", metavar="NAME|JSON",
+        help=f"open_clip model name or model config file{more}")
+    group.add("--clip_pretrained", per_call=True, default="laion2b_s32b_b79k", metavar="TAG|FILE",
+        help=f"open_clip tag or weight file{more}")
+
+
 def _denoising(group: FlagGroup) -> None:
     group.add("--size", type=divisible_by_8, default=768, metavar="PX", help="width and height")
     group.add("--steps", type=positive_int, default=30, help="SDXL denoising steps")
@@ -439,6 +443,11 @@ def _denoising(group: FlagGroup) -> None:
         "predicts from the EEG (train.py --low_level)")
     group.add("--init_strength", type=share, default=0.8, metavar="SHARE",
         help="of the denoising steps that are left to go from there; 1 forgets the coarse picture")
+    group.add("--draws", type=positive_int, default=1, metavar="N",
+        help="noises for each picture, of which --choose keeps one; all are saved")
+    group.choose("--choose", choices=("eeg", "random"), default="eeg",
+        help="of several draws: the one whose CLIP embedding agrees best with the predicted image "
+        "embedding, never with the stimulus; or one at random, the control")
     group.choose("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto",
         help="auto = fp16 on CUDA, fp32 on CPU")
     group.add(
@@ -509,6 +518,7 @@ def generate_parser() -> Parser:
         help="IP-Adapter for SDXL, ViT-H")
     group.add("--vae_path", per_call=True, metavar="FILE|DIR",
         help="another VAE, e.g. an fp16-safe one, or TAESDXL for quick previews")
+    _clip(group, ", for --draws with --choose eeg: stage 1's")
     group = parser.flags("pictures")
     _injection(group)
     _denoising(group)

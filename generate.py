@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import args
@@ -21,9 +22,11 @@ from dataset import TestEEG, open_test
 from decoder import controls, fusion, low_level
 from decoder.controls import Prediction
 from decoder.decoder import Decoder, model_file
+from features.clip import adjusted, check_pretrained, load_clip, model_name
+from generation.choosing import Choosing, agreement_of, check_eye
 from generation.prompts import Prompting, decoded_prompts, oracle_prompts, training_captions
 from generation.renderer import Rendering, open_renderer
-from generation.series import Predicted, Series, draw_series
+from generation.series import Keep, Predicted, Series, draw_series
 from generation.starts import coarse_starts, encode_starts
 from modalities import MODALITIES, recipes
 from rundirs.closing import call, tell_end
@@ -166,6 +169,24 @@ def told(prompts: Sequence[str], predicted: Predicted) -> dict[str, str]:
     return {predicted.test.names[row]: prompts[row] for row in predicted.rows}
 
 
+def check_clip_named(asked: Choosing) -> None:
+    """Raise UserError / DataError for a CLIP to choose by that is not there."""
+    if asked.compares:
+        check_pretrained(model_name(asked.clip_model), asked.clip_pretrained)
+
+
+def keeper(asked: Choosing, decoder: Decoder, predicted: Predicted, device: torch.device) -> Keep:
+    """Which of several draws of a picture is kept. Raises UserError / DataError."""
+    if not asked.compares:
+        return partial(asked.kept, agreement=None)
+    precision = str(decoder.clip.get("precision", "float32"))
+    loaded = load_clip(asked.clip_model, asked.clip_pretrained, device)
+    clip = adjusted(loaded, float(decoder.clip.get("target_blur_px", 0.0)), precision)
+    check_eye(asked, clip, decoder)
+    image = predicted.embeddings["image"]
+    return partial(asked.kept, agreement=agreement_of(clip, decoder, image, predicted.places))
+
+
 def draw_run(
     run: RunDirectory,
     predicted: Predicted,
@@ -174,6 +195,7 @@ def draw_run(
     prompts: Sequence[str],
     device: torch.device,
     coarse: torch.Tensor | None,
+    keep: Keep,
 ) -> None:
     """All pictures, from noise or from ``coarse`` pictures [n, 3, GRID, GRID]."""
     renderer = open_renderer(rendering, device, prompts)
@@ -183,7 +205,18 @@ def draw_run(
             renderer.pipe, coarse, rendering.size, run.path, test, rows, series.marks
         )
         renderer = replace(renderer, starts=starts)
-    draw_series(series, run, renderer, predicted)
+    draw_series(series, run, renderer, predicted, keep)
+
+
+def warn_of(decoder: Decoder, test: TestEEG) -> None:
+    """Say what is not known: the person, or what was seen."""
+    decoder.tell_stranger(test.subject)
+    if test.stimuli is None:
+        util.LOG.warning(
+            "no test_images/ beside %s: pictures get numbers, and nothing shows what was seen; "
+            "--data_path DATA names it",
+            test.source,
+        )
 
 
 def tell_pictures(run: RunDirectory, test: TestEEG, control: str | None) -> None:
@@ -205,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, rendering = options.settings(ModelChoice), options.settings(Rendering)
     device = util.pick_device(values.device)
     injection_map.load_injection(series.injection)
+    check_clip_named(options.settings(Choosing))
     decoder, test = open_model(asked, rendering)
     rows = shard_rows(min(values.max_stimuli or len(test.eeg), len(test.eeg)), values.shard)
     part = "" if values.shard == "1/1" else values.shard.replace("/", "-of-")
@@ -219,13 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.finish({"stimuli": 0, "what": what})
     if run.finished:
         return 0
-    decoder.tell_stranger(test.subject)
-    if test.stimuli is None:
-        util.LOG.warning(
-            "no test_images/ beside %s: pictures get numbers, and nothing shows what was seen; "
-            "--data_path DATA names it",
-            test.source,
-        )
+    warn_of(decoder, test)
     how, decoder = options.settings(Prediction), decoder.to(device)
     predicted = predict(decoder, test, rows, how, asked.fusion_weights)
     save_predictions(run, decoder, predicted)
@@ -234,7 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(run.path / f"prompts{run.suffix}.json", told(prompts, predicted))
     head = low_level.load_head(asked.model_path) if rendering.from_picture else None
     coarse = coarse_starts(decoder, head, test, rows, how) if head else None
-    draw_run(run, predicted, series, rendering, prompts, device, coarse)
+    keep = keeper(options.settings(Choosing), decoder, predicted, device)
+    draw_run(run, predicted, series, rendering, prompts, device, coarse, keep)
     run.finish({"stimuli": len(rows), "what": what})
     tell_pictures(run, test, values.control)
     return 0

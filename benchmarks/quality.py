@@ -40,6 +40,7 @@ TRAINING_KNOBS: Mapping[str, Mapping[str, object]] = {
     "loss_weights_uncertainty": {"loss_weights": "uncertainty"},
     **{f"aligner_{value}": {"aligner": value} for value in ("mlp", "none")},
     "aligner_alone": {"aligner_skip": "off"},
+    "align_euclidean": {"align": "euclidean"},
 }
 # settings beside the demo's own: {name: flags of generate.py}
 KNOBS: Mapping[str, Mapping[str, object]] = {
@@ -65,6 +66,9 @@ KNOBS: Mapping[str, Mapping[str, object]] = {
         f"injection_{value}": {"injection": value}
         for value in ("uniform", "redistributed", "published")
     },
+    **{f"prompt_{value}": {"prompt_source": value} for value in ("decoded", "oracle")},
+    "prompt_decoded_3": {"prompt_source": "decoded", "prompt_concepts": 3},
+    "draws_8_random": {"draws": 8, "choose": "random"},
 }
 
 
@@ -174,10 +178,18 @@ def presets_without_and_moved(where: Path) -> Iterator[tuple[str, dict[str, obje
 
 def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
     """Fused pictures of validation concepts under every knob whose name starts as ``wanted``."""
+    presets = dict(presets_without_and_moved(out / "quality" / "presets"))
+    weights = models.Models(out / "world" / "models")
     knobs = {
         **KNOBS,
         **{name: {"model_path": out / "quality" / "models" / name} for name in TRAINING_KNOBS},
-        **dict(presets_without_and_moved(out / "quality" / "presets")),
+        **presets,
+        "prompt_decoded_without_text": presets["without_text"] | {"prompt_source": "decoded"},
+        "draws_8_eeg": {
+            "draws": 8,
+            "clip_model": weights.clip_config,
+            "clip_pretrained": weights.clip_checkpoint,
+        },
     }
     for start in wanted:
         if not any(name.startswith(start) for name in knobs):
@@ -197,7 +209,7 @@ def ablation(out: Path, seed: int, drawn: int, wanted: Sequence[str]) -> str:
     if any(name.startswith("init_superpixel") for name in chosen):  # on the trained model
         train.append(demo.training(out, seed, demo.FULL, low_level=True))
     run([*world, *train, *draw])
-    model = judge.load(models.Models(out / "world" / "models").judge)
+    model = judge.load(weights.judge)
     data = out / "world" / "data"
     found = {
         name: quality.judged_run(model, out / "quality" / "ablation" / name, data)["fused"]

@@ -96,6 +96,10 @@ def _validate_generate(parser: Parser, values: argparse.Namespace) -> None:
             parser.error("--prompt_source decoded needs --clip_feature_path: training captions")
     else:
         _refuse_idle(parser, values, ("prompt_concepts",), "without --prompt_source decoded")
+    if values.draws == 1:
+        _refuse_idle(parser, values, ("choose",), "at --draws 1")
+    if values.draws == 1 or values.choose == "random":
+        _refuse_idle(parser, values, ("clip_model", "clip_pretrained"), "without a choice by CLIP")
     if values.sweep:
         _refuse_idle(parser, values, ("mode",), f"in --sweep {values.sweep}, which draws its own")
     idle = {"sites": ("injection", "fusion_weights"), "scale": ("fusion_strength",)}

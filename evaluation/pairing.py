@@ -35,6 +35,7 @@ class Group:
     block_leak: bool = False
     unfinished: str = ""  # what lacks of the run, in words
     beside: bool = False  # given as --control_images, not as --images
+    choice: str = ""  # of several draws, how one was kept: "best of 8 by eeg"
 
     def shifted(self, seed: int) -> tuple[int, ...]:
         """Another stimulus for every picture: ``owner`` moved by one seeded cyclic shift."""
@@ -142,6 +143,18 @@ def _group(
         about.get("simulated", False),
         about.get("block_leak", False),
         lacking,
+        choice=choice_of(about),
+    )
+
+
+def choice_of(about: Mapping[str, Any]) -> str:
+    """How pictures were chosen among several draws, in words; "" where there was one."""
+    if about.get("draws", 1) == 1:
+        return ""
+    return (
+        f"best of {about['draws']} by the EEG"
+        if about["choose"] == "eeg"
+        else (f"one of {about['draws']} at random")
     )
 
 

@@ -268,6 +268,7 @@ def _result(
         "control": group.control,
         "mark": CONTROLS.get(group.control or "", ""),
         "beside": group.beside,
+        "choice": group.choice,
         "unfinished": group.unfinished,
         "n": len(group.stimuli),
         "samples": len(group.pictures),

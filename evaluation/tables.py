@@ -89,7 +89,8 @@ def picture_lines(rows: Sequence[Row], about: Mapping[str, Row], *, paired: bool
     names = [name for name, item in about.items() if item["paired"] == paired]
     if not names:
         return []
-    head = ["pictures", "recipe", "prompt", "N"]
+    chosen = any(row.get("choice") for row in rows)
+    head = ["pictures", "recipe", "prompt", *["drawn"] * chosen, "N"]
     head += [
         f"{about[name]['label']} {ARROWS[about[name]['better']]} [95 %]"
         + (" · other stimulus" if paired else "")
@@ -102,6 +103,7 @@ def picture_lines(rows: Sequence[Row], about: Mapping[str, Row], *, paired: bool
             f"{row['images']}: **{row['mark']}**" if row["mark"] else row["images"],
             row["recipe"],
             f"**{source.upper()}**" if source == "oracle" else source,
+            *[row.get("choice") or "once"] * chosen,
             f"{row['n']}" if row["samples"] == row["n"] else f"{row['n']} ({row['samples']})",
         ]
         lines.append([*cells, *(_picture_cell(row["scores"].get(name), paired) for name in names)])

@@ -23,11 +23,15 @@ MOST_ON_CPU = 32  # pictures at once: more are no faster there
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to draw: the test ``row`` it shows and ``names``, the recipes that equal it."""
+    """One picture to draw: the test ``row`` it shows and ``names``, the recipes that equal it.
+
+    ``draw``: from which of a stimulus' noises, 0 where there is one.
+    """
 
     row: int
     names: tuple[str, ...]
     scales: torch.Tensor  # [M, L]
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Renderer:
             self.injector,
             embeddings[at],
             torch.stack([task.scales for task in tasks]),
-            [util.seed_for(self.seed, "sdxl", ids[row]) for row in rows],
+            [noise_seed(self.seed, ids[task.row], task.draw) for task in tasks],
             self.prompts if one else self.prompts.chosen(rows),
             self.how,
             None if self.starts is None else self.starts[at],
@@ -75,6 +79,11 @@ class Renderer:
     ) -> np.ndarray:
         """Pictures uint8 [B, H, W, 3], see :meth:`latents`."""
         return sampler.pictures_of(self.pipe, self.latents(tasks, embeddings, ids, places))
+
+
+def noise_seed(seed: int, stimulus: int, draw: int) -> int:
+    """Of a stimulus' noise, whatever else is drawn."""
+    return util.seed_for(seed, "sdxl", stimulus, *((draw,) if draw else ()))
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

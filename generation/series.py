@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from generation import variants
 from generation.renderer import Renderer, Task, drawn_batches, fitting_batch
 from generation.sheets import (
     contact_sheet,
+    draws_sheet,
     marked,
     overview,
     save_picture,
@@ -27,14 +28,25 @@ from generation.sheets import (
 )
 from modalities import AUTO, MARKS, NAMES, marks_of
 from rundirs.directory import RunDirectory
-from rundirs.files import append_jsonl
+from rundirs.files import append_jsonl, read_jsonl
 from rundirs.journal import drawn_already
 from sdxl import injection_map
 
+# (the draws of a picture, its stimulus, its row) -> (which one is kept, what it agreed by)
+Keep = Callable[[Sequence[np.ndarray], int, int], tuple[int, list[float]]]
 
-def pending(tasks: Sequence[Task], done: set[tuple[int, str]], ids: Sequence[int]) -> list[Task]:
-    """Tasks of which some recipe is not on disk yet."""
-    return [task for task in tasks if any((ids[task.row], name) not in done for name in task.names)]
+
+def pending(
+    tasks: Sequence[Task], done: set[tuple[int, str]], ids: Sequence[int], draws: int = 1
+) -> list[Task]:
+    """Tasks of which some recipe is not on disk yet, each with all its draws."""
+    lacking = [
+        task for task in tasks if any((ids[task.row], name) not in done for name in task.names)
+    ]
+    return [replace(task, draw=draw) for task in lacking for draw in range(draws)]
+
+
+DRAWS = "draws"  # folder of all draws of a picture, beside the one that is kept
 
 
 def write_pictures(
@@ -42,7 +54,7 @@ def write_pictures(
     journal: Path,
     done: set[tuple[int, str]],
     tasks: Sequence[Task],
-    pictures: np.ndarray,
+    pictures: Sequence[np.ndarray],
     test: TestEEG,
     active: Mapping[str, Sequence[str]],
     about: Mapping[str, Any],
@@ -105,6 +117,8 @@ class Series:
     seed: int
     batch_size: int | str  # auto: as many as fit
     superpixel_size: int  # of the contact sheets
+    draws: int
+    choose: str
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -120,6 +134,7 @@ class Series:
             "injection": self.injection,
             "simulated": (test.source.parent / SIMULATED_NOTE).exists(),
             "block_leak": bool(test.stimuli) and leaks_blocks(test.stimuli[0].data_path),
+            **({} if self.draws == 1 else {"draws": self.draws, "choose": self.choose}),
         }
 
     @property
@@ -158,12 +173,12 @@ class Series:
 
 
 def draw_series(
-    series: Series, run: RunDirectory, renderer: Renderer, predicted: Predicted
+    series: Series, run: RunDirectory, renderer: Renderer, predicted: Predicted, keep: Keep
 ) -> None:
     """Draw what is missing, batch by batch over stimuli and recipes, then the sheets."""
     gains = predicted.gains
     kinds = series.families(renderer.injector.layers, None if gains is None else gains[0])
-    draw_missing(series, run, renderer, predicted, kinds)
+    draw_missing(series, run, renderer, predicted, kinds, keep)
     write_sheets(series, run, predicted, kinds)
 
 
@@ -173,14 +188,18 @@ def draw_missing(
     renderer: Renderer,
     predicted: Predicted,
     kinds: Sequence[variants.Family],
+    keep: Keep,
 ) -> None:
-    """The pictures that are not on disk yet, in batches of the given size or of what fits."""
+    """The pictures that are not on disk yet, in batches of the given size or of what fits.
+
+    Of several draws of a picture all are saved, and ``keep`` says which one counts.
+    """
     from rundirs.progress import Progress
 
     test, journal = predicted.test, run.path / f"images{run.suffix}.jsonl"
     tasks = series.tasks(renderer.injector.layers, predicted)
     done = drawn_already(run.path, journal)
-    missing = pending(tasks, done, test.ids)
+    missing = pending(tasks, done, test.ids, series.draws)
     active = {variant.name: variant.active for kind in kinds for variant in kind.variants}
     about = series.about(test)
 
@@ -192,13 +211,62 @@ def draw_missing(
         trial = [missing[k % len(missing)] for k in range(2)]
         where = predicted.stacked, test.ids, predicted.places
         size = fitting_batch(renderer, lambda by, n: by.latents(trial[:n], *where), len(missing))
-    with Progress(
-        total=len(tasks), initial=len(tasks) - len(missing), desc="drawing", unit="picture"
-    ) as bar:
+    total = len(tasks) * series.draws
+    before = total - len(missing)
+    with Progress(total=total, initial=before, desc="drawing", unit="picture") as bar:
         made = drawn_batches(missing, size, lambda batch: draw(renderer, batch), automatic)
-        for batch, pictures in made:
-            write_pictures(run.path, journal, done, batch, pictures, test, active, about)
+        for batch, pictures in together(made, series.draws):
             bar.update(len(batch))
+            found: dict[str, Any] = {}
+            if series.draws > 1:
+                batch, pictures, found = kept_of(run.path, batch, pictures, test, series, keep)
+            write_pictures(run.path, journal, done, batch, pictures, test, active, about | found)
+
+
+def kept_of(
+    out: Path,
+    tasks: Sequence[Task],
+    pictures: Sequence[np.ndarray],
+    test: TestEEG,
+    series: Series,
+    keep: Keep,
+) -> tuple[Sequence[Task], Sequence[np.ndarray], dict[str, Any]]:
+    """The one of a picture's draws that is kept, and what the journal says of it; all are saved."""
+    files, row = save_draws(out, tasks, pictures, test, series.marks), tasks[0].row
+    chosen, agreements = keep(pictures, test.ids[row], row)
+    about = {"draw": chosen, "agreements": agreements, "draw_files": files}
+    return [tasks[chosen]], [pictures[chosen]], about
+
+
+def together(
+    made: Iterable[tuple[Sequence[Task], np.ndarray]], draws: int
+) -> Iterator[tuple[Sequence[Task], Sequence[np.ndarray]]]:
+    """Batches as they come, or one picture's draws at a time."""
+    if draws == 1:
+        yield from made
+        return
+    waiting: list[tuple[Task, np.ndarray]] = []
+    for batch, pictures in made:
+        waiting += zip(batch, pictures, strict=True)
+        while len(waiting) >= draws:
+            own, waiting = waiting[:draws], waiting[draws:]
+            yield [task for task, _ in own], [picture for _, picture in own]
+
+
+def save_draws(
+    out: Path,
+    tasks: Sequence[Task],
+    pictures: Sequence[np.ndarray],
+    test: TestEEG,
+    marks: Sequence[str],
+) -> list[str]:
+    """Write all draws of one picture, under the first of its recipes' names; the files."""
+    files = []
+    for task, picture in zip(tasks, pictures, strict=True):
+        name = marked(f"{task.names[0]}-{task.draw}", marks)
+        files.append(f"{test.names[task.row]}/{DRAWS}/{name}")
+        save_picture(out / files[-1], picture, f"draw {task.draw}, before one was chosen")
+    return files
 
 
 def write_sheets(
@@ -216,6 +284,11 @@ def write_sheets(
 
     sheet = overview(out, test, rows, seen, kinds, series.title, marks)
     save_sheet(out / f"overview{run.suffix}.png", sheet)
+    if series.draws > 1:
+        records = read_jsonl(out / f"images{run.suffix}.jsonl")
+        last = kinds[-1].variants[-1].name
+        sheet = draws_sheet(out, test, seen, [one for one in records if one["recipe"] == last])
+        save_sheet(out / f"draws{run.suffix}.png", sheet)
     if series.sweep or len(kinds[0].variants) == 1:  # the overview has it all
         return
     for row in Progress(rows, desc="contact sheets", unit="sheet"):

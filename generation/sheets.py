@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from datafiles.pictures import read_picture
 from datafiles.stimuli import Stimulus, concept_of_folder
 from dataset import TestEEG
 from generation import variants
-from modalities import MARKS
+from modalities import MARKS, marks_of
 from rundirs.files import atomic_write
 
 THUMBNAIL_PX = 160
@@ -124,6 +124,31 @@ def overview(
         else:
             lines.append((name, [*seen(row), *drawn_cells(out, test.names[row], kinds, marks)]))
     return labelled_grid(lines, marked_title(f"subject {test.subject}: {title}", marks))
+
+
+def draws_sheet(
+    out: Path,
+    test: TestEEG,
+    seen: Callable[[int], Sequence[tuple[str, Any]]],
+    records: Sequence[Mapping[str, Any]],
+) -> Any:
+    """All draws of one recipe, of the first stimuli, with what each agreed by; the kept one first.
+
+    ``records``: of the journal.
+    """
+    by_row = {record["row"]: record for record in records}
+    lines = []
+    for row in sorted(by_row)[:OVERVIEW_ROWS]:
+        record = by_row[row]
+        cells = [*seen(row)[:1], ("kept", read_picture(out / record["file"]))]
+        for draw, file in enumerate(record["draw_files"]):
+            agreed = f": {record['agreements'][draw]:.3f}" if record["agreements"] else ""
+            kept = " (kept)" if draw == record["draw"] else ""
+            cells.append((f"{draw}{agreed}{kept}", read_picture(out / file)))
+        lines.append((concept_of_folder(test.names[row]).replace("_", " "), cells))
+    how = f"{records[0]['recipe']}, {records[0]['draws']} draws, one kept by {records[0]['choose']}"
+    marks = marks_of(records[0]["prompt_source"], records[0]["control"])
+    return labelled_grid(lines, marked_title(f"subject {test.subject}: {how}", marks))
 
 
 def save_sheet(path: Path, sheet: Any) -> None:

@@ -61,7 +61,7 @@ from reporting.tables import (
     retrieval_table,
     skipped,
 )
-from reporting.thumbnails import Thumbnails
+from reporting.thumbnails import Thumbnails, data_uri, encode_picture, open_picture
 from reporting.words import INTERVAL, MOST_SUBJECTS, plain, shown_number, spoken_marks
 from rundirs.files import file_hash, json_hash, read_jsonl
 from sdxl import injection_map
@@ -69,6 +69,7 @@ from util import CHECKOUT, StageError, UserError
 
 TEMPLATES = CHECKOUT / "reporting" / "templates"
 GENERATOR = "eeg2image report.py"
+DRAWS_PX, DRAWS_QUALITY = 1400, 80  # of the sheet of all draws
 
 
 def page_hash(
@@ -284,6 +285,25 @@ def score_parts(item: Scores, world: World, thumbs: Thumbnails) -> dict[str, Any
     }
 
 
+def draws_of(drawing: Drawing) -> dict[str, Any] | None:
+    """The sheet of all draws of a run that kept one of several; None of other runs."""
+    sheets = sorted(drawing.run.path.glob("draws*.png"))
+    if not sheets:
+        return None
+    picture = open_picture(sheets[0], DRAWS_PX)
+    content = encode_picture(picture, DRAWS_PX, DRAWS_QUALITY)
+    options = drawing.run.options
+    how = "agrees best with the predicted image embedding"
+    how = how if options.get("choose") == "eeg" else "was drawn by lot"
+    return {
+        "label": drawing.run.label,
+        "src": data_uri(content),
+        "caption": f"{drawing.run.label}, {drawing.subject}: of {options.get('draws')} noises each "
+        f"the one is kept that {how}; numbers: that agreement. Seed {drawing.seed}.",
+        "marks": drawing.marks,
+    }
+
+
 def facts(material: Material) -> list[tuple[str, str]]:
     """The first lines of the page: what this is about."""
     mains, controls = main_and_controls(material.drawings)
@@ -318,6 +338,7 @@ def page_context(material: Material, thumbs: Thumbnails) -> dict[str, Any]:
         "headlines": headlines(material.scores),
         "gallery": bool(drawings),
         "data": embedded_json(gallery_data(drawings, material.scores, world, thumbs)),
+        "draws": [found for item in drawings if (found := draws_of(item))],
         "legend": [plain(name) for name in NAMES],
         "scores": [score_parts(item, world, thumbs) for item in material.scores],
         "literature": literature_tables(material.scores),
