@@ -26,6 +26,7 @@ from cli.parser import (
     contrast_layer,
     count,
     divisible_by_8,
+    epochs,
     non_negative,
     positive,
     positive_int,
@@ -68,7 +69,11 @@ def _checkpoint(group: FlagGroup) -> None:
 
 
 def _training(group: FlagGroup) -> None:
-    group.add("--epochs", type=positive_int, default=100, help="passes over the training stimuli")
+    group.add("--epochs", type=epochs, default=100, metavar="N|auto",
+        help="passes over the training stimuli; auto: until --patience of them bring no better "
+        "validation on held-out training concepts")
+    group.add("--patience", type=positive_int, default=10, metavar="EPOCHS",
+        help="of --epochs auto")
     group.add("--batch_size", type=positive_int, default=16, help="samples per optimiser step")
     group.add("--learning_rate", type=positive, default=1e-4, help="AdamW peak learning rate")
     group.add("--lr_eeg", type=positive, metavar="RATE",

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from cli.parser import Parser
-from modalities import WITHOUT_EEG
+from modalities import AUTO, WITHOUT_EEG
 
 OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to already
     "encoder", "aligner", "contrast_layer", "prior_predicts", "prior_loss", "condition_dropout",
@@ -55,8 +55,8 @@ def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
         parser.error("--target_mse needs the image embeddings as they are: not --contrast_layer")
     if getattr(values, "seeds", None) and len(set(values.seeds)) < len(values.seeds):
         parser.error(f"--seeds {' '.join(map(str, values.seeds))}: one of them twice")
-    if parser.stage in ("train", "retrieval") and not values.mask_time + values.mask_patch:
-        _refuse_idle(parser, values, ("mask_span",), "without --mask_time or --mask_patch")
+    if parser.stage in ("train", "retrieval"):
+        _validate_fitting(parser, values)
     if parser.stage == "train":
         _validate_train(parser, values)
     if parser.stage == "preprocess":
@@ -66,6 +66,20 @@ def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
 def _given(parser: Parser, values: argparse.Namespace, flags: Sequence[str]) -> list[str]:
     """Those of these flags that have another value than the default."""
     return [flag for flag in flags if getattr(values, flag) != parser.actions()[flag].default]
+
+
+def _validate_fitting(parser: Parser, values: argparse.Namespace) -> None:
+    if not values.mask_time + values.mask_patch:
+        _refuse_idle(parser, values, ("mask_span",), "without --mask_time or --mask_patch")
+    if values.epochs != AUTO:
+        _refuse_idle(parser, values, ("patience",), "without --epochs auto")
+        return
+    if values.schedule == "cosine":
+        parser.error("--schedule cosine ends at a known epoch: not with --epochs auto")
+    if values.patience < values.val_every:
+        parser.error(
+            f"--patience {values.patience} epochs, and --val_every {values.val_every}: give as many"
+        )
 
 
 OF_CUTTING = ("raw", "events", "unit", "keep_bad_segments", "min_distance", "sessions", "channels",

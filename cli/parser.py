@@ -52,6 +52,11 @@ def batch_size(text: str) -> int | str:
     return AUTO if text == AUTO else positive_int(text)
 
 
+def epochs(text: str) -> int | str:
+    """A number of passes, or ``auto``."""
+    return AUTO if text == AUTO else positive_int(text)
+
+
 def contrast_layer(text: str) -> int | str:
     """A layer's number from 1 on, or ``final``."""
     return text if text == FINAL else positive_int(text)

@@ -54,6 +54,8 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
         "contrast_weight": 0.2, "learning_rate": 0.1, "mask_span": (["--mask_time", 0.5],
                                                                     ["--mask_span", 3]),
         "val_every": (["--epochs", 2], ["--val_every", 2]),
+        "patience": (["--epochs", "auto", "--learning_rate", 0.1, "--patience", 1],
+                     ["--patience", 2]),
     }  # fmt: skip
     tiny = chain.train_flags(root)[: chain.train_flags(root).index("--output_dir")]
     tiny += ["--epochs", 1, "--batch_size", 16, "--val_fraction", 0.2, "--device", "cpu"]
@@ -71,6 +73,8 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
     model = with_another_latest(chain, root)
     drawing = chain.generate_flags(root, "--mode", "fused", "--max_stimuli", 1, "--steps", 2)
     at = drawing.index("--output_dir")
+    clip = ["--clip_model", chain.models / "miniature-clip.json",
+            "--clip_pretrained", chain.models / "miniature-clip.safetensors"]  # fmt: skip
     yield Stage(
         "generate", generate.main, "output_dir",
         [*drawing[:at], *drawing[at + 2 :], "--model_path", model],
@@ -82,6 +86,10 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
          "prior_steps": 2, "prior_sampler": "ddim", "superpixel_size": 20, "data_path": NOWHERE,
          "clip_feature_path": (["--control", "mean_embedding", "--clip_feature_path",
                                 chain.features], ["--clip_feature_path", NOWHERE]),
+         "draws": (["--draws", 2, "--choose", "random"], ["--draws", 3]),
+         "choose": (["--draws", 2, *clip], ["--choose", "random"]),
+         "clip_model": (["--draws", 2, *clip], ["--clip_model", NOWHERE]),
+         "clip_pretrained": (["--draws", 2, *clip], ["--clip_pretrained", NOWHERE]),
          "prompt_concepts": (["--prompt_source", "decoded", "--clip_feature_path",
                               chain.features], ["--prompt_concepts", 2]),
          "init_strength": (["--init", "superpixel"], ["--init_strength", 0.5])},

@@ -22,6 +22,7 @@ import util
 from cli.config import Options
 from dataset import Batch, TrainingData
 from masking import mask_eeg, mask_subject
+from modalities import AUTO
 from rundirs.directory import RunDirectory
 from rundirs.files import append_jsonl, atomic_write, json_line, read_jsonl
 from training import monitor
@@ -95,7 +96,7 @@ class _Training:
     ) -> None:
         self.model, self.objective, self.masking = model, objective, how.masking
         self.schedule, self.computing, self.processes = how.schedule, how.computing, processes
-        self.epoch_steps, self.steps = epoch_steps, epoch_steps * how.schedule.epochs
+        self.epoch_steps, self.steps = epoch_steps, epoch_steps * how.schedule.most_epochs
         self.checkpoints = Checkpoints(run.path / "checkpoints")
         self.module = loss_module(model, objective, processes)
         if self.computing.compile:
@@ -107,6 +108,7 @@ class _Training:
         decay = self.schedule.ema_decay
         self.average = Average(model, decay) if decay else None
         self.step, self.best = 0, float("-inf")
+        self.best_epoch = 0  # how many epochs had been trained at the best validation
         self.seconds = 0.0  # that the epoch took
         self.ledger = monitor.Ledger(1 if processes.device.type == "cpu" else monitor.READ_EVERY)
 
@@ -124,6 +126,7 @@ class _Training:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.ledger.sums = state["step"], state["best"], state["sums"]
         self.seconds = state.get("seconds", 0.0)
+        self.best_epoch = state.get("best_epoch", 0)
         util.LOG.info("resuming at step %d", self.step)
 
     @property
@@ -150,6 +153,7 @@ class _Training:
                     "best": self.best,
                     "sums": self.ledger.sums,
                     "seconds": self.seconds,
+                    "best_epoch": self.best_epoch,
                 },
                 best=best,
             )
@@ -261,6 +265,11 @@ def plan(model: nn.Module, data: TrainingData, how: Procedure, processes: Proces
 
     Raises UserError unless every batch can be cut into equal parts.
     """
+    if how.schedule.epochs == AUTO and not len(data.val_rows):
+        raise util.UserError(
+            "--epochs auto", "no held-out concepts, by which it would end", "some",
+            "give a number of epochs, or more --val_fraction",
+        )  # fmt: skip
     rows = min(how.schedule.batch_size, len(data.samples))
     parts = processes.count * how.computing.accumulate
     if rows % parts:
@@ -271,8 +280,15 @@ def plan(model: nn.Module, data: TrainingData, how: Procedure, processes: Proces
             f"a multiple of {parts}",
             "the batch is that of all processes together: choose another",
         )
-    where = f"{processes.device} for {how.schedule.epochs} epochs"
+    where = f"{processes.device} for {spoken_epochs(how.schedule)}"
     return [*data.describe(), f"train {describe_parameters(model)} on {where}"]
+
+
+def spoken_epochs(schedule: Schedule) -> str:
+    """How long training takes, for people."""
+    if schedule.epochs == AUTO:
+        return f"until {schedule.patience} epochs bring no better validation"
+    return f"{schedule.epochs} epochs"
 
 
 def fit(
@@ -323,7 +339,9 @@ def _train_epochs(
     schedule, first_epoch = training.schedule, training.step // training.epoch_steps
     if training.unrecorded:
         _end_epoch(run, training, first_epoch - 1, watch, stopping=False)
-    for epoch in range(first_epoch, schedule.epochs):
+    for epoch in range(first_epoch, schedule.most_epochs):
+        if training.processes.any(schedule.enough(epoch, training.best_epoch)):
+            return
         started = time.monotonic()
         _train_epoch(training, data, epoch, watch, stops)
         stopping = training.processes.any(bool(stops))
@@ -334,9 +352,11 @@ def _train_epochs(
                 f"{_reason(stops)}: saved after epoch {epoch + 1}; the same command goes on"
             )
         called = schedule.epochs_per_call
-        if called and epoch + 1 - first_epoch >= called and epoch + 1 < schedule.epochs:
+        over = training.processes.any(schedule.enough(epoch + 1, training.best_epoch))
+        if called and epoch + 1 - first_epoch >= called and not over:
             raise util.Preempted(
-                f"saved after epoch {epoch + 1} of {schedule.epochs}; the same command goes on"
+                f"saved after epoch {epoch + 1} of {spoken_epochs(schedule)}; the same command "
+                "goes on"
             )
 
 
@@ -371,11 +391,11 @@ def on_device(data: TrainingData, wanted: str, device: torch.device) -> Training
 def _announce(training: _Training) -> None:
     processes = training.processes
     util.LOG.info(
-        "training %s on %s%s: %d epochs of %d steps",
+        "training %s on %s%s: %s, %d steps each",
         describe_parameters(training.model),
         processes.device,
         f" in {processes.count} processes" if processes.count > 1 else "",
-        training.schedule.epochs,
+        spoken_epochs(training.schedule),
         training.epoch_steps,
     )
 
@@ -394,8 +414,8 @@ def _end_epoch(
 
     It needs more memory than training does: if that is too much, nothing is lost.
     """
-    schedule, last = training.schedule, epoch + 1 == training.schedule.epochs
-    validated = last or (epoch + 1) % schedule.val_every == 0
+    schedule = training.schedule
+    validated = epoch + 1 == schedule.most_epochs or (epoch + 1) % schedule.val_every == 0
     if not training.checkpoints.written:
         training.save()
     training.ledger.read()
@@ -415,12 +435,14 @@ def _end_epoch(
             chosen_by = record.get("select", training.best)
             better = chosen_by > training.best or "select" not in record
             training.best = max(training.best, chosen_by)
+            training.best_epoch = epoch + 1 if better else training.best_epoch
         watch.report(record, training.step)
         append_jsonl(
             run.path / "metrics.jsonl",
             record | {"seconds": round(training.seconds, 1), "best_so_far": better},
         )
         called = schedule.epochs_per_call and (epoch + 1) % schedule.epochs_per_call == 0
+        last = schedule.enough(epoch + 1, training.best_epoch)
         if better or last or stopping or called or (epoch + 1) % schedule.save_every == 0:
             training.save(best=better)
     training.processes.wait()

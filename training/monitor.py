@@ -15,6 +15,7 @@ import torch
 import util
 from dataset import TrainingData
 from loss import first_non_finite
+from modalities import AUTO
 from rundirs.directory import RunDirectory
 
 READ_EVERY = 16  # steps between reading losses off a GPU: each read waits for it
@@ -137,7 +138,7 @@ def watched(run: RunDirectory, training: Any, data: TrainingData) -> Iterator[Wa
     with (
         reporters(run, training, training.computing.report_to) as report,
         Progress(
-            total=training.steps,
+            total=None if training.schedule.epochs == AUTO else training.steps,
             initial=training.step,
             desc="training",
             unit="step",

@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 SCHEDULES = ("constant", "cosine")
+MOST_EPOCHS = 1000  # of --epochs auto
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast; names and units as the flags of ``args.py``.
 
-    ``lr_eeg``: peak learning rate of the encoder; None: as the rest.
+    ``lr_eeg``: peak learning rate of the encoder; None: as the rest; ``epochs``: ``auto`` for as
+    many as validation gets better, ``patience``: epochs that it may not.
     """
 
-    epochs: int
+    epochs: int | str
     batch_size: int
     learning_rate: float
     lr_eeg: float | None
@@ -34,6 +36,18 @@ class Schedule:
     epochs_per_call: int | None
     save_every: int
     val_every: int
+    patience: int = 10
+
+    @property
+    def most_epochs(self) -> int:
+        """That are trained at most."""
+        return MOST_EPOCHS if isinstance(self.epochs, str) else self.epochs
+
+    def enough(self, epochs: int, best: int) -> bool:
+        """Whether training ends after so many, the best validation having been after ``best``."""
+        return epochs >= self.most_epochs or (
+            isinstance(self.epochs, str) and epochs - best >= self.patience
+        )
 
     def share(self, step: int, steps: int) -> float:
         """Of the peak learning rate, at a step of ``steps``: linear warm-up, then the schedule."""

@@ -35,7 +35,7 @@ from training.starting import new_decoder
 SCHEDULE = {
     "epochs": 4, "batch_size": 4, "learning_rate": 1e-2, "lr_eeg": None, "schedule": "constant",
     "weight_decay": 0.01, "warmup_steps": 0, "grad_clip": 1.0, "ema_decay": 0.9, "seed": 0,
-    "epochs_per_call": None, "save_every": 1, "val_every": 1,
+    "epochs_per_call": None, "save_every": 1, "val_every": 1, "patience": 10,
 }  # fmt: skip
 COMPUTING = {
     "precision": "float32", "accumulate": 1, "compile": False, "data_on_device": "auto",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import builders
+import helpers_training
 import pytest
 import torch
 from helpers_training import (
@@ -236,3 +237,64 @@ def test_dataclasses_take_their_flags():
     words = ["--data_path", "D", "--clip_feature_path", "F", "--output_dir", "O"]
     schedule = args.resolve("train", words).settings(Schedule)
     assert schedule == replace(schedule, learning_rate=1e-4, schedule="constant", lr_eeg=None)
+
+
+# --- an end that validation finds ---------------------------------------------------------------
+
+
+class Scripted(Regression):
+    """``select`` as written down, epoch by epoch, whatever is learned."""
+
+    scores = (1.0, 3.0, 2.0, 4.0, 3.5, 3.9, 4.0, 5.0, 6.0)
+
+    def __init__(self, model, data) -> None:
+        super().__init__(model, data)
+        self.told = 0
+
+    def validate(self) -> dict[str, float]:
+        self.told += 1
+        return {"select": self.scores[self.told - 1]}
+
+
+@pytest.mark.parametrize(("patience", "epochs", "best"), [(1, 3, 2), (2, 6, 4), (3, 7, 4)])
+def test_training_ends_when_validation_gets_no_better(
+    world, tmp_path, monkeypatch, patience, epochs, best
+):
+    monkeypatch.setattr(helpers_training, "Regression", Scripted)
+    fit_linear(world, tmp_path / "run", epochs="auto", patience=patience)
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [record["epoch"] for record in records] == list(range(1, epochs + 1))
+    steps = records[0]["step"]
+    folders = {name: (tmp_path / "run" / "checkpoints" / name).resolve().name
+               for name in ("best", "latest")}  # fmt: skip
+    assert folders["best"].endswith(f"{best * steps:08d}")
+    assert folders["latest"].endswith(f"{epochs * steps:08d}")
+    before = sorted((tmp_path / "run").rglob("*"))
+    fit_linear(world, tmp_path / "run", epochs="auto", patience=patience)
+    assert sorted((tmp_path / "run").rglob("*")) == before, "a second call does nothing"
+
+
+def test_it_ends_at_the_same_epoch_however_often_it_was_stopped(world, tmp_path):
+    whole = fit_linear(world, tmp_path / "whole", epochs="auto", patience=2)
+    for _ in range(60):
+        try:
+            resumed = fit_linear(
+                world, tmp_path / "parts", epochs="auto", patience=2, epochs_per_call=1
+            )
+            break
+        except util.Preempted:
+            continue
+    one, other = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert [r["epoch"] for r in one] == [r["epoch"] for r in other]
+    assert 2 < len(one) < 60
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_a_kill_between_the_last_epoch_and_the_end_trains_no_more(world, tmp_path):
+    fit_linear(world, tmp_path / "run", epochs="auto", patience=2)
+    before = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    (tmp_path / "run" / "DONE").unlink()
+    fit_linear(world, tmp_path / "run", epochs="auto", patience=2)
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == before
+    assert (tmp_path / "run" / "DONE").exists()
