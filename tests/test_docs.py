@@ -1,0 +1,62 @@
+"""What the documents tell people to type is understood, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import args
+from util import CHECKOUT
+
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+STAGE_OF = {
+    "preprocess.py": "preprocess", "clip_feature_extractor.py": "features", "train.py": "train",
+    "ATMS_retrieval.py": "retrieval", "generate.py": "generate", "evaluate.py": "evaluate",
+    "report.py": "report", "dataset.py": "check",
+}  # fmt: skip
+SHORTENED = ("…", "...", "$")  # of a command that is not told in full
+
+
+def commands(page: Path) -> list[str]:
+    """The calls of stages in a page's blocks of code, lines joined."""
+    blocks = re.findall(r"```[a-z]*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    found = (re.match(r"\s*python (\w+\.py) (.*)", line) for line in lines)
+    calls = [one for one in found if one and one[1] in STAGE_OF]
+    return [one[0].strip() for one in calls if not any(sign in one[0] for sign in SHORTENED)]
+
+
+CALLS = [(page.name, command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), CALLS)
+def test_every_command_is_understood(page: str, command: str) -> None:
+    """All flags are known, all values allowed, all needed ones given."""
+    _, script, *tokens = shlex.split(command, comments=True)
+    args.resolve(STAGE_OF[script], tokens)
+
+
+def test_the_quick_path_of_the_readme_is_whole() -> None:
+    told = [command for page, command in CALLS if page == "README.md"]
+    for script in ("dataset.py", "clip_feature_extractor.py", "train.py", "generate.py",
+                   "evaluate.py", "report.py"):  # fmt: skip
+        assert any(f"python {script} " in command for command in told), script
+    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("http", "#")):
+            path, _, heading = link.partition("#")
+            target = page.parent / path
+            assert target.exists(), link
+            if heading:
+                heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                slugs = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert heading in slugs, link
