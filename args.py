@@ -63,6 +63,12 @@ def _cache_dir(group: FlagGroup, default: str = "DATA/eeg_cache") -> None:
         help=f"where the float32 copies of the EEG live; default: {default}")
 
 
+def _test_eeg(group: FlagGroup) -> None:
+    group.choose("--averaging", choices=("mean", "weighted"), default="mean",
+        help="of a test stimulus' repetitions: all alike, or by the inverse of each one's noise")
+    _cache_dir(group)
+
+
 def _checkpoint(group: FlagGroup) -> None:
     group.choose("--checkpoint", choices=("best", "latest"), default="best",
         help="best on held-out training concepts, or the last one")
@@ -506,7 +512,7 @@ def generate_parser() -> Parser:
     group.add("--subject", metavar="SUB", help="whose EEG; default: read from the path")
     group.add("--data_path", type=Path, per_call=True, metavar="DATA",
         help="folder with test_images/; default: found above --eeg_data")
-    _cache_dir(group)
+    _test_eeg(group)
     group.add("--output_dir", type=Path, required=True, per_call=True, metavar="RUN",
         help="run directory for the pictures")
     group.add("--max_stimuli", type=positive_int, metavar="N",
@@ -589,7 +595,7 @@ def evaluate_parser() -> Parser:
     dataset_flag(group)
     group.several("--subjects", metavar="SUB",
         help="default: the subjects the model was trained on")
-    _cache_dir(group)
+    _test_eeg(group)
     group.add("--permutations", type=positive_int, default=200, metavar="N",
         help="shuffles of the EEG in the control")
     group.several("--average", type=positive_int, metavar="N",

@@ -21,6 +21,7 @@ import torch
 import util
 from datafiles import check
 from datafiles.alignment import Reading, euclidean
+from datafiles.averaging import MEAN, SingleTrials, join_repetitions
 from datafiles.datasets.block_design import Blocks, convert_blocks
 from datafiles.datasets.registry import layout_in
 from datafiles.eeg_files import (
@@ -45,36 +46,6 @@ from datafiles.splits import held_out_concepts, numbered
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, check_disjoint, list_stimuli, stimulus_id
 from modalities import AUTO, NAMES
 from util import WHOLE, Part
-
-
-@dataclass(frozen=True)
-class SingleTrials:
-    """The single trials of a recording, cut to a model's signal, read as they are wanted."""
-
-    recording: Recording
-    signal: Signal
-
-    @property
-    def repetitions(self) -> int:
-        """That every stimulus has."""
-        return int(self.recording.trial_counts.min())
-
-    def dealt(self, draw: np.random.Generator) -> np.ndarray:
-        """int [N, repetitions]: that many of each stimulus' trials, in random order."""
-        counts = self.recording.trial_counts
-        whole = np.tile(np.arange(counts.max()), (len(counts), 1))
-        order = draw.permuted(whole, axis=1)
-        # a stimulus' missing trials go to the end, the others keep their order
-        late = np.argsort(order >= counts[:, None], axis=1, kind="stable")
-        return np.take_along_axis(order, late, axis=1)[:, : self.repetitions]
-
-    def mean(self, chosen: np.ndarray) -> torch.Tensor:
-        """Mean over the repetitions ``chosen`` [N, n] of each stimulus: float32 [N, C, T]."""
-        rows = [
-            self.signal.cut(self.recording.eeg[row][repetitions]).mean(axis=0)
-            for row, repetitions in enumerate(chosen)
-        ]
-        return torch.from_numpy(np.stack(rows).astype(np.float32, copy=False))
 
 
 @dataclass(frozen=True)
@@ -113,9 +84,14 @@ class TestEEG:
 
 
 def open_test(
-    file: Path, subject: str, data_path: Path | None, cache_dir: Path | None, reading: Reading
+    file: Path,
+    subject: str,
+    data_path: Path | None,
+    cache_dir: Path | None,
+    reading: Reading,
+    averaging: str = MEAN,
 ) -> TestEEG:
-    """One subject's test recording, averaged over repetitions, as a model reads it."""
+    """One subject's test recording, its repetitions joined, as a model reads it."""
     # first the pictures: a DATA that is not there must not be made by the cache
     stimuli = list_stimuli(data_path, "test") if data_path else None
     cache = cache_folder(data_path or cache_home(file), cache_dir)
@@ -123,7 +99,7 @@ def open_test(
     if stimuli:
         check_rows(recording, stimuli)
     signal = reading.signal(recording)
-    averaged = average_trials(recording, signal)
+    averaged = join_repetitions(recording, signal, averaging)
     trials = SingleTrials(recording, signal)
     return TestEEG(averaged, subject, stimuli, recording.hash, file, trials, reading.transductive)
 

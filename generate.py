@@ -55,6 +55,7 @@ class ModelChoice:
     subject: str | None
     data_path: Path | None
     cache_dir: Path | None
+    averaging: str
     captions: Path | None
     fusion_weights: str
     prompt_source: str
@@ -118,7 +119,8 @@ def open_model(asked: ModelChoice, rendering: Rendering) -> tuple[Decoder, TestE
     check_drawing(rendering.sd_model_path, rendering.vae_path, rendering.scheduler)
     check_ip_adapter(rendering.ip_adapter_path, decoder.bank.embed_dim)
     file, subject, data_path = locate_test_eeg(asked.eeg_data, asked.subject, asked.data_path)
-    test = open_test(file, subject, data_path, asked.cache_dir, decoder.reading(subject))
+    reading = decoder.reading(subject)
+    test = open_test(file, subject, data_path, asked.cache_dir, reading, asked.averaging)
     if asked.prompt_source == "oracle":
         oracle_prompts(asked.captions, test.stimuli)
     return decoder, test

@@ -18,7 +18,15 @@ OF_THE_CHECK = ("check", "captions", "clip_feature_path")
 INSTEAD_OF_THE_CHECK = ("export", "import_features", "blocks", "fetch")
 OF_THE_PRIOR = ("prior_predicts", "prior_loss", "noise_draws", "condition_dropout")
 # flags of evaluate.py that say nothing of pictures
-OF_RETRIEVAL = ("control", "subjects", "dataset", "permutations", "average", "transductive")
+OF_RETRIEVAL = (
+    "control",
+    "subjects",
+    "dataset",
+    "permutations",
+    "average",
+    "transductive",
+    "averaging",
+)
 OF_PICTURES = ("truth", "weights_dir", "score_cache", "authenticity")
 
 

@@ -31,6 +31,7 @@ class RetrievalChoice:
     data_path: Path
     dataset: str
     cache_dir: Path | None
+    averaging: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
                     asked.data_path,
                     asked.cache_dir,
                     decoder.reading(name),
+                    asked.averaging,
                 )
             )
 

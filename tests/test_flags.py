@@ -84,6 +84,7 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
          "vae_path": NOWHERE, "sd_model_path": NOWHERE, "control": "shuffled_eeg",
          "timestep_spacing": "trailing", "steps": 3, "precision": "bf16", "preset": "turbo",
          "prior_steps": 2, "prior_sampler": "ddim", "superpixel_size": 20, "data_path": NOWHERE,
+         "averaging": "weighted",
          "clip_feature_path": (["--control", "mean_embedding", "--clip_feature_path",
                                 chain.features], ["--clip_feature_path", NOWHERE]),
          "draws": (["--draws", 2, "--choose", "random"], ["--draws", 3]),
@@ -101,7 +102,7 @@ def stages(chain: Chain, root: Path) -> Iterator[Stage]:
     yield Stage(
         "evaluate", evaluate.main, "output_dir", scoring,
         {"dataset": "ubp", "subjects": "sub-01",
-         "occlusion": "time", "average": 1, "transductive": "csls",
+         "occlusion": "time", "average": 1, "transductive": "csls", "averaging": "weighted",
          "control": "shuffled_eeg", "permutations": 9,
          "compare": ["--compare", NOWHERE, NOWHERE], "over_seeds": NOWHERE,
          "truth": NOWHERE, "weights_dir": NOWHERE,

@@ -15,11 +15,11 @@ from helpers_forms import write_flat
 import evaluate
 import train
 from datafiles import eeg_files
+from datafiles.averaging import SingleTrials
 from datafiles.datasets import registry
 from datafiles.datasets.form import DealtTrials
 from datafiles.eeg_files import Recording, Signal
 from datafiles.stimuli import PARTITIONS, list_stimuli
-from dataset import SingleTrials
 from dataset import main as check
 from util import DataError
 

@@ -11,8 +11,9 @@ import torch
 from conftest import Chain
 
 import evaluate
+from datafiles.averaging import SingleTrials
 from datafiles.eeg_files import Recording, Signal
-from dataset import SingleTrials, TestEEG
+from dataset import TestEEG
 from evaluation import repetitions
 from rundirs.files import read_json
 from util import UserError
