@@ -28,7 +28,7 @@ from generation.prompts import Prompting, decoded_prompts, oracle_prompts, train
 from generation.renderer import Rendering, open_renderer
 from generation.series import Keep, Predicted, Series, draw_series
 from generation.starts import coarse_starts, encode_starts
-from modalities import MODALITIES, recipes
+from modalities import MODALITIES, TRANSDUCTIVE, recipes
 from rundirs.closing import call, tell_end
 from rundirs.directory import RunDirectory, open_run
 from rundirs.files import file_hash, json_hash, write_json
@@ -97,7 +97,8 @@ def captions_identity(asked: ModelChoice) -> str:
     """Of the training captions that prompts are decoded to; "" where none are."""
     if asked.prompt_source != "decoded" or asked.clip_feature_path is None:
         return ""
-    return file_hash(asked.clip_feature_path / "training.json")
+    bank = asked.clip_feature_path / "training"
+    return json_hash([file_hash(bank.with_suffix(kind)) for kind in (".json", ".safetensors")])
 
 
 def open_model(asked: ModelChoice, rendering: Rendering) -> tuple[Decoder, TestEEG]:
@@ -213,6 +214,8 @@ def draw_run(
 def warn_of(decoder: Decoder, test: TestEEG) -> None:
     """Say what is not known: the person, or what was seen."""
     decoder.tell_stranger(test.subject)
+    if test.transductive:
+        util.LOG.warning("%s: %s", TRANSDUCTIVE, test.subject)
     if test.stimuli is None:
         util.LOG.warning(
             "no test_images/ beside %s: pictures get numbers, and nothing shows what was seen; "

@@ -123,6 +123,10 @@ PROMPTS = {  # of --prompt_source, with the mark of what is drawn from more than
     "decoded": "decoded prompt: SDXL was told the training caption nearest to the predicted text",
 }
 MARKS = {**PROMPTS, **CONTROLS}
+TRANSDUCTIVE = (
+    "Transductive: EEG aligned by the covariance of the own test recording, without labels, of "
+    "people whom the model does not know"
+)
 WITHOUT_EEG = ("mean_embedding", "true_embedding")  # controls that read the bank instead
 DATASETS = ("things-eeg2", "ubp", "neurobridge", "things-meg", "alljoined")  # forms of recordings
 FETCHABLE = (

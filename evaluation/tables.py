@@ -6,13 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datafiles.stimuli import LEAKS
+from modalities import TRANSDUCTIVE
 from rundirs.markdown import number, table, with_interval
 
 Row = Mapping[str, Any]
-TRANSDUCTIVE = (
-    "Transductive: EEG aligned by the covariance of the own test recording, without labels, of "
-    "people whom the model does not know"
-)
 ARROWS = {"higher": "↑", "lower": "↓"}
 
 

@@ -132,6 +132,7 @@ class Series:
             "control": self.control,
             "seed": self.seed,
             "injection": self.injection,
+            **({"transductive": True} if test.transductive else {}),
             "simulated": (test.source.parent / SIMULATED_NOTE).exists(),
             "block_leak": bool(test.stimuli) and leaks_blocks(test.stimuli[0].data_path),
             **({} if self.draws == 1 else {"draws": self.draws, "choose": self.choose}),

@@ -24,7 +24,7 @@ from datafiles.eeg_files import (
     unit_of,
 )
 from datafiles.stimuli import LEAKS, leaks_blocks
-from modalities import NAMES, SITES
+from modalities import NAMES, SITES, TRANSDUCTIVE
 from reporting.figures.eeg import erp_figure, occlusion_figures, scalp_figures
 from reporting.figures.injection_map import map_figure, site_scales
 from reporting.figures.scores import (
@@ -263,7 +263,7 @@ def score_parts(item: Scores, world: World, thumbs: Thumbnails) -> dict[str, Any
     return {
         "label": item.run.label,
         "results": item.results,
-        "marks": spoken_marks(None, item.results.get("control")),
+        "marks": spoken_marks(None, item.results.get("control")) + aligned_by_test(item),
         "skipped": skipped(item),
         "pictures": picture_table(item),
         "retrieval": retrieval_table(item),
@@ -302,6 +302,12 @@ def draws_of(drawing: Drawing) -> dict[str, Any] | None:
         f"the one is kept that {how}; numbers: that agreement. Seed {drawing.seed}.",
         "marks": drawing.marks,
     }
+
+
+def aligned_by_test(item: Scores) -> list[str]:
+    """What is said of people whose EEG was aligned by the recording that is scored."""
+    people = item.results.get("aligned_by_test")
+    return [f"{TRANSDUCTIVE}: {', '.join(people)}"] if people else []
 
 
 def facts(material: Material) -> list[tuple[str, str]]:

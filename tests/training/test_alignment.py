@@ -14,6 +14,7 @@ from helpers_training import joint_flags, write_people
 import ATMS_retrieval
 import dataset
 import evaluate
+import report
 import train
 from datafiles.alignment import Reading, euclidean, inverse_root, mean_covariance
 from datafiles.eeg_files import eeg_file, open_recording, select_signal
@@ -128,6 +129,9 @@ def test_the_matrices_are_kept_with_the_model(world, tmp_path, stage):
     assert known["aligned_by_test"] == [] and "Transductive" not in text
     stranger, text = scores(world, run, tmp_path / "stranger", "--subjects", "sub-03")
     assert stranger["aligned_by_test"] == ["sub-03"] and "Transductive" in text
+    page = tmp_path / "report.html"
+    assert report.main(["--runs", str(tmp_path / "stranger"), "--output", str(page)]) == 0
+    assert "Transductive" in page.read_text(encoding="utf-8")
 
 
 def test_a_model_that_is_adapted_keeps_the_others_matrices(world, tmp_path, capsys):
