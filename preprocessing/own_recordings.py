@@ -90,7 +90,7 @@ class OwnTake:
                 onsets, conditions, lines = np.array(sorted(own), np.int64).T
                 trials[name] = Trials(onsets, conditions, lines.tolist())
         channels = sort_by_name(raw, self.named)
-        quantity = MEG if meg_type(raw) else EEG
+        quantity = MEG if meg_type(raw, self.named) else EEG
         if quantity is EEG:
             channels = in_volts(raw, self.path, opened.units, channels, self.unit)
         elif self.unit:

@@ -58,7 +58,7 @@ class Sorted:
 
 def sort_by_name(raw: mne.io.BaseRaw, named: Sequence[str] = ()) -> Sorted:
     """By type and name; ``named`` were asked for by name and are EEG, whatever they are called."""
-    sensors = meg_type(raw)
+    sensors = meg_type(raw, named)
     if sensors:
         return _sorted_meg(raw, sensors)
     asked = {name.upper() for name in named}
@@ -79,13 +79,17 @@ def sort_by_name(raw: mne.io.BaseRaw, named: Sequence[str] = ()) -> Sorted:
     return Sorted([name for name in rest if name not in left], left)
 
 
-def meg_type(raw: mne.io.BaseRaw) -> str:
+def meg_type(raw: mne.io.BaseRaw, named: Sequence[str] = ()) -> str:
     """``mag`` or ``grad``, whichever a recording has more sensors of; empty for one of EEG.
 
-    Reference sensors, far from the head, are neither.
+    Of both, what it has more channels of, or more of those that were ``named``. Reference sensors,
+    far from the head, are neither.
     """
-    kinds = raw.get_channel_types()
-    return max(("mag", "grad"), key=kinds.count) if {"mag", "grad"} & set(kinds) else ""
+    of = dict(zip((name.upper() for name in raw.ch_names), raw.get_channel_types(), strict=True))
+    asked = [of[name.upper()] for name in named if name.upper() in of]
+    kinds = asked or list(of.values())
+    most = max(("mag", "grad"), key=kinds.count)
+    return most if kinds.count(most) > kinds.count("eeg") else ""
 
 
 def _sorted_meg(raw: mne.io.BaseRaw, sensors: str) -> Sorted:

@@ -77,6 +77,17 @@ def test_of_two_types_of_sensors_the_more_numerous_are_taken(data):
     assert "of type mag, beside MEG" in next(data.rglob("quality.md")).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("electrodes", "more"), [(20, ()), (8, ("--channels", *CAP_32[:3]))])
+def test_of_both_what_there_is_more_of_or_what_is_named(data, electrodes, more):
+    """EEG beside MEG stays EEG where there is more of it, or where it is asked for."""
+    raw, _, lines = recording(CAP_32[:30])
+    raw.set_channel_types(dict.fromkeys(CAP_32[electrodes:30], "mag"), verbose="error")
+    assert run(data, *save(data, raw, lines), *more) == 0
+    found = things_eeg2.parse_published(eeg_file(data, "sub-01", "training"))[1]
+    assert list(found) == list(CAP_32[:3] if more else CAP_32[:electrodes])
+    assert "µV" in next(data.rglob("quality.md")).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
