@@ -17,7 +17,7 @@ import torch
 
 import util
 from cli.config import Options
-from datafiles.feature_bank import FINAL_LAYER, RETRIEVAL_NAMES, layer_name
+from datafiles.feature_bank import FINAL_LAYER, RETRIEVAL_NAMES, layer_names
 from dataset import Batch, DataChoice, TrainingData, open_training
 from decoder.atms import ATMS as ATMS  # where users of the public code look for it
 from decoder.decoder import Decoder, check_encoder, model_file, new_encoder
@@ -43,7 +43,9 @@ class ContrastiveObjective:
         decoder = self.decoder
         groups = self.data.groups(batch.stimulus, self.contrast.contrast_positives)
         embedding = decoder.encoder(batch.eeg, batch.subject)
-        return global_losses(decoder, embedding, batch.targets, self.contrast, groups, 1.0, part)
+        return global_losses(
+            decoder, embedding, batch.subject, batch.targets, self.contrast, groups, 1.0, part
+        )
 
     def validate(self) -> dict[str, float]:
         """Held-out concepts only; ``select`` (higher is better) chooses ``best``."""
@@ -69,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def pretrain(options: Options, processes: Processes) -> None:
     """One encoder."""
     values = options.values
-    layer = layer_name(values.contrast_layer)
+    layers = layer_names(values.contrast_layer)
     needed = RETRIEVAL_NAMES if values.text_contrast else (FINAL_LAYER,)
-    data = open_training(options.settings(DataChoice), layer, needed=needed).aligned()
+    data = open_training(options.settings(DataChoice), layers, needed=needed).aligned()
     encoder = new_encoder(data, values.seed, values.encoder)
-    projector = new_projector(layer, data.targets, data.train_rows, values.seed)
+    people = encoder.n_subjects
+    projector = new_projector(layers, data.targets, data.train_rows, people, values.seed)
     decoder = Decoder(encoder, None, data.signal, data.clip, projector)
     decoder.know_alignment(data)
     decoder.concepts = data.concepts()

@@ -166,11 +166,12 @@ def _contrast(group: FlagGroup) -> None:
     group.choose("--contrast_positives", choices=("pair", "concept"), default="pair",
         help="which rows of a batch the contrastive loss draws together: an EEG and its own "
         "target, or all of the same concept; the rest is pushed apart")
-    group.add("--contrast_layer", type=contrast_layer, metavar=f"N|{FINAL}",
+    group.several("--contrast_layer", type=contrast_layer, metavar=f"N|NAME|{FINAL}",
         help="compare EEG with this layer of CLIP's image side (clip_feature_extractor.py "
-        f"--image_layers), or the {FINAL} one, through a trained linear projection, which "
-        "retrieval then uses, too; the five embeddings to draw from stay as they are; default: "
-        "the final layer without a projection")
+        f"--image_layers), the {FINAL} one, or another encoder's images by its name in the bank "
+        "(dataset.py --join_features), through a trained linear projection, which retrieval then "
+        "uses, too; several: a mixture, with weights that are learned for each person; the five "
+        "embeddings to draw from stay as they are; default: the final layer without a projection")
     group.add("--target_mse", type=non_negative, default=0.0, metavar="WEIGHT",
         help="weight of the MSE between the encoder's output and the un-normalised image "
         "embedding, beside the contrastive loss; 0 = off")
@@ -295,9 +296,11 @@ def features_parser() -> Parser:
     _clip(group)
     group.add("--batch_size", type=positive_int, default=32, help="pictures encoded at once",
         per_call=True)
-    group.add("--target_blur", type=non_negative, default=0.0, metavar="SIGMA_PX",
+    group.several("--target_blur", type=non_negative, default=[0.0], metavar="SIGMA_PX",
         help="blur the picture before CLIP, for the image modality only: EEG holds little fine "
-        "detail, and what is drawn from such targets holds less; 0 = off")
+        "detail, and what is drawn from such targets holds less; 0 = off. Several, e.g. 0 2 4: the "
+        "first is the image modality, the others are kept beside it, and training contrasts EEG "
+        "with one of them by lot")
     group.several("--image_layers", type=positive_int, metavar="N",
         help="also keep these layers of CLIP's image side, averaged over the picture, for "
         "train.py --contrast_layer: transformer blocks from 1 on (ViT-H-14 has 32), or the stem "

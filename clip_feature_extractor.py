@@ -79,7 +79,7 @@ class Encoding:
     clip_model: str
     clip_pretrained: str
     superpixel_size: int
-    target_blur: float
+    target_blur: list[float]
     save_superpixels: bool
     image_layers: list[int] | None
     precision: str
@@ -103,7 +103,7 @@ def encode_missing(
         return
     clip = load_clip(asked.clip_model, asked.clip_pretrained, device)
     encode(
-        adjusted(clip, asked.target_blur, asked.precision),
+        adjusted(clip, asked.target_blur[0], asked.precision),
         missing,
         asked.views(run.path),
         asked.batch_size,

@@ -22,6 +22,7 @@ import util
 from datafiles import check
 from datafiles.alignment import Reading, euclidean
 from datafiles.averaging import MEAN, SingleTrials, join_repetitions
+from datafiles.blurs import blurs_of, drawn_targets, lots_of
 from datafiles.datasets.block_design import Blocks, convert_blocks
 from datafiles.datasets.registry import layout_in
 from datafiles.eeg_files import (
@@ -41,6 +42,7 @@ from datafiles.eeg_files import (
 from datafiles.export import Export, write_as_form
 from datafiles.feature_bank import open_bank
 from datafiles.feature_import import FeatureImport, import_features
+from datafiles.feature_join import FeatureJoin, join_features
 from datafiles.fetch import Fetch, fetch
 from datafiles.splits import held_out_concepts, numbered
 from datafiles.stimuli import IMAGE_FOLDER, Stimulus, check_disjoint, list_stimuli, stimulus_id
@@ -142,7 +144,7 @@ class TrainingData:
     """Recordings of all subjects, joined with their targets, split by concept.
 
     ``signal``: {channels, times, subjects}; ``targets`` {modality: [N, D]} in stimulus row order,
-    and the layer of CLIP that was asked for;
+    and the layers that were asked for, or the blurred versions;
     ``stimulus`` and ``concept`` int64 [N]: their ids and the number of each one's concept;
     ``train_rows`` and ``val_rows`` int64: rows of disjoint concepts.
     """
@@ -213,6 +215,7 @@ class TrainingData:
         order = torch.randperm(
             len(self.samples), generator=util.generator_for(self.seed, "order", epoch)
         )
+        lots = lots_of(len(blurs_of(self.targets)), len(self.samples), self.seed, epoch)
         kept = self._kept_trials(epoch)
         for index in range(first, self.steps_per_epoch(batch_size)):
             numbers = part.of(order[index * batch_size : (index + 1) * batch_size])
@@ -222,7 +225,7 @@ class TrainingData:
                 eeg,
                 subject + self.first_subject,
                 self.stimulus[row],
-                {name: rows[row] for name, rows in self.targets.items()},
+                drawn_targets(self.targets, row, None if lots is None else lots[numbers]),
             )
 
     def _kept_trials(self, epoch: int) -> torch.Tensor | None:
@@ -336,6 +339,8 @@ class TrainingData:
         )
         if lost := int((self.counts == 0).any(dim=0).sum()):
             yield f"{lost} pictures are left out: somebody has no trial of them"
+        if blurs := blurs_of(self.targets)[1:]:
+            yield f"contrast with the picture, {' or '.join(blurs)}, by lot"
         yield from self.notes
 
 
@@ -397,18 +402,19 @@ def what_is_read(
 
 def open_training(
     asked: DataChoice,
-    layer: str | None = None,
+    layers: Sequence[str] = (),
     donor: Mapping[str, Sequence[str]] | None = None,
     needed: Sequence[str] = NAMES,
 ) -> TrainingData:
     """Open everything training reads, checked and joined by stimulus id.
 
-    ``layer``: of CLIP, whose features are wanted among the targets. ``donor``: the concepts of the
+    ``layers``: whose features are wanted among the targets; without any all blurred versions of the
+    picture are, which are then drawn by lot. ``donor``: the concepts of the
     model that training starts from, see :func:`datafiles.splits.fair_validation`. ``needed``: the
     modalities. Raises UserError / DataError.
     """
     stimuli = training_stimuli(asked.data_path)
-    bank = open_bank(asked.clip_feature_path, "training", [layer], needed)
+    bank = open_bank(asked.clip_feature_path, "training", layers, needed, blurs=not layers)
     targets = bank.rows_for(stimuli)
     of = asked.recordings(stimuli)
     recordings = list(of.values())
@@ -450,6 +456,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if values.import_features:
         print(*import_features(options.settings(FeatureImport)), sep="\n")
+        return 0
+    if values.join_features:
+        print(*join_features(options.settings(FeatureJoin)), sep="\n")
         return 0
     if values.blocks:
         print(*convert_blocks(options.settings(Blocks)), sep="\n")

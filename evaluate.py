@@ -90,7 +90,8 @@ def score_retrieval(
             for query in found
             for method in how.transductive or ()
         ]
-        gallery = decoder.gallery(bank.rows_for(test.stimuli))
+        index = decoder.subject_index(test.subject)
+        gallery = decoder.gallery(bank.rows_for(test.stimuli), index)
         if how.occlusion:
             occluded += occlusion.occlusion_rows(decoder, test, gallery, how.occlusion, how.seed)
         averaged += [

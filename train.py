@@ -15,7 +15,7 @@ import torch
 import util
 from cli.config import Options
 from datafiles.eeg_files import is_simulated
-from datafiles.feature_bank import layer_name
+from datafiles.feature_bank import layer_names
 from datafiles.stimuli import list_stimuli
 from dataset import Batch, DataChoice, TrainingData, open_training
 from decoder import aligners, fusion, low_level
@@ -59,26 +59,24 @@ class JointObjective:
         self, batch: Batch, generator: torch.Generator, part: Part = WHOLE
     ) -> dict[str, torch.Tensor]:
         embedding = self.decoder.encoder(batch.eeg, batch.subject)
-        return self._losses(
-            embedding, batch.targets, batch.stimulus, generator, self.noise_draws, part
-        )
+        return self._losses(embedding, batch, generator, self.noise_draws, part)
 
     def _losses(
         self,
         embedding: torch.Tensor,
-        targets: dict[str, torch.Tensor],
-        stimulus: torch.Tensor,
+        of: Batch,
         generator: torch.Generator,
         noise_draws: int,
         part: Part = WHOLE,
     ) -> dict[str, torch.Tensor]:
-        terms = self.decoder.bank.losses(targets, embedding, generator, noise_draws, part)
+        terms = self.decoder.bank.losses(of.targets, embedding, generator, noise_draws, part)
         own = global_losses(
             self.decoder,
             embedding,
-            targets,
+            of.subject,
+            of.targets,
             self.contrast,
-            self.data.groups(stimulus, self.contrast.contrast_positives),
+            self.data.groups(of.stimulus, self.contrast.contrast_positives),
             self.contrast_weight,
             part,
         )
@@ -101,7 +99,7 @@ class JointObjective:
         rows = self.data.val_rows.repeat(len(self.data.recordings))
         scores = {
             f"val_{name}": value
-            for name, value in self._validation_losses(embeddings, rows).items()
+            for name, value in self._validation_losses(embeddings, subject, rows).items()
         }
         self._calibrate(embeddings, rows)
         self.decoder.held_out = aligners.held_out_rows(embeddings)
@@ -111,7 +109,9 @@ class JointObjective:
         scores |= validation_retrieval(self.decoder, embeddings, self.data)
         return scores | {"select": -scores["val_aligner"]}
 
-    def _validation_losses(self, embeddings: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
+    def _validation_losses(
+        self, embeddings: torch.Tensor, subject: torch.Tensor, rows: torch.Tensor
+    ) -> dict[str, float]:
         """Mean losses of embeddings [n, D] of stimuli in ``rows`` [n], VALIDATION_ROWS at a time.
 
         Memory would not hold ten subjects at once. The contrast is then with the rows of a piece.
@@ -121,13 +121,11 @@ class JointObjective:
         means: dict[str, float] = {}
         for place in torch.arange(len(rows)).split(VALIDATION_ROWS):
             at = rows[place]
-            losses = self._losses(
-                embeddings[place].to(device),
-                {name: features[at].to(device) for name, features in self.data.targets.items()},
-                self.data.stimulus[at],
-                generator,
-                VALIDATION_DRAWS,
-            )
+            targets = {name: features[at] for name, features in self.data.targets.items()}
+            piece = Batch(embeddings[place], subject[place], self.data.stimulus[at], targets).to(
+                device
+            )  # of the EEG its embeddings
+            losses = self._losses(piece.eeg, piece, generator, VALIDATION_DRAWS)
             for name, value in losses.items():
                 means[name] = means.get(name, 0.0) + float(value) * len(place) / len(rows)
         return means
@@ -173,7 +171,7 @@ def new_people(options: Options) -> tuple[Decoder, TrainingData]:
             "--minutes", f"with {start}, which is of --align euclidean", "a model without it",
             "train one: the curve compares models that read the same EEG",
         )  # fmt: skip
-    data = open_training(options.settings(DataChoice), donor.layer, donor.concepts)
+    data = open_training(options.settings(DataChoice), donor.layers, donor.concepts)
     return donor, scaled_as(donor, data, start)
 
 
@@ -192,8 +190,8 @@ def train_one(options: Options, processes: Processes) -> None:
     start = values.adapt_from or values.init_from
     donor = donor_of(start, whole=start == values.adapt_from) if start else None
     adapting = donor if values.adapt_from else None
-    layer = adapting.layer if adapting else layer_name(values.contrast_layer)
-    data = open_training(options.settings(DataChoice), layer, donor.concepts if donor else None)
+    layers = adapting.layers if adapting else layer_names(values.contrast_layer)
+    data = open_training(options.settings(DataChoice), layers, donor.concepts if donor else None)
     if adapting:
         features = values.clip_feature_path
         data, decoder = adapted(adapting, values.adapt_from, data, features, values.trainable)
@@ -208,7 +206,7 @@ def train_one(options: Options, processes: Processes) -> None:
             values.prior_loss,
             values.aligner_skip == "on",
         )
-        decoder = new_decoder(data, values.seed, alignment, donor, values.encoder, layer)
+        decoder = new_decoder(data, values.seed, alignment, donor, values.encoder, layers)
     data = data.aligned()
     decoder.know_alignment(data)
     if donor:

@@ -95,9 +95,9 @@ def scores_of(
     read, truth = controls.controlled_eeg(test, control, seed), torch.arange(len(test.eeg))
     predicted = decoder.predict(read, everything, sampling, seed)
     encoded = decoder.condition(read, everything)
-    found = {}
+    seen, found = decoder.gallery(gallery, decoder.subject_index(test.subject)), {}
     standard = [decoder.standardised(of) for of in (predicted, gallery)]
-    asked = ([of["image"] for of in standard], (encoded, decoder.gallery(gallery)))
+    asked = ([of["image"] for of in standard], (encoded, seen))
     for name, pair in zip(TOP1, asked, strict=True):
         similarity = metrics.cosine_similarity(*pair)
         found[name] = metrics.top_k_probability(*metrics.ranks(similarity, truth), 1)
@@ -117,7 +117,7 @@ def score_run(out: Path, run: Path, variant: Variant, file: Path, seed: int) -> 
     if file.exists() and (record := read_json(file))["key"] == key:
         return record["scores"]
     decoder, data = Decoder.load(run, "best"), out / "world" / "data"
-    bank = open_bank(out / "clip_features", "test", [decoder.layer])
+    bank = open_bank(out / "clip_features", "test", decoder.layers)
     tests = [
         open_test(eeg_file(data, name, "test"), name, data, None, decoder.reading(name))
         for name in list_subjects(data, None)

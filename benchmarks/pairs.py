@@ -130,7 +130,7 @@ def scores_of(decoder: Decoder, true: Mapping[str, torch.Tensor], eeg: torch.Ten
     standard = {name: tuple(space[name] for space in spaces) for name in NAMES}
     pairs = {
         "top1_image": standard["image"],
-        "top1_encoder": (decoder.condition(test, rows), decoder.gallery(true)),
+        "top1_encoder": (decoder.condition(test, rows), decoder.gallery(true, 0)),
         "top1_plain": (made["image"], true["image"]),
     }
     found = {name: metrics.retrieval_topk(*pair, truth)["top1"] for name, pair in pairs.items()}

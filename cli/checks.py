@@ -15,7 +15,7 @@ OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to alre
 
 
 OF_THE_CHECK = ("check", "captions", "clip_feature_path")
-INSTEAD_OF_THE_CHECK = ("export", "import_features", "blocks", "fetch")
+INSTEAD_OF_THE_CHECK = ("export", "import_features", "join_features", "blocks", "fetch")
 OF_THE_PRIOR = ("prior_predicts", "prior_loss", "noise_draws", "condition_dropout")
 # flags of evaluate.py that say nothing of pictures
 OF_RETRIEVAL = (
@@ -59,10 +59,10 @@ def check_combinations(parser: Parser, values: argparse.Namespace) -> None:
         _validate_generate(parser, values)
     if parser.stage == "evaluate":
         _validate_evaluate(parser, values)
-    if getattr(values, "contrast_layer", None) and values.target_mse:
-        parser.error("--target_mse needs the image embeddings as they are: not --contrast_layer")
-    if getattr(values, "seeds", None) and len(set(values.seeds)) < len(values.seeds):
-        parser.error(f"--seeds {' '.join(map(str, values.seeds))}: one of them twice")
+    for flag in ("contrast_layer", "target_blur", "seeds", "minutes"):
+        given = getattr(values, flag, None) or ()
+        if len(set(given)) < len(given):
+            parser.error(f"--{flag} {' '.join(map(str, given))}: one of them twice")
     if parser.stage in ("train", "retrieval"):
         _validate_fitting(parser, values)
     if parser.stage == "train":
@@ -77,6 +77,8 @@ def _given(parser: Parser, values: argparse.Namespace, flags: Sequence[str]) -> 
 
 
 def _validate_fitting(parser: Parser, values: argparse.Namespace) -> None:
+    if values.contrast_layer and values.target_mse:
+        parser.error("--target_mse needs the image embeddings as they are: not --contrast_layer")
     if not values.mask_time + values.mask_patch:
         _refuse_idle(parser, values, ("mask_span",), "without --mask_time or --mask_patch")
     if values.epochs != AUTO:
@@ -134,8 +136,6 @@ def _validate_train(parser: Parser, values: argparse.Namespace) -> None:
         _refuse_idle(parser, values, OF_THE_CONTRAST, "at --contrast_weight 0")
     if values.minutes and not values.adapt_from:
         parser.error("--minutes are of a new person's EEG: needs --adapt_from")
-    if values.minutes and len(set(values.minutes)) < len(values.minutes):
-        parser.error(f"--minutes {' '.join(map(str, values.minutes))}: one of them twice")
     if not values.minutes:
         _refuse_idle(parser, values, ("trial_seconds",), "without --minutes")
     if values.adapt_from and not values.subjects:
@@ -163,10 +163,16 @@ def _validate_writing(parser: Parser, values: argparse.Namespace) -> None:
     if len(writes) > 1:
         parser.error(f"--{writes[0]} and --{writes[1]} are two commands")
     if bool(writes) != bool(values.output_path or values.fetch):
-        parser.error("--output_path DIR goes with --export, --import_features or --blocks")
+        parser.error(
+            "--output_path DIR goes with --export, --import_features, --join_features or --blocks"
+        )
     for flag in _given(parser, values, OF_THE_CHECK) if writes else ():
+        if flag == "clip_feature_path" and values.join_features:
+            continue
         parser.error(f"--{flag} is of the check, which --{writes[0]} takes the place of")
-    if values.import_features or values.blocks:
+    if values.join_features and not values.clip_feature_path:
+        parser.error("--join_features needs --clip_feature_path: the bank with the modalities")
+    if values.import_features or values.join_features or values.blocks:
         _refuse_idle(parser, values, ("subjects", "dataset"), f"with --{writes[0]}")
     if values.fetch:
         _refuse_idle(parser, values, ("output_path", "dataset"), "with --fetch: into --data_path")

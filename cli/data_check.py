@@ -32,8 +32,8 @@ def _instead_of_a_check(parser: Parser) -> None:
         "--output_path",
         type=Path,
         metavar="DIR",
-        help="where to, also of --import_features; put training_images/ and test_images/ beside "
-        "recordings",
+        help="where to, also of --import_features and --join_features; put training_images/ and "
+        "test_images/ beside recordings",
     )
     group = parser.flags("import of embeddings, instead of a check")
     group.several(
@@ -42,6 +42,12 @@ def _instead_of_a_check(parser: Parser) -> None:
         metavar=("TRAINING", "TEST"),
         help="embeddings that others computed of these pictures (.pt, .npy, .safetensors), which "
         "become a bank for --clip_feature_path in --output_path",
+    )
+    group.several(
+        "--join_features",
+        metavar="BANK",
+        help="the bank of --clip_feature_path with image embeddings of other encoders beside its "
+        "own, as NAME=BANK, in --output_path; train.py --contrast_layer final NAME mixes them",
     )
 
 
@@ -121,7 +127,8 @@ def check_parser() -> Parser:
         "Before the first stage: what is there, missing or inconsistent in a data folder. Reads\n"
         "headers and samples, writes nothing; exit code 0 if all is well, 1 for problems.\n"
         "With --export: the recordings in another published form. With --import_features: a bank\n"
-        "of embeddings that others computed. With --blocks: a DATA of a block design.\n"
+        "of embeddings that others computed. With --join_features: of several encoders' banks\n"
+        "one. With --blocks: a DATA of a block design.\n"
         "With --fetch: what is published, from the internet.",
         "python dataset.py --check --data_path DATA",
     )

@@ -58,8 +58,10 @@ def epochs(text: str) -> int | str:
 
 
 def contrast_layer(text: str) -> int | str:
-    """A layer's number from 1 on, or ``final``."""
-    return text if text == FINAL else positive_int(text)
+    """A layer's number from 1 on, ``final``, or what else a bank calls its features."""
+    if text == FINAL or text.isidentifier():
+        return text
+    return positive_int(text)
 
 
 def shard(text: str) -> str:

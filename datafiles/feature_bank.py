@@ -15,16 +15,23 @@ from rundirs.files import file_hash, write_json
 from rundirs.tensors import load_tensors, save_tensors
 from util import DataError
 
-LAYER_PREFIX = "image_layer_"
+BESIDE = "image_"  # how names begin of what a bank has of pictures beside the modalities
+BLURRED = f"{BESIDE}blur_"  # of these: the picture blurred before the encoder
+JOINED = "joined"  # in a header: the encoders of features that were joined from other banks
 RETRIEVAL_NAMES = ("image", "text")  # the modalities that an encoder alone is trained on
 FINAL_LAYER = "image"  # CLIP's last layer, projected: the image modality itself
 
 
-def layer_name(layer: int | str | None) -> str | None:
-    """What a bank calls the features of CLIP's image layer 1, 2, ... or ``final``; None of None."""
-    if layer is None:
-        return None
-    return FINAL_LAYER if layer == FINAL else f"{LAYER_PREFIX}{layer}"
+def layer_name(layer: int | str) -> str:
+    """What a bank calls the features of CLIP's image layer 1, 2, ..., ``final``, or others'."""
+    if layer == FINAL:
+        return FINAL_LAYER
+    return f"{BESIDE}layer_{layer}" if isinstance(layer, int) else f"{BESIDE}{layer}"
+
+
+def layer_names(layers: Sequence[int | str] | None) -> tuple[str, ...]:
+    """:func:`layer_name` of each."""
+    return tuple(layer_name(layer) for layer in layers or ())
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,17 @@ class Bank:
 
 
 def open_bank(
-    folder: Path, partition: str, layers: Collection[str | None] = (), needed: Sequence[str] = NAMES
+    folder: Path,
+    partition: str,
+    layers: Collection[str] = (),
+    needed: Sequence[str] = NAMES,
+    blurs: bool = False,
 ) -> Bank:
     """A partition of the output of stage 1. DataError for an unfinished, damaged or NaN bank.
 
-    ``layers``: names of CLIP's layers that are wanted beside the modalities, if any; ``needed``:
-    the modalities, of which an imported bank may have but :data:`RETRIEVAL_NAMES`.
+    ``layers``: names of further features that are wanted beside the modalities, if any;
+    ``needed``: the modalities, of which an imported bank may have but :data:`RETRIEVAL_NAMES`;
+    ``blurs``: also all blurred versions that the bank has.
     """
     folder = Path(folder)
     path = folder / f"{partition}.safetensors"
@@ -79,21 +91,17 @@ def open_bank(
     ids = stimulus.flatten().tolist()
     whole = stimulus.ndim == 1 and stimulus.dtype == torch.int64 and len(set(ids)) == len(ids)
     identity = header.get("clip")
-    modalities = {name for name in stored if not name.startswith(LAYER_PREFIX)}
+    modalities = {name for name in stored if not name.startswith(BESIDE)}
     _check_modalities(path, modalities, "imported" in header, needed)
     if not whole or not isinstance(identity, dict):
         raise DataError(path, "no stimulus ids, or no CLIP", "both", "run the stage again")
-    beside = {layer for layer in layers if layer is not None} - {*NAMES}
+    beside = {*layers, *(name for name in stored if blurs and name.startswith(BLURRED))} - {*NAMES}
+    _check_beside(path, stored, beside)
     wanted = [*(name for name in NAMES if name in modalities), *sorted(beside)]
-    if lost := [name for name in wanted if name not in stored]:
-        raise DataError(
-            path,
-            f"features of {', '.join(sorted(stored))}",
-            f"also {', '.join(lost)}",
-            "run clip_feature_extractor.py with --image_layers into another folder",
-        )
     features = {name: stored[name] for name in wanted}
     _check_finite(path, features, len(ids))
+    if joined := {name: of for name, of in header.get(JOINED, {}).items() if name in features}:
+        identity = identity | {JOINED: joined}
     return Bank(features, ids, identity, file_hash(path), path)
 
 
@@ -113,6 +121,18 @@ def _check_modalities(
             f"also {', '.join(lost)}",
             "train with ATMS_retrieval.py, which needs image and text, or with --text_contrast 0 "
             "image alone; for pictures from five embeddings run clip_feature_extractor.py",
+        )
+
+
+def _check_beside(path: Path, stored: Collection[str], wanted: Collection[str]) -> None:
+    """Raise DataError unless the bank has these features beside the modalities."""
+    if lost := sorted(name for name in wanted if name not in stored):
+        raise DataError(
+            path,
+            f"features of {', '.join(sorted(stored))}",
+            f"also {', '.join(lost)}",
+            "layers come from clip_feature_extractor.py --image_layers, into another folder; blurs "
+            "from --target_blur; other encoders' from dataset.py --join_features",
         )
 
 
@@ -165,8 +185,13 @@ def _check_finite(path: Path, features: dict[str, torch.Tensor], number: int) ->
 def check_clip(
     found_clip: Mapping[str, Any], bank: Path, clip: Mapping[str, Any], model: Path | str
 ) -> None:
-    """Raise DataError if the bank is of another CLIP (``found_clip``) than the model's targets."""
-    differing = [key for key in {**clip, **found_clip} if found_clip.get(key) != clip.get(key)]
+    """Raise DataError if the bank is of another CLIP (``found_clip``) than the model's targets.
+
+    Features that were joined from elsewhere count where both were opened with them.
+    """
+    both = JOINED in found_clip and JOINED in clip
+    compared = {key for key in {**clip, **found_clip} if both or key != JOINED}
+    differing = [key for key in sorted(compared) if found_clip.get(key) != clip.get(key)]
     if differing:
         found, needed = (
             ", ".join(f"{key} {identity.get(key)}" for key in differing)

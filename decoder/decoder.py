@@ -16,7 +16,7 @@ from dataset import TestEEG, TrainingData
 from decoder import aligners
 from decoder.atms import ATMS
 from decoder.encoders import NICE, Braindecode, EEGProject, Encoder, UnknownEncoder, check_name
-from decoder.projector import Projector
+from decoder.projector import LayerMixture, Projector, projector_from
 from modalities import NAMES
 from rundirs.checkpoints import MODEL, checkpoint_folder
 from rundirs.tensors import load_tensors
@@ -43,7 +43,7 @@ def model_file(run: Path, checkpoint: str) -> Path:
 class Decoder(nn.Module):
     """An encoder with its aligner; ``bank`` is None after contrastive pre-training alone.
 
-    ``projector``: of the layer of CLIP that EEG embeddings are compared with; None: with the image
+    ``projector``: of the layers of CLIP that EEG embeddings are compared with; None: with the image
     embeddings as they are.
     ``signal``: what the EEG must look like ({channels, times, subjects}); ``clip``: identity of the
     encoder that made the targets. Both are kept in the checkpoint's header and checked against
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         bank: TargetSpace | None,
         signal: Mapping[str, Any],
         clip: Mapping[str, Any],
-        projector: Projector | None = None,
+        projector: Projector | LayerMixture | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.bank, self.projector = encoder, bank, projector
@@ -99,24 +99,37 @@ class Decoder(nn.Module):
         return [self.encoder, *(self.bank.networks() if self.bank else [])]
 
     @property
-    def layer(self) -> str | None:
-        """What the projector needs of a bank beside the five modalities."""
-        return self.projector.layer if self.projector else None
+    def layers(self) -> tuple[str, ...]:
+        """What the projector needs of a bank, by its names there; nothing without a projector."""
+        return self.projector.layers if self.projector else ()
 
     @property
-    def picture_features(self) -> str:
-        """The features of pictures that EEG embeddings are compared with, by their name."""
-        return self.layer or FINAL_LAYER
+    def picture_features(self) -> tuple[str, ...]:
+        """The features of pictures that EEG embeddings are compared with, by their names."""
+        return self.layers or (FINAL_LAYER,)
 
-    def image_side(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [N, W] of :attr:`picture_features` as EEG embeddings see them: [N, D]."""
-        return features if self.projector is None else self.projector(features)
+    def image_side(
+        self, features: Mapping[str, torch.Tensor], subject: torch.Tensor
+    ) -> torch.Tensor:
+        """Features {name: [N, W]} of :attr:`picture_features` as EEG embeddings see them: [N, D].
+
+        ``subject`` int64 [N]: who saw the pictures; -1 = unknown.
+        """
+        if self.projector is None:
+            return features[FINAL_LAYER]
+        return self.projector.seen_by(features, subject)
 
     @torch.no_grad()
-    def gallery(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What EEG embeddings retrieve, of pictures with ``features`` {name: [N, W]}: [N, D]."""
-        rows = features[self.picture_features]
-        return self.image_side(rows.to(next(self.parameters()).device)).to(rows.device)
+    def gallery(self, features: Mapping[str, torch.Tensor], index: int = -1) -> torch.Tensor:
+        """What EEG embeddings retrieve, of pictures with ``features`` {name: [N, W]}: [N, D].
+
+        ``index``: :meth:`subject_index` of whose EEG it is.
+        """
+        rows = features[FINAL_LAYER]
+        device = next(self.parameters()).device
+        moved = {name: features[name].to(device) for name in self.picture_features}
+        subject = torch.full((len(rows),), index, device=device)
+        return self.image_side(moved, subject).to(rows.device)
 
     @torch.no_grad()
     def standardised(self, embeddings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -167,9 +180,10 @@ class Decoder(nn.Module):
 
     def train_only(self, trainable: str) -> None:
         """Freeze all but the ``subject_layers``, all but the ``encoder``, or nothing (``all``)."""
+        mixing = self.projector.subject_parameters() if self.projector else []
         chosen = {
-            "subject_layers": self.encoder.subject_parameters(),
-            "encoder": list(self.encoder.parameters()),
+            "subject_layers": [*self.encoder.subject_parameters(), *mixing],
+            "encoder": [*self.encoder.parameters(), *mixing],
             "all": list(self.parameters()),
         }[trainable]
         self.requires_grad_(False)
@@ -191,7 +205,7 @@ class Decoder(nn.Module):
         bank = aligners.aligner_from(header["bank"]) if header["bank"] else None
         encoder = _encoder_of(header, path)
         config = header.get("projector")  # headers of older models have none
-        projector = Projector(**config) if config else None
+        projector = projector_from(config) if config else None
         decoder = cls(encoder, bank, header["signal"], header["clip"], projector)
         decoder.recall(header)
         try:

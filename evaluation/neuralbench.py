@@ -69,7 +69,7 @@ def predictions(decoder: Decoder, test: TestEEG, bank: Bank) -> Predictions:
     of_trial = torch.cat(found)
     picture = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
     check_finite("the encoder's output", of_trial, test)
-    gallery = decoder.gallery(bank.rows_for(test.stimuli)).cpu()
+    gallery = decoder.gallery(bank.rows_for(test.stimuli), index).cpu()
     return Predictions(test.subject, of_trial, picture, gallery)
 
 

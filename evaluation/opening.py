@@ -81,7 +81,7 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
     layout = layout_in(asked.data_path, asked.dataset)
     runs = runs_of(asked.model_path, asked.subjects)
     decoders = {name: Decoder.load(run, asked.checkpoint) for name, run in runs.items()}
-    layers = {decoder.layer for decoder in decoders.values()}
+    layers = {layer for decoder in decoders.values() for layer in decoder.layers}
     alone = all(decoder.bank is None for decoder in decoders.values())
     needed = (FINAL_LAYER,) if alone else NAMES
     opened.bank = open_bank(asked.clip_feature_path, "test", layers, needed)

@@ -41,9 +41,11 @@ def protocol_of(opened: Opened, pictures: str) -> dict[str, str]:
     kinds = {model.bank.kind for model in opened.models.values() if model.bank is not None}
     if kinds - {PriorBank.kind}:
         protocol["prior"] = f"here what the model's own aligner predicts: {', '.join(kinds)}"
-    layers = {model.layer for model in opened.models.values()} - {None}
+    layers = sorted({layer for model in opened.models.values() for layer in model.layers})
     if layers:
-        protocol["encoder"] = f"images as CLIP's {', '.join(layers)}, projected by the model"
+        mixed = any(len(model.layers) > 1 for model in opened.models.values())
+        how = ", mixed with each person's weights" if mixed else ""
+        protocol["encoder"] = f"images as {', '.join(layers)}, projected by the model{how}"
     if not opened.groups:
         return protocol
     protocol["pictures"] = f"{pictures}: {PICTURE_PROTOCOL[pictures]}"

@@ -112,7 +112,7 @@ def subject_queries(
         read = controls.controlled_eeg(test, how.control, how.seed)
         encoded = decoder.condition(read, everything)
         check_finite("the encoder's output", encoded, test)
-        gallery = decoder.gallery(true)
+        gallery = decoder.gallery(true, decoder.subject_index(test.subject))
         similarity = metrics.cosine_similarity(encoded, gallery)
         ranks = metrics.effective_rank(encoded), metrics.effective_rank(gallery)
         found.append(Query("encoder -> image", test.subject, similarity, effective_rank=ranks))

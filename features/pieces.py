@@ -15,7 +15,7 @@ from datafiles.feature_bank import write_partition
 from datafiles.pictures import PictureError
 from datafiles.stimuli import Stimulus
 from features.clip import Clip
-from features.views import TEXT, VISUAL, PictureViews, Views
+from features.views import TEXT, PictureViews, Views
 from modalities import NAMES
 from rundirs.directory import RunDirectory
 from rundirs.tensors import load_tensors, save_tensors
@@ -77,11 +77,12 @@ def encode(
         "normalised": False,
         "transform": str(clip.transform),
         "superpixel": superpixel.describe(views.slic_px),
+        "views": list(views.names),
     }
     with Progress(made, total=len(stimuli), desc="encoding", unit="picture") as bar:
         crops = iter(bar)
         for piece in pieces:
-            features = encode_piece(clip, piece, crops, batch_size, layers)
+            features = encode_piece(clip, piece, crops, batch_size, views.names, layers)
             save_tensors(piece.path, features, header)
 
 
@@ -90,18 +91,22 @@ def encode_piece(
     piece: Piece,
     crops: Iterator[torch.Tensor | PictureError],
     batch_size: int,
+    names: Sequence[str],
     layers: Sequence[int],
 ) -> dict[str, torch.Tensor]:
-    """Features {modality: float32 [rows, D]} of a piece; ``crops``: its pictures' are next."""
+    """Features {name: float32 [rows, D]} of a piece; ``crops``: its pictures' are next.
+
+    ``names``: of a picture's crops; ``layers``: see :func:`encode`.
+    """
     if piece.texts:
         encoded = torch.cat([clip.encode_texts(texts) for texts in cut(piece.texts, batch_size)])
         return dict.fromkeys(TEXT, encoded)
     parts = []
     for stimuli in cut(piece.stimuli, batch_size):
-        shown = torch.stack(next_crops(crops, len(stimuli)))  # [b, visual, 3, S, S]
+        shown = torch.stack(next_crops(crops, len(stimuli)))  # [b, views, 3, S, S]
         visual = clip.encode_pictures(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
-        features = {name: visual[:, column] for column, name in enumerate(VISUAL)}
-        parts.append(features | clip.encode_layers(shown[:, VISUAL.index("image")], layers))
+        features = {name: visual[:, column] for column, name in enumerate(names)}
+        parts.append(features | clip.encode_layers(shown[:, names.index("image")], layers))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

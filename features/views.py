@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from datafiles import superpixel
+from datafiles.feature_bank import layer_name
 from datafiles.pictures import PictureError, read_picture
 from datafiles.stimuli import Stimulus
 from modalities import MODALITIES
@@ -26,15 +27,24 @@ TEXT = tuple(modality.name for modality in MODALITIES if modality.source == "tex
 
 @dataclass(frozen=True)
 class Views:
-    """How a picture is shown to CLIP. ``png_folder``: superpixels are also saved there, or None."""
+    """How a picture is shown to CLIP.
+
+    ``blurs_px``: of the image modality, then of the blurred versions kept beside it;
+    ``png_folder``: superpixels are also saved there, or None.
+    """
 
     slic_px: int
-    blur_px: float = 0.0
+    blurs_px: Sequence[float] = (0.0,)
     png_folder: Path | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the crops of a picture are called, in their order."""
+        return (*VISUAL, *(layer_name(f"blur_{px:g}") for px in self.blurs_px[1:]))
 
 
 class PictureViews(torch.utils.data.Dataset):
-    """Crops [visual modalities, 3, S, S] per stimulus, or why it cannot be read."""
+    """Crops [views, 3, S, S] per stimulus, or why it cannot be read."""
 
     def __init__(self, stimuli: Sequence[Stimulus], transform: Any, views: Views) -> None:
         self.stimuli, self.transform, self.views = stimuli, transform, views
@@ -47,10 +57,10 @@ class PictureViews(torch.utils.data.Dataset):
             image = read_picture(self.stimuli[index].path)
         except PictureError as error:  # raised here, it would come with the worker's traceback
             return error
-        versions = picture_versions(image, self.views.slic_px, self.views.blur_px)
+        versions = picture_versions(image, self.views)
         if self.views.png_folder:
             save_superpixels(self.views.png_folder, self.stimuli[index], versions)
-        return torch.stack([self.transform(versions[name]) for name in VISUAL])
+        return torch.stack([self.transform(versions[name]) for name in self.views.names])
 
     def ahead(self, batch_size: int, num_workers: int) -> torch.utils.data.DataLoader:
         """One stimulus after the other; processes are about two batches ahead of the caller.
@@ -74,16 +84,15 @@ def save_superpixels(folder: Path, stimulus: Stimulus, versions: Mapping[str, Im
                 versions[modality.name].save(file, format="PNG")
 
 
-def picture_versions(
-    image: Image.Image, slic_px: int, blur_px: float = 0.0
-) -> dict[str, Image.Image]:
-    """What each visual modality shows CLIP: the picture, or one of its superpixel versions.
+def picture_versions(image: Image.Image, views: Views) -> dict[str, Image.Image]:
+    """What each of ``views.names`` shows CLIP: the picture, blurred or not, or its superpixels.
 
-    ``blur_px``: standard deviation, in the picture's own pixels, of a Gaussian that the picture
-    itself is blurred with, the superpixels are not (the uniform blur prior of UBP, CVPR 2025).
+    A blur's standard deviation is in the picture's own pixels; the superpixels are not blurred (the
+    uniform blur prior of UBP, CVPR 2025; several of them: NeuroBridge).
     """
     from PIL import Image, ImageFilter
 
-    levels = superpixel.superpixels(superpixel.at_slic_size(image, slic_px))
-    seen = image.filter(ImageFilter.GaussianBlur(blur_px)) if blur_px else image
-    return {name: Image.fromarray(levels[name]) if name in levels else seen for name in VISUAL}
+    levels = superpixel.superpixels(superpixel.at_slic_size(image, views.slic_px))
+    seen = [image.filter(ImageFilter.GaussianBlur(px)) if px else image for px in views.blurs_px]
+    shown = {name: Image.fromarray(levels[name]) if name in levels else seen[0] for name in VISUAL}
+    return shown | dict(zip(views.names[len(VISUAL) :], seen[1:], strict=True))

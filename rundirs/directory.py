@@ -14,13 +14,18 @@ from rundirs.files import read_json, write_json
 from util import LOG, DataError, UserError, claim_log, release_log, start_log
 
 
+def _alone(value: Any) -> Any:
+    """What a list of one holds: as flags were recorded before they took several values."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 def _changes(
     kind: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]
 ) -> list[str]:
     return [
         f"{kind}{name}: {before.get(name)!r} then, {now.get(name)!r} now"
         for name in names
-        if now.get(name) != before.get(name)
+        if _alone(now.get(name)) != _alone(before.get(name))
     ]
 
 

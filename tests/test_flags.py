@@ -124,6 +124,7 @@ def test_no_flag_is_idle(name: str, chain: Chain, tmp_path: Path) -> None:
     ("flag", "value"),
     [("check", "full"), ("subjects", "sub-09"), ("dataset", "ubp"), ("captions", NOWHERE),
      ("export", "ubp"), ("output_path", NOWHERE), ("import_features", NOWHERE),
+     ("join_features", NOWHERE),
      ("blocks", NOWHERE), ("split", "random"), ("seed", "3"), ("fetch", "sdxl"),
      ("clip_feature_path", NOWHERE), ("data_path", NOWHERE)],
 )  # fmt: skip
@@ -144,4 +145,5 @@ def test_every_stage_is_walked() -> None:
     assert given == {
         "check", "subjects", "dataset", "captions", "clip_feature_path", "data_path", "export",
         "output_path", "import_features", "blocks", "split", "allow_block_leak", "seed", "fetch",
+        "join_features",
     }  # fmt: skip

@@ -104,10 +104,11 @@ def curve_rows(
     eeg, _ = data.validation()
     rows = []
     for minutes, decoder in sorted(models.items()):
-        gallery = decoder.gallery(targets).cpu()
         for subject, own in zip(subjects, eeg.split(len(data.val_rows)), strict=True):
-            index = torch.full((len(own),), decoder.subject_index(subject))
-            similarity = metrics.cosine_similarity(decoder.embed(own, index), gallery)
+            index = decoder.subject_index(subject)
+            gallery = decoder.gallery(targets, index).cpu()
+            embedded = decoder.embed(own, torch.full((len(own),), index))
+            similarity = metrics.cosine_similarity(embedded, gallery)
             rows.append({"minutes": minutes, "subject": subject, **_scores(similarity, data.seed)})
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +22,16 @@ def new_decoder(
     alignment: Alignment,
     donor: Decoder | None,
     encoder_name: str = ATMS.__name__,
-    layer: str | None = None,
+    layers: Sequence[str] = (),
 ) -> Decoder:
     """A fresh decoder, its aligner standardised on the training rows.
 
-    ``donor``: a model of ATMS_retrieval.py whose encoder, and projector of CLIP's ``layer``, it
+    ``donor``: a model of ATMS_retrieval.py whose encoder, and projector of ``layers``, it
     starts from. Raises UserError.
     """
     encoder = new_encoder(data, seed, encoder_name)
-    projector = new_projector(layer, data.targets, data.train_rows, seed)
+    people = encoder.n_subjects
+    projector = new_projector(layers, data.targets, data.train_rows, people, seed)
     width = data.targets["image"].shape[1]
     bank = new_aligner(width, encoder.embed_dim, alignment, seed)
     bank.fit_targets({name: features[data.train_rows] for name, features in data.targets.items()})
@@ -77,7 +79,7 @@ def all_concepts(data: TrainingData, donor: Decoder | None) -> dict[str, list[st
 def start_from(donor: Decoder, decoder: Decoder) -> None:
     """Take over a pre-trained encoder and projector. Raises UserError unless all of them fit."""
     found, needed = (
-        [one.encoder.name, one.encoder.config, one.layer, one.signal] for one in (donor, decoder)
+        [one.encoder.name, one.encoder.config, one.layers, one.signal] for one in (donor, decoder)
     )
     if found != needed:
         raise util.UserError(
@@ -97,7 +99,7 @@ def _start(one: Decoder) -> str:
     how = "as they are" if one.projector is None else "projected"
     return (
         f"{one.encoder.name} for {one.encoder.config} of {one.signal['subjects']}, compared with "
-        f"{one.picture_features} features {how}"
+        f"{', '.join(one.picture_features)} features {how}"
     )
 
 
@@ -149,6 +151,8 @@ def adapted(
     data = scaled_as(decoder, data, run)
     check_clip(data.clip, features, decoder.clip, run)
     decoder.encoder.add_subjects(len(new))
+    if decoder.projector is not None:
+        decoder.projector.add_subjects(len(new))
     decoder.signal["subjects"] = [*known, *new]
     decoder.train_only(trainable)
     return replace(data, signal=dict(decoder.signal), first_subject=len(known)), decoder

@@ -21,7 +21,7 @@ from datafiles.feature_bank import open_bank
 from datafiles.stimuli import list_stimuli
 from decoder.aligners import Alignment
 from decoder.decoder import Decoder, new_encoder
-from decoder.projector import new_projector
+from decoder.projector import LayerMixture, Projector, new_projector, projector_from
 from features.clip import Clip, check_layers, load_clip
 from loss import Contrast
 from metrics import cosine_similarity
@@ -107,11 +107,11 @@ def test_the_projection_is_trained_and_the_priors_keep_the_final_layer(
     features: Chain, projected: Path
 ):
     data = dataset.open_training(
-        dataset.DataChoice(features.data, features.features, "random", 0.2, 0), LAYER
+        dataset.DataChoice(features.data, features.features, "random", 0.2, 0), [LAYER]
     )
     decoder = Decoder.load(projected, "best")
-    fresh = new_projector(LAYER, data.targets, data.train_rows, 0)
-    assert decoder.layer == LAYER and torch.equal(decoder.projector.mean, fresh.mean)
+    fresh = new_projector([LAYER], data.targets, data.train_rows, 2, 0)
+    assert decoder.layers == (LAYER,) and torch.equal(decoder.projector.mean, fresh.mean)
     assert not torch.equal(decoder.projector.linear.weight, fresh.linear.weight)
     for name in NAMES:
         mean = data.targets[name][data.train_rows].mean(0)
@@ -121,10 +121,10 @@ def test_the_projection_is_trained_and_the_priors_keep_the_final_layer(
 def test_the_contrast_sees_the_layer_and_nothing_else_of_the_picture(features: Chain):
     """Gradients of the contrast: another layer's features change it, other image targets do not."""
     data = dataset.open_training(
-        dataset.DataChoice(features.data, features.features, "random", 0.2, 0), LAYER
+        dataset.DataChoice(features.data, features.features, "random", 0.2, 0), [LAYER]
     )
     encoder = new_encoder(data, 0)
-    projector = new_projector(LAYER, data.targets, data.train_rows, 0)
+    projector = new_projector([LAYER], data.targets, data.train_rows, 2, 0)
     decoder = Decoder(encoder, None, data.signal, data.clip, projector).eval()
     objective = ATMS_retrieval.ContrastiveObjective(decoder, data, Contrast(text_contrast=0.0))
     batch = next(data.batches(0, 8))
@@ -172,15 +172,88 @@ def test_pre_training_hands_its_projection_on(features: Chain, tmp_path: Path, c
     assert ATMS_retrieval.main(words) == 0
     donor = Decoder.load(encoder, "best")
     data = dataset.open_training(
-        dataset.DataChoice(features.data, features.features, "random", 0.2, 0), LAYER
+        dataset.DataChoice(features.data, features.features, "random", 0.2, 0), [LAYER]
     )
     decoder = new_decoder(
         data, 1, Alignment("none", False, 0.1, "velocity", None), donor,
-        layer=LAYER,
+        layers=[LAYER],
     )  # fmt: skip
     assert torch.equal(decoder.projector.linear.weight, donor.projector.linear.weight)
     assert train.main(features.train_flags(tmp_path / "other", "--init_from", encoder)) == 2
     assert "--contrast_layer" in capsys.readouterr().err
+
+
+# --- mixtures -----------------------------------------------------------------------------------
+
+
+def a_mixture(people: int = 2) -> tuple[LayerMixture, dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    features = {name: torch.randn(5, width, generator=draw) for name, width in WIDTHS.items()}
+    return new_projector([*WIDTHS], features, torch.arange(5), people, 0), features
+
+
+WIDTHS = {"image": 4, LAYER: 6, "image_dinov2": 3}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", range(3))
+def test_all_weight_on_one_layer_is_that_layer_alone_to_the_bit(place: int):
+    mixture, features = a_mixture()
+    layer = [*WIDTHS][place]
+    alone = new_projector([layer], features, torch.arange(5), 2, 0)
+    mixture.logits.copy_(torch.full((2, 3), -torch.inf).index_fill(1, torch.tensor(place), 0.0))
+    for person in (0, 1, -1):
+        assert torch.equal(
+            mixture.seen_by(features, torch.full((5,), person)), alone(features[layer])
+        )
+
+
+@torch.no_grad()
+def test_each_person_has_weights_of_their_own_and_a_stranger_the_mean():
+    mixture, features = a_mixture()
+    mixture.logits.copy_(torch.randn(2, 3))
+    own = mixture.logits.softmax(dim=1)
+    parts = [one(features[name]) for name, one in zip(WIDTHS, mixture.projectors, strict=True)]
+    subject = torch.tensor([0, 1, -1, 1, 0])
+    weights = torch.stack([own[0], own[1], own.mean(0), own[1], own[0]])
+    expected = sum(weights[:, [i]] * part for i, part in enumerate(parts))
+    torch.testing.assert_close(mixture.seen_by(features, subject), expected)
+    before = mixture.seen_by(features, torch.full((5,), -1))
+    mixture.add_subjects(1)
+    torch.testing.assert_close(mixture.seen_by(features, torch.full((5,), 2)), before)
+    torch.testing.assert_close(mixture.seen_by(features, subject), expected)
+
+
+def test_a_mixture_is_trained_kept_and_retrieved_with_each_person_s_weights(
+    features: Chain, tmp_path: Path
+):
+    run = tmp_path / "model"
+    words = ("--contrast_layer", 2, "final", "--noise_draws", 1, "--epochs", 1)
+    assert train.main(features.train_flags(run, *words)) == 0
+    decoder = Decoder.load(run, "best")
+    assert decoder.layers == (LAYER, "image") and (decoder.projector.logits != 0).all()
+    flags = features.evaluate_flags(tmp_path / "scores", "--model_path", run)
+    assert evaluate.main(flags) == 0
+    results = read_json(tmp_path / "scores" / "results.json")
+    assert f"image, {LAYER}" in results["protocol"]["encoder"]
+    assert "person" in results["protocol"]["encoder"]
+    tensors, _ = load_tensors(features.features / "test.safetensors")
+    with torch.no_grad():  # so far apart that the other person's gallery ranks otherwise
+        decoder.projector.logits.copy_(torch.tensor([[9.0, -9.0], [-9.0, 9.0]]))
+    galleries = [decoder.gallery(tensors, decoder.subject_index(f"sub-0{n}")) for n in (1, 2)]
+    for gallery, one in zip(galleries, decoder.projector.projectors, strict=True):
+        with torch.no_grad():
+            alone = one(tensors[one.layer])
+        torch.testing.assert_close(gallery, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_new_people_begin_with_everybody_s_mixture():
+    mixture, _ = a_mixture(people=1)
+    rebuilt = projector_from(mixture.config)
+    rebuilt.load_state_dict(mixture.state_dict())
+    rebuilt.add_subjects(2)
+    assert rebuilt.config["n_subjects"] == 3 and rebuilt.subject_parameters()[0].shape == (3, 3)
+    assert isinstance(projector_from(Projector("image", 4, 4).config), Projector)
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -196,7 +269,8 @@ def test_a_bank_without_the_layer_says_how_to_get_it(features: Chain, tmp_path: 
     ("words", "named"),
     [
         (("--contrast_layer", "2", "--target_mse", "0.1"), "--target_mse"),
-        (("--contrast_layer", "middle"), "--contrast_layer"),
+        (("--contrast_layer", "0"), "--contrast_layer"),
+        (("--contrast_layer", "2", "2"), "--contrast_layer 2 2: one of them twice"),
         (("--adapt_from", "RUN", "--subjects", "sub-03", "--aligner", "mlp"), "--aligner"),
         (("--adapt_from", "RUN", "--subjects", "sub-03", "--contrast_layer", "2"), "--contrast"),
     ],
@@ -206,7 +280,13 @@ def test_flags_that_contradict_each_other(features: Chain, tmp_path: Path, capsy
     assert named in capsys.readouterr().err
 
 
+def test_a_name_that_the_bank_does_not_know_is_refused(features: Chain, tmp_path: Path, capsys):
+    assert train.main(features.train_flags(tmp_path / "run", "--contrast_layer", "dinov2")) == 1
+    error = capsys.readouterr().err
+    assert "image_dinov2" in error and "--join_features" in error
+
+
 def test_features_that_do_not_vary_are_refused():
     targets = {"image": torch.randn(4, 3), LAYER: torch.ones(4, 5)}
     with pytest.raises(ValueError, match=LAYER):
-        new_projector(LAYER, targets, torch.arange(4), 0)
+        new_projector([LAYER], targets, torch.arange(4), 1, 0)

@@ -152,9 +152,23 @@ def test_target_blur_is_of_the_image_alone_and_marks_the_bank(world, bank, clip,
             check_clip(found.clip, found.path, trained_on.clip, tmp_path / "model")
 
 
+def test_several_blurs_are_kept_beside_the_image(world, bank, clip, tmp_path):
+    assert _run(world, tmp_path / "several", "--target_blur", 0, 3, 1.5) == 0
+    sharp, several = _tensors(bank, "test"), _tensors(tmp_path / "several", "test")
+    assert {*several} - {*sharp} == {"image_blur_3", "image_blur_1.5"}
+    assert all(torch.equal(sharp[name], several[name]) for name in sharp)
+    for px in (3, 1.5):
+        pictures = [
+            _read(world, key).filter(ImageFilter.GaussianBlur(px)) for key in _keys(TEST, "test")
+        ]
+        found = several[f"image_blur_{px:g}"]
+        torch.testing.assert_close(found, _encoded(clip, pictures), rtol=1e-4, atol=1e-4)
+    assert open_bank(tmp_path / "several", "test").clip == open_bank(bank, "test").clip
+
+
 def test_another_blur_in_the_same_folder_is_refused(world, bank, capsys):
     assert _run(world, bank, "--target_blur", 3) == 2
-    assert "--target_blur: 0.0 then, 3.0 now" in capsys.readouterr().err
+    assert "--target_blur: [0.0] then, [3.0] now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("modality", [m for m in MODALITIES if m.slic], ids=lambda m: m.name)
