@@ -7,6 +7,7 @@ the published code's traps mended; ``reference=True`` keeps them for public chec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import args
 
@@ -21,6 +22,7 @@ from datafiles.feature_bank import FINAL_LAYER, RETRIEVAL_NAMES, layer_names
 from dataset import Batch, DataChoice, TrainingData, open_training
 from decoder.atms import ATMS as ATMS  # where users of the public code look for it
 from decoder.decoder import Decoder, check_encoder, model_file, new_encoder
+from decoder.foundation import EncoderChoice, encoder_hash
 from decoder.projector import new_projector
 from loss import Contrast
 from rundirs.closing import call, tell_end
@@ -61,7 +63,7 @@ class ContrastiveObjective:
 def main(argv: Sequence[str] | None = None) -> int:
     """Contrastive pre-training of the encoder alone, scored on held-out training concepts."""
     options = args.resolve("retrieval", argv)
-    check_encoder(options.values.encoder)
+    check_encoder(options.settings(EncoderChoice))
     processes = Processes.join(options.values.device)
     for fold in folds(options.settings(Fold)):
         pretrain(options.changed(fold), processes)
@@ -73,8 +75,10 @@ def pretrain(options: Options, processes: Processes) -> None:
     values = options.values
     layers = layer_names(values.contrast_layer)
     needed = RETRIEVAL_NAMES if values.text_contrast else (FINAL_LAYER,)
+    choice = options.settings(EncoderChoice)
     data = open_training(options.settings(DataChoice), layers, needed=needed).aligned()
-    encoder = new_encoder(data, values.seed, values.encoder)
+    data = replace(data, hashes=data.hashes | encoder_hash(choice))
+    encoder = new_encoder(data, values.seed, choice)
     people = encoder.n_subjects
     projector = new_projector(layers, data.targets, data.train_rows, people, values.seed)
     decoder = Decoder(encoder, None, data.signal, data.clip, projector)

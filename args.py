@@ -139,9 +139,16 @@ def _training_data(group: FlagGroup) -> None:
 
 
 def _encoder(parser: Parser) -> None:
-    parser.flags("EEG encoder").add("--encoder", default=ENCODERS[0], metavar="NAME",
+    group = parser.flags("EEG encoder")
+    group.add("--encoder", default=ENCODERS[0], metavar="NAME",
         help=f"{', '.join(ENCODERS)}, or the class name of a model of braindecode, e.g. "
-        "ShallowFBCSPNet, where that is installed")
+        "ShallowFBCSPNet, where that is installed; several side by side: ATMS+NICE")
+    group.add("--encoder_weights", type=Path, metavar="DIR", per_call=True,
+        help="pre-trained weights of a class of braindecode, e.g. Labram or REVE, as its "
+        "save_pretrained writes them (config.json, model.safetensors); docs/training.md")
+    group.choose("--encoder_training", choices=("full", "lora", "frozen"), default="full",
+        help="what is learned of --encoder_weights: all, low-rank changes (peft), or nothing; what "
+        "makes an embedding of it always is")
 
 
 def _masks(parser: Parser) -> None:

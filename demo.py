@@ -30,7 +30,6 @@ SUBJECT = "sub-01"
 AVERAGED = (1, 2, 5, 10, 20)  # of the world's 20 test repetitions
 PRIOR_STEPS = 10  # half of the default, for time
 PRIOR_DRAWS = 32  # four times the default: miniature priors are quick
-TRAINING_REPETITIONS = 2  # with as many trials, more pictures teach more
 TIME_WINDOW_S = (0.0, 0.6)  # after it, the simulated brain is silent
 # the 17 posterior channels of the published 100 Hz files: a linear classifier reads as much of the
 # picture from them as from all 63 simulated ones, and the encoder's work is a quarter
@@ -54,6 +53,9 @@ class Scale:
     epochs: int
     drawn: int  # stimuli
     seconds: tuple[int, ...]  # of each step, measured on two free cores
+    training_repetitions: int = 2  # with as many trials, more pictures teach more
+    test_repetitions: int | None = None  # the world's own, as of the signal-to-noise ratio
+    snr: float | None = None
 
 
 FULL = Scale(2, 500, 2, 200, 30, 12, (20, 45, 130, 20, 10, 8, 65, 7))
@@ -76,7 +78,9 @@ def commands(
         training_concepts=scale.training_concepts,
         images_per_concept=scale.images_per_concept,
         test_concepts=scale.test_concepts,
-        training_repetitions=TRAINING_REPETITIONS,
+        training_repetitions=scale.training_repetitions,
+        test_repetitions=scale.test_repetitions,
+        snr=scale.snr,
         test_split=split,
         seed=seed,
     )

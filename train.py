@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import args
@@ -21,6 +22,7 @@ from dataset import Batch, DataChoice, TrainingData, open_training
 from decoder import aligners, fusion, low_level
 from decoder.aligners import Alignment
 from decoder.decoder import Decoder, check_encoder, model_file
+from decoder.foundation import EncoderChoice, encoder_hash
 from loss import Contrast, prior_total
 from modalities import NAMES
 from rundirs.closing import call, tell_end
@@ -186,7 +188,7 @@ def curve_of(options: Options) -> list[str]:
 def train_one(options: Options, processes: Processes) -> None:
     """One model."""
     values = options.values
-    check_encoder(values.encoder)
+    check_encoder(choice := options.settings(EncoderChoice))
     start = values.adapt_from or values.init_from
     donor = donor_of(start, whole=start == values.adapt_from) if start else None
     adapting = donor if values.adapt_from else None
@@ -206,8 +208,8 @@ def train_one(options: Options, processes: Processes) -> None:
             values.prior_loss,
             values.aligner_skip == "on",
         )
-        decoder = new_decoder(data, values.seed, alignment, donor, values.encoder, layers)
-    data = data.aligned()
+        decoder = new_decoder(data, values.seed, alignment, donor, choice, layers)
+    data = replace(data.aligned(), hashes=data.hashes | encoder_hash(choice))
     decoder.know_alignment(data)
     if donor:
         data = with_donor(data, "adapt_from" if adapting else "init_from", start, donor)

@@ -3,6 +3,7 @@
     python benchmarks/alignment.py --output_path OUT --json alignment.json       # everything
     python benchmarks/alignment.py --output_path OUT --variants aligner_ restore # some of it
     python benchmarks/alignment.py --output_path OUT --encoders EEGProject NICE  # encoders, too
+    python benchmarks/alignment.py --output_path OUT --difficulty things-eeg2    # as hard as that
 
 The EEG is SIMULATED. Scores are of validation concepts, which are neither trained on nor tested
 on: choose settings by them. Trainings and scores in OUT are found again by a later call.
@@ -39,6 +40,13 @@ from rundirs.files import file_hash, read_json, write_json
 from unet import Sampling
 
 LAYERS = (2, 3, 4, 5)  # of the miniature CLIP: the stages of its ResNet
+BLURS_PX = (0, 4, 8)  # of pictures of 256 px
+BLURRED = "clip_features_blurred"  # a bank of these, beside the plain one
+PLAIN = "clip_features"
+# one person with the repetitions of THINGS-EEG2 and an eighth of its pictures, at the SNR where
+# ATMS retrieves of validation concepts about what is published of the test set (27 % and 58 %)
+HARD = demo.Scale(1, 1000, 2, 200, 30, 0, (), 4, 80, 0.031)
+DIFFICULTY = {"demo": demo.FULL, "quick": demo.QUICK, "things-eeg2": HARD}
 BASE = "as_is"  # the demo's own settings, which all others are compared with
 GUIDANCE = args.STAGES["generate"]().actions()["prior_guidance"].default
 
@@ -49,7 +57,14 @@ class Variant:
 
     train: Mapping[str, object] = field(default_factory=dict)
     guidance: float = GUIDANCE
+    bank: str = PLAIN
     restore_variance: bool = False
+
+    def training(self) -> str:
+        """What its training is called; variants that differ in prediction only share it."""
+        words = [f"{flag}_{value}" for flag, value in self.train.items()]
+        words += [self.bank] if self.bank != PLAIN else []
+        return "".join("-".join(words or [BASE]).replace(", ", "_").split("'"))
 
     @property
     def sampling(self) -> Sampling:
@@ -75,15 +90,23 @@ VARIANTS: Mapping[str, Variant] = {
     ),
     "contrast_off": Variant({"contrast_weight": 0.0}),
     **{f"layer_{layer}": Variant({"contrast_layer": layer}) for layer in (*LAYERS, FINAL)},
+    "layers_mixed": Variant({"contrast_layer": (*LAYERS[1:], FINAL)}),
+    "blurs": Variant(bank=BLURRED),
+    "schedule_cosine": Variant({"schedule": "cosine"}),
+    **{f"ema_{decay}": Variant({"ema_decay": decay}) for decay in (0.0, 0.9, 0.999)},
+    **{f"rate_{rate}": Variant({"learning_rate": rate}) for rate in (3e-4, 3e-3)},
+    "masked": Variant({"mask_channel": 0.1, "mask_time": 0.1}),
+    "weight_decay_0.1": Variant({"weight_decay": 0.1}),
     **{f"target_mse_{weight}": Variant({"target_mse": weight}) for weight in (0.1, 1.0)},
 }
-TOP1 = ("top1_image", "top1_encoder")  # whose chance is 1 / gallery; cosines' is 0
-SCORES = (*TOP1, *(f"cosine_{name}" for name in NAMES), "variance")
+TOP1 = ("top1_image", "top1_encoder")
+CHANCES = {"top1_image": 1, "top1_encoder": 1, "top5_encoder": 5}  # over the gallery; cosines': 0
+SCORES = (*TOP1, "top5_encoder", *(f"cosine_{name}" for name in NAMES), "variance")
 MEANING = (
     "top1_image: retrieval of the predicted image embedding among all validation pictures, by the "
     "cosine of standardised embeddings; "
-    "top1_encoder: of the EEG embedding; cosine: of standardised prediction and truth; variance: "
-    "of standardised predictions, 1 = as training targets"
+    "top1_encoder, top5_encoder: of the EEG embedding; cosine: of standardised prediction and "
+    "truth; variance: of standardised predictions, 1 = as training targets"
 )
 
 
@@ -100,7 +123,9 @@ def scores_of(
     asked = ([of["image"] for of in standard], (encoded, seen))
     for name, pair in zip(TOP1, asked, strict=True):
         similarity = metrics.cosine_similarity(*pair)
-        found[name] = metrics.top_k_probability(*metrics.ranks(similarity, truth), 1)
+        ranks = metrics.ranks(similarity, truth)
+        found[name] = metrics.top_k_probability(*ranks, 1)
+    found["top5_encoder"] = metrics.top_k_probability(*ranks, 5)  # the encoder's come last
     deviations = []
     for name in NAMES:
         made, true = (of[name] for of in standard)
@@ -112,12 +137,12 @@ def scores_of(
 
 def score_run(out: Path, run: Path, variant: Variant, file: Path, seed: int) -> dict[str, Any]:
     """{"eeg" or "shuffled_eeg": {score: [N]}}, means over subjects; read from ``file`` if there."""
-    key = {"model": file_hash(model_file(run, "best")), "seed": seed}
+    key = {"model": file_hash(model_file(run, "best")), "seed": seed, "scores": [*SCORES]}
     key |= asdict(variant.sampling)
     if file.exists() and (record := read_json(file))["key"] == key:
         return record["scores"]
     decoder, data = Decoder.load(run, "best"), out / "world" / "data"
-    bank = open_bank(out / "clip_features", "test", decoder.layers)
+    bank = open_bank(out / PLAIN, "test", decoder.layers)
     tests = [
         open_test(eeg_file(data, name, "test"), name, data, None, decoder.reading(name))
         for name in list_subjects(data, None)
@@ -166,7 +191,7 @@ def rows_of(found: Mapping[str, Sequence[Mapping[str, Any]]], seed: int) -> dict
         f"{name}/{score}": row(
             of(name, "eeg", score), of(name, "shuffled_eeg", score), of(BASE, "eeg", score), seed
         )
-        | {"chance": 1 / of(name, "eeg", score).shape[1] if score in TOP1 else 0.0}
+        | {"chance": CHANCES.get(score, 0) / of(name, "eeg", score).shape[1]}
         for name in found
         for score in SCORES
     }
@@ -212,17 +237,19 @@ def run_all(
     Variants that differ in prediction only share their trainings.
     """
     world, (what, features) = demo.commands(out, seeds[0], scale, "validation")[:2]
-    features = [*features, *flags(image_layers=LAYERS)]
-    if code := demo.run([world, (what, features)]):
+    banks = [(what, [*features, *flags(image_layers=LAYERS)])]
+    if any(variant.bank == BLURRED for variant in variants.values()):
+        banks.append((what, [*features, *flags(output_path=out / BLURRED, target_blur=BLURS_PX)]))
+    if code := demo.run([world, *banks]):
         raise SystemExit(code)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     jobs = [(seed, name) for seed in seeds for name in variants]
     for seed, name in tqdm(jobs, desc="variants x seeds", unit="run"):
         variant = variants[name]
-        words = [f"{flag}_{value}" for flag, value in variant.train.items()] or [BASE]
-        run = f"alignment/{'-'.join(words)}-seed{seed}"
+        run = f"alignment/{variant.training()}-seed{seed}"
+        asked = {**variant.train, "clip_feature_path": out / variant.bank}
         if not (out / run / "DONE").exists() and (
-            code := demo.run([demo.training(out, seed, scale, run, **variant.train)])
+            code := demo.run([demo.training(out, seed, scale, run, **asked)])
         ):
             raise SystemExit(code)
         file = out / "alignment" / "scores" / f"{name}-seed{seed}.json"
@@ -241,8 +268,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, metavar="N",
         help="trainings of each, from --seed on (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--quick", action="store_true",
-        help="the demo's small world, to see that it works")  # fmt: skip
+    parser.add_argument("--difficulty", choices=tuple(DIFFICULTY), default="demo",
+        help="the demo's world, its quick one, or one person at the SNR where ATMS retrieves what "
+        "is published of it on THINGS-EEG2 (default: %(default)s)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -250,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse(argv)
     out, seeds = demo.seen_from_here(given.output_path), range(given.seed, given.seed + given.seeds)
     variants = chosen_variants(given.variants, given.encoders)
-    found = run_all(out, variants, seeds, demo.QUICK if given.quick else demo.FULL)
+    found = run_all(out, variants, seeds, DIFFICULTY[given.difficulty])
     rows = rows_of(found, given.seed)
     some = rows[f"{BASE}/{TOP1[0]}"]
     print(

@@ -38,6 +38,7 @@ from datafiles.eeg_files import eeg_file
 from datafiles.feature_bank import open_bank
 from datafiles.stimuli import IMAGE_FOLDER, list_stimuli
 from decoder.decoder import Decoder, check_encoder, new_encoder
+from decoder.foundation import EncoderChoice
 from loss import Contrast
 from modalities import ENCODERS, NAMES
 from rundirs.environment import environment
@@ -208,7 +209,7 @@ def trained(
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     options = args.resolve("retrieval", words)  # whatever is not named: its default
     data = dataset.open_training(options.settings(dataset.DataChoice))
-    decoder = Decoder(new_encoder(data, seed, name), None, data.signal, data.clip)
+    decoder = Decoder(new_encoder(data, seed, EncoderChoice(name)), None, data.signal, data.clip)
     objective = PeopleObjective(decoder, data, options.settings(Contrast), inner)
     run = loop.train(options, decoder, objective, data, Processes.join("cpu"))
     return Decoder.load(run.path, "best")
@@ -320,7 +321,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     for name in given.encoders:
-        check_encoder(name)
+        check_encoder(EncoderChoice(name))
     util.LOG.setLevel("WARNING")  # 30 trainings would fill the screen
     erps = read_erps(given.data)
     people, categories, channels, samples = erps.eeg.shape

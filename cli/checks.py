@@ -9,8 +9,8 @@ from cli.parser import Parser
 from modalities import AUTO, WITHOUT_EEG
 
 OF_THE_MODEL = (  # flags of train.py that a trained model has an answer to already
-    "encoder", "aligner", "contrast_layer", "prior_predicts", "prior_loss", "condition_dropout",
-    "loss_weights", "aligner_skip",
+    "encoder", "encoder_weights", "encoder_training", "aligner", "contrast_layer",
+    "prior_predicts", "prior_loss", "condition_dropout", "loss_weights", "aligner_skip",
 )  # fmt: skip
 
 
@@ -77,6 +77,8 @@ def _given(parser: Parser, values: argparse.Namespace, flags: Sequence[str]) -> 
 
 
 def _validate_fitting(parser: Parser, values: argparse.Namespace) -> None:
+    if not values.encoder_weights:
+        _refuse_idle(parser, values, ("encoder_training",), "without --encoder_weights")
     if values.contrast_layer and values.target_mse:
         parser.error("--target_mse needs the image embeddings as they are: not --contrast_layer")
     if not values.mask_time + values.mask_patch:

@@ -16,6 +16,8 @@ from dataset import TestEEG, TrainingData
 from decoder import aligners
 from decoder.atms import ATMS
 from decoder.encoders import NICE, Braindecode, EEGProject, Encoder, UnknownEncoder, check_name
+from decoder.ensemble import TOGETHER, Ensemble
+from decoder.foundation import ATMS_ALONE, EncoderChoice, Foundation, SavedEncoder, read_pretrained
 from decoder.projector import LayerMixture, Projector, projector_from
 from modalities import NAMES
 from rundirs.checkpoints import MODEL, checkpoint_folder
@@ -28,10 +30,18 @@ OWN: Mapping[str, type[Encoder]] = {kind.__name__: kind for kind in (ATMS, EEGPr
 def make_encoder(name: str, config: Mapping[str, Any]) -> Encoder:
     """The encoder ``name`` of ``--encoder``. ``config``: of an encoder, or just the four sizes.
 
-    Raises UnknownEncoder, and ValueError for a signal that it cannot take.
+    Several names (``ATMS+NICE``) are an ensemble. Raises UnknownEncoder, and ValueError for a
+    signal that it cannot take.
     """
+    if "members" in config:
+        return Ensemble.built(config, make_encoder)
+    if TOGETHER in name:
+        return Ensemble([make_encoder(one, config) for one in name.split(TOGETHER)])
     if name in OWN:
         return OWN[name].from_config(config)
+    if "pretrained" in config:
+        return Foundation.from_config({**config, "model": name})
+    check_name(name)
     return Braindecode.from_config({**config, "model": name})
 
 
@@ -71,6 +81,7 @@ class Decoder(nn.Module):
         self.held_out: list[list[float]] | None = None
         # names, of this run and those that it went on from: {"trained", "held_out"}
         self.concepts: dict[str, list[str]] | None = None
+        self.adapted = "all"
 
     def header(self) -> dict[str, Any]:
         return {
@@ -186,9 +197,11 @@ class Decoder(nn.Module):
             "encoder": [*self.encoder.parameters(), *mixing],
             "all": list(self.parameters()),
         }[trainable]
+        self.adapted = trainable
+        learnt = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
         self.requires_grad_(False)
         for parameter in chosen:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(id(parameter) in learnt)  # what was frozen stays so
 
     @classmethod
     def load(cls, run: Path, checkpoint: str) -> Decoder:
@@ -260,7 +273,6 @@ def _encoder_of(header: Mapping[str, Any], path: Path) -> Encoder:
     """The encoder that a checkpoint's header describes. Raises DataError."""
     name = header.get("encoder_name", ATMS.__name__)  # headers had no name when there was but one
     try:
-        check_name(name)
         return make_encoder(name, header["encoder"])
     except UnknownEncoder as unknown:
         raise util.DataError(path, f"encoder {name}", unknown.expected, unknown.cure) from None
@@ -273,26 +285,46 @@ def _encoder_of(header: Mapping[str, Any], path: Path) -> Encoder:
         ) from None
 
 
-def check_encoder(name: str) -> None:
+def check_encoder(choice: EncoderChoice) -> None:
     """For the first second of a run. Raises UserError for a name that nothing here answers to."""
+    names = choice.encoder.split(TOGETHER)
+    others = [name for name in names if name not in OWN]
+    weighed = choice.encoder_weights is not None
+    if weighed and len(others) != 1:
+        raise util.UserError(
+            f"--encoder {choice.encoder}", f"with {choice.encoder_weights}",
+            "the class of braindecode that the weights are of", "e.g. --encoder Labram",
+        )  # fmt: skip
+    if len(set(names)) < len(names):
+        raise util.UserError("--encoder", choice.encoder, "each of them once", "leave one out")
     try:
-        check_name(name)
+        for name in names:
+            check_name(name, known_by_weights=weighed)
     except UnknownEncoder as unknown:
-        raise util.UserError("--encoder", name, unknown.expected, unknown.cure) from None
+        raise util.UserError("--encoder", choice.encoder, unknown.expected, unknown.cure) from None
 
 
-def new_encoder(data: TrainingData, seed: int, name: str = ATMS.__name__) -> Encoder:
-    """A freshly initialised encoder for this signal, seeded. UserError if it cannot take it."""
+def new_encoder(data: TrainingData, seed: int, choice: EncoderChoice = ATMS_ALONE) -> Encoder:
+    """A freshly initialised encoder for this signal, seeded, or with its pre-trained weights.
+
+    Raises UserError if it cannot take the signal.
+    """
+    times = data.signal["times"]
     sizes = {
         "n_channels": len(data.signal["channels"]),
-        "n_times": len(data.signal["times"]),
+        "n_times": len(times),
         "n_subjects": len(data.signal["subjects"]),
         "embed_dim": data.targets["image"].shape[1],
     }
+    saved = read_pretrained(choice)
+    more = {} if saved is None else {
+        "pretrained": saved.config, "learnt": saved.learnt,
+        "channels": data.signal["channels"], "rate_hz": 1 / (times[1] - times[0]),
+    }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(util.seed_for(seed, "encoder"))
         try:
-            return make_encoder(name, sizes)
+            return _built(choice.encoder, sizes, more, saved)
         except ValueError as error:
             raise util.UserError(
                 "--encoder",
@@ -300,3 +332,16 @@ def new_encoder(data: TrainingData, seed: int, name: str = ATMS.__name__) -> Enc
                 "an encoder for this signal",
                 "choose another one, or another --time_window or --channels",
             ) from None
+
+
+def _built(
+    name: str, sizes: Mapping[str, Any], more: Mapping[str, Any], saved: SavedEncoder | None
+) -> Encoder:
+    """``more``: what a pre-trained model needs beside the sizes; ``saved``: it and its weights."""
+    if TOGETHER in name:
+        return Ensemble([_built(one, sizes, more, saved) for one in name.split(TOGETHER)])
+    if name in OWN or saved is None:
+        return make_encoder(name, sizes)
+    encoder = Foundation.from_config({**sizes, **more, "model": name})
+    encoder.load_pretrained(saved.weights)
+    return encoder

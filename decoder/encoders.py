@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -295,7 +295,7 @@ SIGNAL_SIZES = {"n_chans", "n_times", "n_outputs"}
 
 def _is_built_from_sizes(kind: object) -> bool:
     """Whether ``kind`` is a network class that takes the three sizes and needs nothing else."""
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    if not _is_network(kind):
         return False
     parameters = inspect.signature(kind).parameters.values()
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -306,10 +306,24 @@ def _is_built_from_sizes(kind: object) -> bool:
 
 
 def braindecode_model(name: str) -> type[nn.Module]:
-    """The class ``name`` of braindecode.
+    """The class ``name`` of braindecode, which is built from sizes alone.
 
     Raises UnknownEncoder with how to get braindecode, or with close names.
     """
+    takes = "that takes n_chans, n_times, n_outputs"
+    return _of_braindecode(name, _is_built_from_sizes, takes)
+
+
+def braindecode_class(name: str) -> type[nn.Module]:
+    """Any class ``name`` of braindecode. Raises UnknownEncoder, as :func:`braindecode_model`."""
+    return _of_braindecode(name, _is_network, "that was saved with its weights")
+
+
+def _is_network(kind: object) -> TypeGuard[type[nn.Module]]:
+    return isinstance(kind, type) and issubclass(kind, nn.Module)
+
+
+def _of_braindecode(name: str, fits: Callable[[object], bool], which: str) -> type[nn.Module]:
     try:
         from braindecode import models
     except ImportError:
@@ -317,11 +331,11 @@ def braindecode_model(name: str) -> type[nn.Module]:
             f"{', '.join(ENCODERS)}, or a model of braindecode, which is not installed",
             _suggestion(name, ENCODERS) or "pip install braindecode",
         ) from None
-    fitting = [key for key, kind in vars(models).items() if _is_built_from_sizes(kind)]
+    fitting = [key for key, kind in vars(models).items() if fits(kind)]
     if name in fitting:
         return getattr(models, name)
     raise UnknownEncoder(
-        f"{', '.join(ENCODERS)}, or a model of braindecode that takes n_chans, n_times, n_outputs",
+        f"{', '.join(ENCODERS)}, or a model of braindecode {which}",
         _suggestion(name, [*ENCODERS, *fitting]) or "see braindecode.org for their names",
     )
 
@@ -332,7 +346,10 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(lower[item] for item in close)}?" if close else ""
 
 
-def check_name(name: str) -> None:
-    """Raise UnknownEncoder unless an encoder of that name can be built here."""
+def check_name(name: str, *, known_by_weights: bool = False) -> None:
+    """Raise UnknownEncoder unless an encoder of that name can be built here.
+
+    ``known_by_weights``: a saved model says more than the sizes that others are built from.
+    """
     if name not in ENCODERS:
-        braindecode_model(name)
+        (braindecode_class if known_by_weights else braindecode_model)(name)

@@ -62,10 +62,10 @@ class Schedule:
 def new_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
     """AdamW over what is trainable, the encoder with a learning rate of its own.
 
-    Where only a part is trainable nothing decays: subjects share tensors, and those that are not
-    trained now must not shrink.
+    Where but a part of a model is adapted nothing decays: subjects share tensors, and those that
+    are not trained now must not shrink.
     """
-    whole = all(parameter.requires_grad for parameter in model.parameters())
+    whole = model.adapted == "all"
     encoder = {id(parameter) for parameter in model.encoder.parameters()}
     groups = []
     for of_encoder, peak in (

@@ -92,6 +92,7 @@ class Trainable(Protocol):
     """A module that says how to rebuild it, and which of its networks compute most."""
 
     encoder: nn.Module
+    adapted: str  # what of it is trained, as ``--trainable``
 
     def header(self) -> dict[str, Any]: ...
 

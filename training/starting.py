@@ -10,8 +10,8 @@ import util
 from datafiles.feature_bank import check_clip
 from dataset import TrainingData
 from decoder.aligners import Alignment, new_aligner
-from decoder.atms import ATMS
 from decoder.decoder import Decoder, model_file, new_encoder
+from decoder.foundation import ATMS_ALONE, EncoderChoice
 from decoder.projector import new_projector
 from rundirs.files import file_hash
 
@@ -21,7 +21,7 @@ def new_decoder(
     seed: int,
     alignment: Alignment,
     donor: Decoder | None,
-    encoder_name: str = ATMS.__name__,
+    choice: EncoderChoice = ATMS_ALONE,
     layers: Sequence[str] = (),
 ) -> Decoder:
     """A fresh decoder, its aligner standardised on the training rows.
@@ -29,7 +29,7 @@ def new_decoder(
     ``donor``: a model of ATMS_retrieval.py whose encoder, and projector of ``layers``, it
     starts from. Raises UserError.
     """
-    encoder = new_encoder(data, seed, encoder_name)
+    encoder = new_encoder(data, seed, choice)
     people = encoder.n_subjects
     projector = new_projector(layers, data.targets, data.train_rows, people, seed)
     width = data.targets["image"].shape[1]

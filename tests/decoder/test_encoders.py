@@ -17,6 +17,7 @@ import train
 import util
 from decoder.decoder import OWN, Decoder, check_encoder, make_encoder
 from decoder.encoders import Braindecode, Encoder, UnknownEncoder, check_name
+from decoder.foundation import EncoderChoice
 from loss import Contrast, contrastive_total
 from modalities import ENCODERS, NAMES
 from rundirs.tensors import load_tensors, save_tensors
@@ -176,13 +177,13 @@ def test_the_flag_knows_the_encoders_that_there_are() -> None:
 @pytest.mark.parametrize("typed", ["EEGproject", "EEGProjekt", "eegproject"])
 def test_a_misspelt_encoder_gets_a_suggestion(typed: str) -> None:
     with pytest.raises(util.UserError, match="did you mean EEGProject"):
-        check_encoder(typed)
+        check_encoder(EncoderChoice(typed))
 
 
 def test_without_braindecode_its_models_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "braindecode", None)  # what an absent package looks like
     with pytest.raises(util.UserError, match="pip install braindecode"):
-        check_encoder("ShallowFBCSPNet")
+        check_encoder(EncoderChoice("ShallowFBCSPNet"))
     with pytest.raises(UnknownEncoder, match="not installed"):
         Braindecode(**SIZES, model="ShallowFBCSPNet")
 
@@ -226,7 +227,7 @@ def test_a_header_with_an_unknown_encoder_is_refused(tmp_path) -> None:
     write_model(tmp_path, encoder_of("NICE"), encoder_name="NICER")
     with pytest.raises(util.DataError, match="encoder NICER") as refused:
         Decoder.load(tmp_path, "best")
-    assert "did you mean NICE?" in str(refused.value)
+    assert "did you mean NICE" in str(refused.value)
 
 
 def test_a_header_with_unknown_options_is_refused(tmp_path) -> None:

@@ -53,6 +53,8 @@ def training_data(root: Path, **options: Any) -> dataset.TrainingData:
 class Linear(nn.Module):
     """The smallest model that engine.fit takes."""
 
+    adapted = "all"
+
     def __init__(self, data: dataset.TrainingData) -> None:
         super().__init__()
         torch.manual_seed(0)

@@ -67,7 +67,10 @@ def test_the_encoder_may_learn_at_its_own_rate(world):
 
 def test_what_is_frozen_is_left_out_and_nothing_decays_then(world):
     model = Linear(training_data(world))
-    model.encoder.requires_grad_(False)
+    model.encoder.requires_grad_(False)  # by its own choice, as pre-trained weights are
+    (group,) = optimisation.new_optimizer(model, Schedule(**SCHEDULE)).param_groups
+    assert group["weight_decay"] == SCHEDULE["weight_decay"] > 0
+    model.adapted = "subject_layers"
     (group,) = optimisation.new_optimizer(model, Schedule(**SCHEDULE)).param_groups
     assert group["weight_decay"] == 0
     assert [id(p) for p in group["params"]] == [id(p) for p in model.head.parameters()]
