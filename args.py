@@ -66,6 +66,9 @@ def _cache_dir(group: FlagGroup, default: str = "DATA/eeg_cache") -> None:
 def _test_eeg(group: FlagGroup) -> None:
     group.choose("--averaging", choices=("mean", "weighted"), default="mean",
         help="of a test stimulus' repetitions: all alike, or by the inverse of each one's noise")
+    group.add("--test_views", type=positive_int, default=1, metavar="N",
+        help="read test EEG N times, shifted by up to 20 ms and without a tenth of the channels, "
+        "beside as it is, and take the mean embedding; 1 = off")
     _cache_dir(group)
 
 

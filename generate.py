@@ -56,6 +56,7 @@ class ModelChoice:
     data_path: Path | None
     cache_dir: Path | None
     averaging: str
+    test_views: int
     captions: Path | None
     fusion_weights: str
     prompt_source: str
@@ -104,6 +105,7 @@ def captions_identity(asked: ModelChoice) -> str:
 def open_model(asked: ModelChoice, rendering: Rendering) -> tuple[Decoder, TestEEG]:
     """The decoder and the EEG it is to read, checked against each other and the adapter."""
     decoder = Decoder.load(asked.model_path, asked.checkpoint)
+    decoder.test_views = asked.test_views
     if decoder.bank is None:
         raise UserError(
             "--model_path",

@@ -58,6 +58,7 @@ class Variant:
     train: Mapping[str, object] = field(default_factory=dict)
     guidance: float = GUIDANCE
     bank: str = PLAIN
+    views: int = 1
     restore_variance: bool = False
 
     def training(self) -> str:
@@ -92,6 +93,7 @@ VARIANTS: Mapping[str, Variant] = {
     **{f"layer_{layer}": Variant({"contrast_layer": layer}) for layer in (*LAYERS, FINAL)},
     "layers_mixed": Variant({"contrast_layer": (*LAYERS[1:], FINAL)}),
     "blurs": Variant(bank=BLURRED),
+    "views_8": Variant(views=8),
     "schedule_cosine": Variant({"schedule": "cosine"}),
     **{f"ema_{decay}": Variant({"ema_decay": decay}) for decay in (0.0, 0.9, 0.999)},
     **{f"rate_{rate}": Variant({"learning_rate": rate}) for rate in (3e-4, 3e-3)},
@@ -138,10 +140,11 @@ def scores_of(
 def score_run(out: Path, run: Path, variant: Variant, file: Path, seed: int) -> dict[str, Any]:
     """{"eeg" or "shuffled_eeg": {score: [N]}}, means over subjects; read from ``file`` if there."""
     key = {"model": file_hash(model_file(run, "best")), "seed": seed, "scores": [*SCORES]}
-    key |= asdict(variant.sampling)
+    key |= asdict(variant.sampling) | {"views": variant.views}
     if file.exists() and (record := read_json(file))["key"] == key:
         return record["scores"]
     decoder, data = Decoder.load(run, "best"), out / "world" / "data"
+    decoder.test_views = variant.views
     bank = open_bank(out / PLAIN, "test", decoder.layers)
     tests = [
         open_test(eeg_file(data, name, "test"), name, data, None, decoder.reading(name))

@@ -26,6 +26,7 @@ OF_RETRIEVAL = (
     "average",
     "transductive",
     "averaging",
+    "test_views",
 )
 OF_PICTURES = ("truth", "weights_dir", "score_cache", "authenticity")
 

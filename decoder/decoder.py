@@ -19,6 +19,7 @@ from decoder.encoders import NICE, Braindecode, EEGProject, Encoder, UnknownEnco
 from decoder.ensemble import TOGETHER, Ensemble
 from decoder.foundation import ATMS_ALONE, EncoderChoice, Foundation, SavedEncoder, read_pretrained
 from decoder.projector import LayerMixture, Projector, projector_from
+from decoder.views import views_of
 from modalities import NAMES
 from rundirs.checkpoints import MODEL, checkpoint_folder
 from rundirs.tensors import load_tensors
@@ -82,6 +83,7 @@ class Decoder(nn.Module):
         # names, of this run and those that it went on from: {"trained", "held_out"}
         self.concepts: dict[str, list[str]] | None = None
         self.adapted = "all"
+        self.test_views = 1  # of EEG, whose mean embedding counts: see decoder/views.py
 
     def header(self) -> dict[str, Any]:
         return {
@@ -236,14 +238,21 @@ class Decoder(nn.Module):
     def embed(
         self, eeg: torch.Tensor, subject: torch.Tensor, batch_size: int = 256
     ) -> torch.Tensor:
-        """Embeddings [N, D] of EEG [N, C, T], made in batches on the model's device, on the CPU."""
-        device = next(self.parameters()).device
-        return torch.cat(
-            [
-                self.encoder(rows.to(device), ids.to(device)).cpu()
-                for rows, ids in zip(eeg.split(batch_size), subject.split(batch_size), strict=True)
-            ]
-        )
+        """Embeddings [N, D] of EEG [N, C, T], made in batches on the model's device, on the CPU.
+
+        Of several ``test_views`` the mean.
+        """
+        batches = zip(eeg.split(batch_size), subject.split(batch_size), strict=True)
+        return torch.cat([self._mean_of_views(rows, ids).cpu() for rows, ids in batches])
+
+    def _mean_of_views(self, eeg: torch.Tensor, subject: torch.Tensor) -> torch.Tensor:
+        device, times = next(self.parameters()).device, self.signal["times"]
+        ids, number = subject.to(device), self.test_views
+        if number == 1:
+            return self.encoder(eeg.to(device), ids)
+        rate_hz = 1 / (times[1] - times[0])
+        views = views_of(eeg.to(device), number, rate_hz)
+        return torch.stack([self.encoder(view, ids) for view in views]).mean(dim=0)
 
     def condition(self, test: TestEEG, rows: Sequence[int]) -> torch.Tensor:
         """EEG embeddings [n, D] of some rows of a test recording, on the CPU."""

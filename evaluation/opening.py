@@ -32,6 +32,7 @@ class RetrievalChoice:
     dataset: str
     cache_dir: Path | None
     averaging: str
+    test_views: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def open_retrieval(asked: RetrievalChoice, opened: Opened) -> None:
     layout = layout_in(asked.data_path, asked.dataset)
     runs = runs_of(asked.model_path, asked.subjects)
     decoders = {name: Decoder.load(run, asked.checkpoint) for name, run in runs.items()}
+    for decoder in decoders.values():
+        decoder.test_views = asked.test_views
     layers = {layer for decoder in decoders.values() for layer in decoder.layers}
     alone = all(decoder.bank is None for decoder in decoders.values())
     needed = (FINAL_LAYER,) if alone else NAMES

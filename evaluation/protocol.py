@@ -46,6 +46,12 @@ def protocol_of(opened: Opened, pictures: str) -> dict[str, str]:
         mixed = any(len(model.layers) > 1 for model in opened.models.values())
         how = ", mixed with each person's weights" if mixed else ""
         protocol["encoder"] = f"images as {', '.join(layers)}, projected by the model{how}"
+    views = {model.test_views for model in opened.models.values()} - {1}
+    if views:
+        protocol["views"] = (
+            f"each EEG is read {max(views)} times, shifted and without some channels, and the mean "
+            "embedding counts (--test_views)"
+        )
     if not opened.groups:
         return protocol
     protocol["pictures"] = f"{pictures}: {PICTURE_PROTOCOL[pictures]}"

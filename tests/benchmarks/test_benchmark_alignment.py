@@ -28,7 +28,7 @@ def test_every_variant_is_a_command_and_no_two_are_the_same(benchmark) -> None:
     for variant in benchmark.VARIANTS.values():
         _, command = benchmark.demo.training(Path("O"), 0, benchmark.demo.QUICK, **variant.train)
         values = vars(args.resolve("train", command[1:]).values)
-        seen.append((values, variant.sampling))
+        seen.append((values, variant.sampling, variant.bank, variant.views))
     assert all(one not in seen[:place] for place, one in enumerate(seen))
     assert set(benchmark.chosen_variants(["aligner_", "target"], [])) == {
         benchmark.BASE, "aligner_mlp", "aligner_none", "aligner_mlp_restore_variance",
