@@ -11,7 +11,8 @@ import pytest
 import args
 from util import CHECKOUT
 
-PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+README, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh-CN.md"
+PAGES = [README, CHINESE, *sorted((CHECKOUT / "docs").glob("*.md"))]
 STAGE_OF = {
     "preprocess.py": "preprocess", "clip_feature_extractor.py": "features", "train.py": "train",
     "ATMS_retrieval.py": "retrieval", "generate.py": "generate", "evaluate.py": "evaluate",
@@ -46,6 +47,33 @@ def test_the_quick_path_of_the_readme_is_whole() -> None:
         assert any(f"python {script} " in command for command in told), script
     text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 120
+
+
+def blocks(page: Path) -> list[str]:
+    """Lines of a page's blocks of code, without what a shell does not read."""
+    found = re.findall(r"```[a-z]*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [re.sub(r"\s+#.*", "", line) for block in found for line in block.splitlines()]
+
+
+def table_rows(page: Path) -> list[tuple[int, list[str]]]:
+    """Of each row of a page's tables: the number of cells, the code and the figures in them."""
+    lines = re.findall(r"^\|.*\|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    told = r"`[^`]+`|(?<![\w.])\d*[.,]?\d+|\]\([^)]+\)"
+    return [(line.count("|"), re.findall(told, line)) for line in lines]
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    """Commands line by line, tables by their figures and names, links, headings by their number."""
+    assert blocks(CHINESE) == blocks(README)
+    for theirs, ours in zip(table_rows(CHINESE), table_rows(README), strict=True):
+        assert (theirs[0], sorted(theirs[1])) == (ours[0], sorted(ours[1]))
+    pages = [page.read_text(encoding="utf-8") for page in (CHINESE, README)]
+    links = [{*re.findall(r"\]\(([^)]+)\)", text)} - {README.name, CHINESE.name} for text in pages]
+    assert links[0] == links[1]
+    flags = [sorted(re.findall(r"`--[^`]+`", text)) for text in pages]
+    assert flags[0] == flags[1]
+    levels = [re.findall(r"^#+ ", text, re.MULTILINE) for text in pages]
+    assert levels[0] == levels[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
