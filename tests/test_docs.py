@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import html
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -38,6 +43,39 @@ def test_every_command_is_understood(page: str, command: str) -> None:
     """All flags are known, all values allowed, all needed ones given."""
     _, script, *tokens = shlex.split(command, comments=True)
     args.resolve(STAGE_OF[script], tokens)
+
+
+@pytest.fixture(scope="module")
+def hook() -> ModuleType:
+    """docs/.site/reference.py, as mkdocs loads it."""
+    spec = importlib.util.spec_from_file_location("site", CHECKOUT / "docs/.site/reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_has_every_flag_of_every_stage(hook: ModuleType) -> None:
+    parts = re.split(r"^## ", hook.reference(), flags=re.MULTILINE)[1:]
+    assert len(parts) == len(args.STAGES)
+    for part, make in zip(parts, args.STAGES.values(), strict=True):
+        rows = [line for line in part.splitlines() if line.startswith("| `-")]
+        for name, action in make().actions().items():
+            (row,) = (row for row in rows if f"`--{name}`" in row.split("|")[1])
+            assert (action.help or "").split()[0] in html.unescape(row)
+            assert ("| needed |" in row) == action.required
+            # no cell is torn by what stands in it
+            assert len(re.findall(r"(?<!\\)\|", row)) == 5
+
+
+def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="make docs installs it; the site is tried where it is")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "reference.html").read_text(encoding="utf-8")
+    assert "--clip_feature_path" in page
+    assert (tmp_path / "site" / "start.html").exists()
 
 
 def test_the_quick_path_of_the_readme_is_whole() -> None:
