@@ -319,8 +319,19 @@ class TrainingData:
         """
         if positives == "pair":
             return None
-        ids, place = self.stimulus.sort()
-        return self.concept[place[torch.searchsorted(ids, stimulus.cpu())]].to(stimulus.device)
+        ids, concept = self._concepts_on(stimulus.device)
+        return concept[torch.searchsorted(ids, stimulus)]
+
+    def _concepts_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, concepts) int64 [N] by rising id, copied to a device once: it is not waited for."""
+        if device not in self._by_id:
+            ids, place = self.stimulus.sort()
+            self._by_id[device] = ids.to(device), self.concept[place].to(device)
+        return self._by_id[device]
+
+    @cached_property
+    def _by_id(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        return {}
 
     def describe(self) -> Iterator[str]:
         """The plan of a run, for people."""

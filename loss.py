@@ -64,8 +64,9 @@ def prior_total(
     losses = torch.stack([terms[modality.name].total for modality in MODALITIES])
     if log_variance is not None:
         return ((-log_variance).exp() * losses + log_variance).mean()
-    weights = torch.tensor([modality.loss_weight for modality in MODALITIES])
-    return (weights.to(losses) * losses).sum()
+    # plain numbers as weights: a GPU would wait for a tensor of them
+    pairs = zip(MODALITIES, losses.unbind(), strict=True)
+    return torch.stack([modality.loss_weight * loss for modality, loss in pairs]).sum()
 
 
 def clip_loss(

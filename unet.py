@@ -113,7 +113,8 @@ class DiffusionPriorUNet(nn.Module):
     def embed_time(self, t: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         """What timesteps t add before each block, down then up. Equal ones are embedded once."""
         layers = (*self.encode_time_embedding, *self.decode_time_embedding)
-        few = t.shape[-1] < MANY_TIMESTEPS or torch.compiler.is_compiling()
+        # a GPU would be waited for until it has sorted them, and embeds them all in that time
+        few = t.shape[-1] < MANY_TIMESTEPS or not t.is_cpu or torch.compiler.is_compiling()
         distinct, place = (t, None) if few else distinct_timesteps(t)
         time = timestep_features(distinct, self.time_embed_dim).to(dtype)
         parts = [layer(time) for layer in layers]
