@@ -35,7 +35,17 @@ from cli.parser import (
     shard,
     share,
 )
-from modalities import AUTO, CONTROLS, EACH, ENCODERS, FINAL, PROMPTS, QUANTITIES, TEXT_TEMPLATE
+from modalities import (
+    AUTO,
+    CONTROLS,
+    EACH,
+    ENCODERS,
+    FINAL,
+    PROMPTS,
+    QUANTITIES,
+    STRICT,
+    TEXT_TEMPLATE,
+)
 
 MODEL_PRESETS: dict[str, dict[str, Any]] = {  # of generate.py: what its flags default to
     "sdxl": {"steps": 30, "guidance": 5.0, "size": 768},
@@ -100,7 +110,8 @@ def _training(group: FlagGroup) -> None:
     group.add("--accumulate", type=positive_int, default=1, metavar="N",
         help="compute a batch in N parts, for GPUs that are too small for it; negatives of the "
         "contrastive loss are those of the same part")
-    _precision(group, "the networks' products; weights, losses and the optimiser stay float32")
+    _precision(group, "the networks' products; weights, losses and the optimiser stay float32. "
+        f"A GPU rounds what float32 multiplies to TF32; with {STRICT} it does not", STRICT)
     group.add("--epochs_per_call", type=positive_int, metavar="N", per_call=True,
         help="save and stop after N epochs (exit code 75); the same command goes on")
     group.add("--save_every", type=positive_int, default=1, metavar="EPOCHS", per_call=True,
@@ -187,9 +198,9 @@ def _contrast(group: FlagGroup) -> None:
         "embedding, beside the contrastive loss; 0 = off")
 
 
-def _precision(group: FlagGroup, what: str) -> None:
-    group.choose("--precision", choices=("float32", "bfloat16", "float16"), default="float32",
-        help=f"of {what}")
+def _precision(group: FlagGroup, what: str, *more: str) -> None:
+    choices = ("float32", "bfloat16", "float16", *more)
+    group.choose("--precision", choices=choices, default="float32", help=f"of {what}")
 
 
 def _superpixel_size(group: FlagGroup) -> None:

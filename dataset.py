@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -120,16 +120,15 @@ class Batch:
 
     def part(self, part: Part) -> Batch:
         """A part of the rows."""
-        targets = {name: part.of(rows) for name, rows in self.targets.items()}
-        return Batch(part.of(self.eeg), part.of(self.subject), part.of(self.stimulus), targets)
+        return self.mapped(part.of)
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Each tensor of it changed."""
+        targets = {name: change(rows) for name, rows in self.targets.items()}
+        return Batch(change(self.eeg), change(self.subject), change(self.stimulus), targets)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.eeg.to(device),
-            self.subject.to(device),
-            self.stimulus.to(device),
-            {name: rows.to(device) for name, rows in self.targets.items()},
-        )
+        return self.mapped(lambda rows: rows.to(device))
 
 
 def _as_tensor(eeg: np.ndarray) -> torch.Tensor:

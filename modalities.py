@@ -145,6 +145,7 @@ EXPORTS = ("npy", "ubp", "neurobridge")  # of these, what is written
 ENCODERS = ("ATMS", "EEGProject", "NICE")  # this project's own; other names are braindecode's
 AUTO = "auto"
 EACH = "each"
+STRICT = "float32-strict"  # --precision of training: no product is rounded, on a GPU either
 FINAL = "final"
 # what priors may predict: any of them follows from another, given x_t and t; see unet.PriorBank
 QUANTITIES = ("velocity", "noise", "embedding")

@@ -22,12 +22,13 @@ import util
 from cli.config import Options
 from dataset import Batch, TrainingData
 from masking import mask_eeg, mask_subject
-from modalities import AUTO
+from modalities import AUTO, STRICT
 from rundirs.directory import RunDirectory
 from rundirs.files import append_jsonl, atomic_write, json_line, read_jsonl
 from training import monitor
 from training.checkpoints import Checkpoints
 from training.optimisation import Average, Schedule, copied, new_optimizer, set_learning_rate
+from training.prefetch import on_their_way
 from training.processes import Processes, open_together
 from training.settings import Computing, Disturbance, Objective, Procedure
 from util import Part
@@ -222,7 +223,7 @@ class _Training:
     def losses(self, batch: Batch, part: Part) -> dict[str, torch.Tensor]:
         """Of a part of a batch, in the precision of the run. Noise is drawn where it computes."""
         kind = self.processes.device.type
-        dtype = util.PRECISIONS[self.computing.precision]
+        dtype = util.PRECISIONS.get(self.computing.precision)  # STRICT has none, as float32
         generator = util.generator_for(
             self.schedule.seed, "noise", self.step, device=self.processes.device
         )
@@ -310,6 +311,7 @@ def fit(
     data = on_device(data, how.computing.data_on_device, processes.device)
     steps = data.steps_per_epoch(how.schedule.batch_size)
     model = model.to(processes.device)
+    torch.set_float32_matmul_precision(rounding(how.computing.precision, processes.device))
     training = _Training(run, model, objective, how, processes, steps)
     if processes.first:
         training.checkpoints.prepare()
@@ -366,8 +368,9 @@ def _train_epoch(
     """The steps of an epoch that are left. Raises util.Preempted in the middle of it."""
     steps = training.epoch_steps
     skipped = training.step - epoch * steps
-    for batch in data.batches(epoch, training.schedule.batch_size, skipped, training.part):
-        training.update(batch.to(training.processes.device))
+    batches = data.batches(epoch, training.schedule.batch_size, skipped, training.part)
+    for batch in on_their_way(batches, training.processes.device):
+        training.update(batch)
         watch.step(training)
         # at an epoch's end it is recorded first
         if training.processes.any(bool(stops)) and training.step % steps:
@@ -375,6 +378,11 @@ def _train_epoch(
             raise util.Preempted(
                 f"{_reason(stops)}: saved at step {training.step}; the same command goes on"
             )
+
+
+def rounding(precision: str, device: torch.device) -> str:
+    """What products of float32 may be rounded to, in PyTorch's words: on a GPU TF32 (``high``)."""
+    return "highest" if device.type == "cpu" or precision == STRICT else "high"
 
 
 def on_device(data: TrainingData, wanted: str, device: torch.device) -> TrainingData:

@@ -83,6 +83,26 @@ def losses_of(run: Path) -> list[float]:
     return [record["loss"] for record in read_jsonl(run / "metrics.jsonl")]
 
 
+@pytest.mark.parametrize(
+    ("precision", "kind", "wanted"),
+    [("float32", "cuda", "high"), ("bfloat16", "cuda", "high"),
+     ("float32-strict", "cuda", "highest"), ("float32", "cpu", "highest")],
+)  # fmt: skip
+def test_float32_is_rounded_on_a_gpu_unless_it_must_not_be(precision, kind, wanted):
+    assert loop.rounding(precision, torch.device(kind)) == wanted
+    torch.set_float32_matmul_precision(wanted)  # PyTorch knows the word
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_strict_float32_is_float32_on_a_cpu(world, tmp_path):
+    models = [
+        fit_linear(world, tmp_path / precision, epochs=1, precision=precision)
+        for precision in ("float32", "float32-strict")
+    ]
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 @pytest.mark.parametrize(("precision", "apart"), [("bfloat16", 0.05), ("float16", 0.1)])
 def test_lower_precision_learns_about_the_same(world, tmp_path, precision, apart):
     """Weights stay float32; float16 finds its scale of the loss by skipping steps at first."""
