@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from features.clip import load_clip
-from features.views import picture_versions
+from features.views import Views, picture_versions
 from miniworld import judge, models, pictures, pretrain, quality, renders
 from modalities import MODALITIES, NAMES, Recipe, recipes
 from sdxl import injection_map, sampler
@@ -36,7 +36,7 @@ def embeddings(scenes) -> torch.Tensor:
     clip = load_clip(str(WEIGHTS.clip_config), str(WEIGHTS.clip_checkpoint), torch.device("cpu"))
     rows = []
     for scene in scenes:
-        shown = picture_versions(Image.fromarray(pictures.render(scene)), 128)
+        shown = picture_versions(Image.fromarray(pictures.render(scene)), Views(128))
         crops = torch.stack([clip.transform(picture) for picture in shown.values()])
         made = dict(zip(shown, clip.encode_pictures(crops), strict=True))
         made |= dict.fromkeys(
