@@ -40,7 +40,7 @@ from datafiles.eeg_files import (
     select_signal,
 )
 from datafiles.export import Export, write_as_form
-from datafiles.feature_bank import open_bank
+from datafiles.feature_bank import BLURRED, open_bank
 from datafiles.feature_import import FeatureImport, import_features
 from datafiles.feature_join import FeatureJoin, join_features
 from datafiles.fetch import Fetch, fetch
@@ -128,7 +128,8 @@ class Batch:
         return Batch(change(self.eeg), change(self.subject), change(self.stimulus), targets)
 
     def to(self, device: torch.device) -> Batch:
-        return self.mapped(lambda rows: rows.to(device))
+        """On a device; a GPU takes it from pinned memory, and nobody waits for the copy."""
+        return self.mapped(lambda rows: util.sent(rows, device))
 
 
 def _as_tensor(eeg: np.ndarray) -> torch.Tensor:
@@ -416,15 +417,15 @@ def open_training(
     donor: Mapping[str, Sequence[str]] | None = None,
     needed: Sequence[str] = NAMES,
 ) -> TrainingData:
-    """Open everything training reads, checked and joined by stimulus id.
+    """Open everything training reads, checked and joined by stimulus id. UserError / DataError.
 
-    ``layers``: whose features are wanted among the targets; without any all blurred versions of the
-    picture are, which are then drawn by lot. ``donor``: the concepts of the
-    model that training starts from, see :func:`datafiles.splits.fair_validation`. ``needed``: the
-    modalities. Raises UserError / DataError.
+    ``layers``: whose features are wanted among the targets; without any, all blurred versions are.
+    ``donor``: the concepts of the model that training starts from, see
+    :func:`datafiles.splits.fair_validation`. ``needed``: the modalities.
     """
     stimuli = training_stimuli(asked.data_path)
-    bank = open_bank(asked.clip_feature_path, "training", layers, needed, blurs=not layers)
+    also = None if layers else BLURRED
+    bank = open_bank(asked.clip_feature_path, "training", layers, needed, also)
     targets = bank.rows_for(stimuli)
     of = asked.recordings(stimuli)
     recordings = list(of.values())

@@ -285,6 +285,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def sent(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same on a device; to a GPU from pinned memory, from where alone copying does not wait."""
+    if device.type != "cuda":
+        return rows.to(device)
+    return (rows.pin_memory() if rows.is_cpu else rows).to(device, non_blocking=True)
+
+
 def grouped(flat: Mapping[str, Any], name: str, kind: type[Any]) -> dict[str, Any]:
     """``flat`` as keywords, those that are fields of the dataclass ``kind`` as one: ``name``."""
     inner = {field.name for field in fields(kind)} & flat.keys()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,10 @@ BLURRED = "clip_features_blurred"  # a bank of these, beside the plain one
 PLAIN = "clip_features"
 # one person with the repetitions of THINGS-EEG2 and an eighth of its pictures, at the SNR where
 # ATMS retrieves of validation concepts about what is published of the test set (27 % and 58 %)
-HARD = demo.Scale(1, 1000, 2, 200, 30, 0, (), 4, 80, 0.031)
+HARD = replace(
+    demo.FULL, subjects=1, training_concepts=1000, training_repetitions=4, test_repetitions=80,
+    snr=0.031,
+)  # fmt: skip
 DIFFICULTY = {"demo": demo.FULL, "quick": demo.QUICK, "things-eeg2": HARD}
 BASE = "as_is"  # the demo's own settings, which all others are compared with
 GUIDANCE = args.STAGES["generate"]().actions()["prior_guidance"].default

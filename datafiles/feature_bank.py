@@ -69,13 +69,13 @@ def open_bank(
     partition: str,
     layers: Collection[str] = (),
     needed: Sequence[str] = NAMES,
-    blurs: bool = False,
+    also: str | None = None,
 ) -> Bank:
     """A partition of the output of stage 1. DataError for an unfinished, damaged or NaN bank.
 
     ``layers``: names of further features that are wanted beside the modalities, if any;
     ``needed``: the modalities, of which an imported bank may have but :data:`RETRIEVAL_NAMES`;
-    ``blurs``: also all blurred versions that the bank has.
+    ``also``: how names begin of further features that are wanted where the bank has them.
     """
     folder = Path(folder)
     path = folder / f"{partition}.safetensors"
@@ -95,7 +95,8 @@ def open_bank(
     _check_modalities(path, modalities, "imported" in header, needed)
     if not whole or not isinstance(identity, dict):
         raise DataError(path, "no stimulus ids, or no CLIP", "both", "run the stage again")
-    beside = {*layers, *(name for name in stored if blurs and name.startswith(BLURRED))} - {*NAMES}
+    found = {name for name in stored if also is not None and name.startswith(also)}
+    beside = {*layers, *found} - {*NAMES}
     _check_beside(path, stored, beside)
     wanted = [*(name for name in NAMES if name in modalities), *sorted(beside)]
     features = {name: stored[name] for name in wanted}

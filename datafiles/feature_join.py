@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from datafiles.feature_bank import FINAL_LAYER, JOINED, layer_name, open_bank, write_partition
+from datafiles.feature_bank import (
+    BESIDE,
+    FINAL_LAYER,
+    JOINED,
+    layer_name,
+    open_bank,
+    write_partition,
+)
 from datafiles.stimuli import PARTITIONS, Stimulus, list_stimuli
 from modalities import FINAL
 from rundirs.files import read_json, write_json
@@ -77,11 +84,8 @@ class _Partition:
 def _joined(asked: FeatureJoin, partition: str, named: Mapping[str, Path]) -> _Partition:
     """A partition of the joint bank, its rows in the order of the pictures."""
     stimuli = list_stimuli(asked.data_path, partition)
-    base, listed = Path(asked.clip_feature_path), Path(f"{partition}.json")
-    open_bank(base, partition, needed=(FINAL_LAYER,))  # finished, and whole
-    manifest = read_json(base / listed)
-    own = open_bank(base, partition, [*manifest["features"]], (FINAL_LAYER,))
-    header = tensors_header(own.path)
+    own = open_bank(Path(asked.clip_feature_path), partition, (), (FINAL_LAYER,), BESIDE)
+    header, listed = tensors_header(own.path), read_json(own.path.with_suffix(".json"))["rows"]
     features, joined = dict(own.rows_for(stimuli)), dict(header.get(JOINED, {}))
     if taken := sorted({*features} & {*named}):
         raise UserError(
@@ -91,7 +95,7 @@ def _joined(asked: FeatureJoin, partition: str, named: Mapping[str, Path]) -> _P
         other = open_bank(folder, partition, needed=(FINAL_LAYER,))
         features[name] = other.rows_for(stimuli)[FINAL_LAYER]
         joined[name] = other.clip
-    texts = {row["stimulus"]: row["text"] for row in manifest["rows"]}
+    texts = {row["stimulus"]: row["text"] for row in listed}
     return _Partition(
         stimuli, [texts[item.id] for item in stimuli], features, {**header, JOINED: joined}
     )

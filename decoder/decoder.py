@@ -304,7 +304,7 @@ def check_encoder(choice: EncoderChoice) -> None:
             f"--encoder {choice.encoder}", f"with {choice.encoder_weights}",
             "the class of braindecode that the weights are of", "e.g. --encoder Labram",
         )  # fmt: skip
-    if len(set(names)) < len(names):
+    if util.repeated(names):
         raise util.UserError("--encoder", choice.encoder, "each of them once", "leave one out")
     try:
         for name in names:

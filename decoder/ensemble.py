@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from decoder.encoders import Encoder
-from subject_layers.subject import SubjectLinear
 
 TOGETHER = "+"  # between the names of --encoder
 
@@ -51,16 +50,12 @@ class Ensemble(Encoder):
         return torch.stack([weight * one(eeg, subject) for one, weight in parts]).sum(dim=0)
 
     def add_subjects(self, count: int) -> None:
-        """As of every encoder, to each of them."""
+        """As of every encoder, to each of them, whose configs this one's holds."""
         for member in self._each():
             member.add_subjects(count)
         self.n_subjects += count
         self.config["n_subjects"] = self.n_subjects
-        self.config["members"] = [[member.name, member.config] for member in self._each()]
 
     def subject_parameters(self) -> list[nn.Parameter]:
         """As of every encoder, of all of them."""
         return [own for member in self._each() for own in member.subject_parameters()]
-
-    def _own_layer(self) -> SubjectLinear:
-        raise ValueError("each of several encoders has a subject layer of its own")

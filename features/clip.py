@@ -35,7 +35,7 @@ class Clip:
         A GPU is not waited for: it computes while the caller makes the next crops.
         """
         with self.products():
-            encoded = self.model.encode_image(self._moved(crops), normalize=False)
+            encoded = self.model.encode_image(util.sent(crops, self.device), normalize=False)
         return encoded.float()
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class Clip:
         indices = [layer - 1 for layer in order]
         with self.products():
             found = self.model.visual.forward_intermediates(
-                self._moved(crops), indices, stop_early=True, intermediates_only=True
+                util.sent(crops, self.device), indices, stop_early=True, intermediates_only=True
             )["image_intermediates"]  # [B, W, h, w] each
         return {
             layer_name(layer): maps.float().mean(dim=(2, 3))
@@ -69,11 +69,6 @@ class Clip:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _moved(self, crops: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
-            crops = crops.pin_memory()  # only from there, copying does not wait either
-        return crops.to(self.device, non_blocking=True)
 
     def products(self) -> torch.autocast:
         """The context in which the model computes."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dataset import Batch
-from training.prefetch import moved, on_their_way
+from training.prefetch import on_their_way
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
@@ -65,5 +65,5 @@ def test_what_reading_raises_is_raised_at_its_batch(device: torch.device) -> Non
 
 
 def test_a_moved_batch_holds_the_same() -> None:
-    batch, other = batch_of(4), moved(batch_of(4), CPU)
+    batch, other = batch_of(4), batch_of(4).to(CPU)
     assert torch.equal(batch.stimulus, other.stimulus) and other.targets.keys() == {"image"}
